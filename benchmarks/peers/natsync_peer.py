@@ -1,0 +1,92 @@
+"""natsync as a peer: one Client or one Subscriber, shared by all threads."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import contract
+
+import natsync
+
+#: Seconds a stream may be silent before its client gives up.
+IDLE_TIMEOUT = 10.0
+
+
+def serve(url: str, subject: str, chunks: list[bytes]) -> None:
+    with natsync.Subscriber(url) as subscriber:
+
+        @subscriber.stream(subject)
+        def answer(ctx: Any, request: Any, sender: Any) -> None:
+            for chunk in chunks:
+                sender.send(chunk)
+            sender.end()
+
+        contract.ready_until_stdin_closes()
+
+
+def echo(url: str, subject: str) -> None:
+    with natsync.Subscriber(url) as subscriber:
+
+        @subscriber.handler(subject)
+        def answer(ctx: Any, request: Any) -> bytes:
+            return request.data
+
+        contract.ready_until_stdin_closes()
+
+
+def stream(url: str, subject: str, streams: int, callback: bool) -> tuple[list[contract.Stream], str | None]:
+    results = [contract.Stream() for _ in range(streams)]
+    modes: list[str | None] = [None] * streams
+    read = _read_by_processor if callback else _read_by_iterator
+    with natsync.connect(url) as client:
+
+        def work(number: int) -> None:
+            start = time.perf_counter()
+            try:
+                modes[number] = read(client, subject, results[number])
+                results[number].ended = "end"
+            except natsync.NatsError as error:
+                results[number].ended = f"failed: {error!r}"
+            results[number].seconds = time.perf_counter() - start
+
+        contract.in_threads(streams, work)
+    return results, modes[0]
+
+
+def _read_by_iterator(client: natsync.Client, subject: str, result: contract.Stream) -> str | None:
+    with client.stream(subject, b"", idle_timeout=IDLE_TIMEOUT) as chunks:
+        for chunk in chunks:
+            result.chunks.append(chunk)
+        return chunks.mode
+
+
+def _read_by_processor(client: natsync.Client, subject: str, result: contract.Stream) -> str | None:
+    def process(message: Any) -> None:
+        if not message.is_end:
+            result.chunks.append(message.data)
+
+    client.stream_request(subject, b"", process, idle_timeout=IDLE_TIMEOUT)
+    return None
+
+
+def request(url: str, subject: str, payload: bytes, count: int, threads: int) -> contract.Requests:
+    with natsync.connect(url) as client:
+
+        def ask(data: bytes) -> bytes:
+            return client.request(subject, data, timeout=contract.REPLY_TIMEOUT).data
+
+        return contract.threaded_requests(ask, payload, count, threads)
+
+
+def publish(url: str, subject: str, payload: bytes, count: int) -> float:
+    with natsync.connect(url) as client:
+        start = time.perf_counter()
+        for _ in range(count):
+            client.publish(subject, payload)
+        client.flush(timeout=60)
+        return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    contract.main(serve=serve, echo=echo, stream=stream, request=request, publish=publish)

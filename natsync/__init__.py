@@ -1,0 +1,107 @@
+"""natsync: NATS for blocking Python. Publish, request and stream from threads, scripts, Flask and Django.
+
+import natsync
+
+with natsync.Client("nats://127.0.0.1:4222") as client:
+    for chunk in client.stream("llm.chat", "why is the sky blue?"):
+        print(chunk.decode(), end="", flush=True)
+"""
+
+from natsync._version import __version__
+from natsync.client import Client, connect
+from natsync.context import Context
+from natsync.errors import (
+    AuthorizationError,
+    Cancelled,
+    ClientLost,
+    Code,
+    ConnectError,
+    ConnectionClosed,
+    ConnectionLost,
+    DeadlineExceeded,
+    DrainTimeout,
+    ForkError,
+    HandlerError,
+    IdleTimeout,
+    InvalidArgument,
+    InvalidURL,
+    MaxPayloadExceeded,
+    NatsError,
+    NoRespondersError,
+    NoServersError,
+    PermissionDenied,
+    PoolClosed,
+    PoolTimeout,
+    ProtocolError,
+    ReconnectBufferFull,
+    RequestTimeout,
+    ServerLost,
+    SlowConsumerError,
+    StreamCancelled,
+    StreamClosed,
+    StreamEnded,
+    StreamError,
+    StreamRefused,
+    TimedOut,
+)
+from natsync.headers import Headers
+from natsync.message import Message
+from natsync.options import ConnectOptions, Sentinels
+from natsync.pool import ConnectionPool
+from natsync.retry import Retry
+from natsync.streaming.call import Stream
+from natsync.streaming.handlers import HandlerContext
+from natsync.streaming.sender import ResponseSender
+from natsync.streaming.subscriber import Handle, Subscriber
+from natsync.subscription import Subscription
+
+__all__ = [
+    "AuthorizationError",
+    "Cancelled",
+    "Client",
+    "ClientLost",
+    "Code",
+    "ConnectError",
+    "ConnectOptions",
+    "ConnectionClosed",
+    "ConnectionLost",
+    "ConnectionPool",
+    "Context",
+    "DeadlineExceeded",
+    "DrainTimeout",
+    "ForkError",
+    "Handle",
+    "HandlerContext",
+    "HandlerError",
+    "Headers",
+    "IdleTimeout",
+    "InvalidArgument",
+    "InvalidURL",
+    "MaxPayloadExceeded",
+    "Message",
+    "NatsError",
+    "NoRespondersError",
+    "NoServersError",
+    "PermissionDenied",
+    "PoolClosed",
+    "PoolTimeout",
+    "ProtocolError",
+    "ReconnectBufferFull",
+    "RequestTimeout",
+    "ResponseSender",
+    "Retry",
+    "Sentinels",
+    "ServerLost",
+    "SlowConsumerError",
+    "Stream",
+    "StreamCancelled",
+    "StreamClosed",
+    "StreamEnded",
+    "StreamError",
+    "StreamRefused",
+    "Subscriber",
+    "Subscription",
+    "TimedOut",
+    "__version__",
+    "connect",
+]

@@ -1,0 +1,107 @@
+"""The connection options every command shares, and the client they make.
+
+Names and environment variables are those of the `nats` command. An option may stand before or after the name
+of the command; what is written on the command line wins over the environment.
+"""
+
+import ssl
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+import natsync
+from natsync.cli.failures import DEBUG
+
+_KEY = "natsync.cli.connection."
+_Command = TypeVar("_Command", bound=Callable[..., object])
+
+
+def connection_options(command: _Command) -> _Command:
+    """Add the connection options to a command; `open_client` reads them, the function gets no argument."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def open_client() -> natsync.Client:
+    """A connected client as the options of the running command say.
+
+    Raises:
+        ConnectError: no server could be reached.
+        AuthorizationError: the server does not accept the credentials.
+    """
+    return natsync.connect(_given("server"), name="natsync-cli", **_credentials(), **_tls())
+
+
+def server_given() -> str | None:
+    """The server that was named on the command line or in NATS_URL, if any."""
+    url: str | None = _given("server")
+    return url
+
+
+def _given(name: str) -> Any:
+    return click.get_current_context().meta.get(_KEY + name)
+
+
+def _credentials() -> dict[str, str]:
+    user, password, token = _given("user"), _given("password"), _given("token")
+    if user and password is None and token is None:
+        return {"token": user}  # as the nats command reads a user without a password
+    named = {"user": user, "password": password, "token": token}
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def _tls() -> dict[str, ssl.SSLContext]:
+    authorities, certificate, key = _given("tlsca"), _given("tlscert"), _given("tlskey")
+    if key and not certificate:
+        raise click.UsageError("--tlskey (NATS_KEY) needs --tlscert (NATS_CERT)")
+    if not (authorities or certificate):
+        return {}
+    context = ssl.create_default_context(cafile=authorities)
+    if certificate:
+        context.load_cert_chain(certificate, key)
+    return {"tls": context}
+
+
+def _remember(ctx: click.Context, parameter: click.Parameter, value: object) -> None:
+    if value is None:
+        return
+    key = _KEY + str(parameter.name)
+    if ctx.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE or key not in ctx.meta:
+        ctx.meta[key] = value
+
+
+def _remember_debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.meta[DEBUG] = True
+
+
+def _option(*names: str, env: str, help: str, path: bool = False) -> Callable[[_Command], _Command]:
+    kind = click.Path(exists=True, dir_okay=False) if path else click.STRING
+    return click.option(
+        *names, envvar=env, show_envvar=True, help=help, type=kind, expose_value=False, callback=_remember
+    )
+
+
+DEBUG_OPTION = click.option(
+    "--debug",
+    is_flag=True,
+    expose_value=False,
+    callback=_remember_debug,
+    help="Show the traceback of an error.",
+)
+
+SERVER_OPTION = _option("-s", "--server", env="NATS_URL", help="Server URL, or several with commas.")
+
+_OPTIONS = (
+    SERVER_OPTION,
+    _option("--user", env="NATS_USER", help="User name; without a password, a token."),
+    _option("--password", env="NATS_PASSWORD", help="Password."),
+    _option("--token", env="NATS_TOKEN", help="Token."),
+    _option("--tlsca", env="NATS_CA", help="File of authorities to trust.", path=True),
+    _option("--tlscert", env="NATS_CERT", help="File of our certificate.", path=True),
+    _option("--tlskey", env="NATS_KEY", help="File of our private key.", path=True),
+    DEBUG_OPTION,
+)

@@ -1,0 +1,102 @@
+"""How the demo looks: headings, pieces with their times, checks. Knows nothing of NATS.
+
+Colours and the width are rich's business (NO_COLOR, COLUMNS, a pipe); where output is not UTF-8, plain
+letters take the place of signs. Into a pipe no line is wrapped.
+"""
+
+from typing import NoReturn
+
+from rich.console import Console
+from rich.text import Text
+
+from natsync.cli.failures import OutputClosed
+
+#: Colours of those who take part; what belongs to one of them is printed in its colour.
+_STYLES = {
+    "nats-server": "blue",
+    "third party": "yellow",
+    "subscriber": "green",
+    "handler": "green",
+    "relay": "green",
+    "ticker": "magenta",
+    "client": "cyan",
+}
+
+
+#: Characters of a protocol line that are shown; the server's INFO has several hundred.
+_WIRE_WIDTH = 100
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> NoReturn:
+        raise OutputClosed
+
+
+class Screen:
+    """Prints the demo and counts the checks that failed. Used by the main thread only."""
+
+    def __init__(self) -> None:
+        self._console = _Console(highlight=False)
+        self._ascii = self._console.options.ascii_only
+        self._scenes = 0
+        self.passed = 0
+        self.failed = 0
+
+    def title(self, text: str, below: str) -> None:
+        self._print(Text(text, style="bold"))
+        self._print(Text(below, style="dim"))
+        self._print(Text())
+
+    def scene(self, title: str) -> None:
+        """A heading; scenes are numbered."""
+        self._scenes += 1
+        self._print(Text())
+        self._console.rule(Text(f"{self._scenes}  {title}", style="bold"), align="left", style="dim")
+
+    def step(self, who: str, text: str) -> None:
+        """What one of those who take part does now."""
+        self._print(Text.assemble((f"  {who:<12} ", _STYLES.get(who, "")), text))
+
+    def piece(self, seconds: float, text: str, who: str) -> None:
+        """One piece, as it came, so many seconds after the request."""
+        bar = "|" if self._ascii else "│"
+        style = _STYLES.get(who, "")
+        self._print(Text.assemble((f"  {seconds:7.3f} s ", "dim"), (f"{bar} ", style), (text, style)))
+
+    def wire(self, direction: str, text: str) -> None:
+        """One line of the NATS protocol; `<` from the server, `>` to it."""
+        style = "cyan" if direction == ">" else "blue"
+        text = text if len(text) <= _WIRE_WIDTH else text[:_WIRE_WIDTH] + " ..."
+        self._print(Text.assemble((f"  {direction} ", style), text), whole=False)
+
+    def error(self, error: BaseException, seconds: float) -> None:
+        """An exception that the client got, so many seconds after the request."""
+        kind = type(error).__name__
+        self._print(Text.assemble((f"  {seconds:7.3f} s ", "dim"), (f"{kind}: ", "bold red"), str(error)))
+
+    def check(self, ok: bool, text: str) -> None:
+        """Say whether what the text claims is so; a claim that is not makes the demo fail."""
+        good, bad = ("ok", "FAILED") if self._ascii else ("✓", "✗ FAILED")
+        if ok:
+            self.passed += 1
+            self._print(Text.assemble((f"  {good} ", "bold green"), text))
+        else:
+            self.failed += 1
+            self._print(Text.assemble((f"  {bad} ", "bold red"), (text, "red")))
+
+    def verdict(self, seconds: float) -> None:
+        """The last line."""
+        self._print(Text())
+        checks = f"{self.passed + self.failed} checks in {seconds:.1f} s"
+        if self.failed:
+            self._print(Text(f"{checks}, {self.failed} failed", style="bold red"))
+        else:
+            self._print(Text(f"{checks}, all passed", style="bold green"))
+
+    def _print(self, text: Text, *, whole: bool = True) -> None:
+        if not self._console.is_terminal:
+            self._console.print(text, soft_wrap=True)
+        elif whole:
+            self._console.print(text)
+        else:
+            self._console.print(text, no_wrap=True, overflow="ellipsis")

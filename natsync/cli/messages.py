@@ -1,0 +1,108 @@
+"""`natsync request`, `pub` and `sub`: single messages."""
+
+from collections.abc import Iterator
+
+import click
+
+from natsync.cli.connection import connection_options, open_client
+from natsync.cli.output import PayloadPrinter
+from natsync.cli.parameters import duration, group_headers, header, read_payload
+from natsync.message import Message
+
+#: Seconds to wait for a reply. Default of the nats command (--timeout).
+REPLY_TIMEOUT = 5.0
+
+_Headers = tuple[tuple[str, str], ...]
+
+
+@click.command()
+@click.argument("subject")
+@click.argument("payload", default="")
+@click.option(
+    "--timeout",
+    type=duration,
+    default=REPLY_TIMEOUT,
+    envvar="NATS_TIMEOUT",
+    show_envvar=True,
+    show_default=True,
+    help="Most time to wait for the reply, as 5, 250ms or 1m.",
+)
+@click.option(
+    "-H",
+    "--header",
+    "headers",
+    type=header,
+    metavar="NAME:VALUE",
+    multiple=True,
+    help="A header of the request.",
+)
+@click.option("--raw", is_flag=True, help="No newline after the reply.")
+@click.option("--json", "pretty", is_flag=True, help="Indent a reply that is JSON.")
+@connection_options
+def request(subject: str, payload: str, timeout: float, headers: _Headers, raw: bool, pretty: bool) -> None:
+    """Send PAYLOAD to SUBJECT and print the reply.
+
+    PAYLOAD `-` is read from standard input.
+    """
+    printer = PayloadPrinter(raw=raw, pretty=pretty)
+    data = read_payload(payload)
+    with open_client() as client:
+        reply = client.request(subject, data, timeout=timeout, headers=group_headers(headers))
+    printer.write(reply.data)
+
+
+@click.command()
+@click.argument("subject")
+@click.argument("payload", default="")
+@click.option("--reply", help="Subject for answers.")
+@click.option(
+    "-H",
+    "--header",
+    "headers",
+    type=header,
+    metavar="NAME:VALUE",
+    multiple=True,
+    help="A header of the message.",
+)
+@connection_options
+def pub(subject: str, payload: str, reply: str | None, headers: _Headers) -> None:
+    """Publish PAYLOAD to SUBJECT; returns when the server has it.
+
+    PAYLOAD `-` is read from standard input.
+    """
+    data = read_payload(payload)
+    with open_client() as client:
+        client.publish(subject, data, reply=reply, headers=group_headers(headers))
+        client.flush()
+
+
+@click.command()
+@click.argument("subject")
+@click.option("--queue", help="Queue group: each message goes to one member.")
+@click.option("--count", type=click.IntRange(min=1), help="Leave after so many messages.")
+@click.option("-v", "--verbose", is_flag=True, help="Show subject, reply subject and headers of each.")
+@click.option("--raw", is_flag=True, help="No newline after a message.")
+@click.option("--json", "pretty", is_flag=True, help="Indent messages that are JSON.")
+@connection_options
+def sub(subject: str, queue: str | None, count: int | None, verbose: bool, raw: bool, pretty: bool) -> None:
+    """Print the messages that come on SUBJECT, one a line, until Ctrl-C.
+
+    Says on standard error when the server has the subscription.
+    """
+    printer = PayloadPrinter(raw=raw, pretty=pretty)
+    with open_client() as client:
+        subscription = client.subscribe(subject, queue=queue, max_messages=count)
+        client.flush()
+        click.echo(f"listening on {subject}", err=True)
+        for message in subscription:
+            if verbose:
+                for line in _envelope(message):
+                    printer.write_line(line)
+            printer.write(message.data)
+
+
+def _envelope(message: Message) -> Iterator[str]:
+    """Everything of a message but its payload, each part a line."""
+    yield f"# {message.subject}" + (f" (reply {message.reply})" if message.reply else "")
+    for name, value in message.headers.fields():
+        yield f"# {name}: {value}"

@@ -1,0 +1,426 @@
+"""Client: publish, request, subscribe and stream from ordinary blocking code, any number of threads at once.
+
+A Client is a handle on a Connection: it opens it at the first use, makes a new one in a forked child, and closes it when
+it is collected without having been closed.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from natsync import subject as _subject
+from natsync.concurrency import Deadline, check_timeout, fork_generation
+from natsync.connection import CLOSE_SECONDS, Connection
+from natsync.context import Context
+from natsync.errors import ConnectionClosed, DrainTimeout, InvalidArgument
+from natsync.headers import HeaderInput, Headers
+from natsync.message import MISSING, Message, Payload, payload_of
+from natsync.options import Servers, connect_options, parse_servers
+from natsync.reply import request as _request
+from natsync.retry import RetryPolicy, run
+from natsync.streaming import call
+from natsync.streaming.call import Stream
+from natsync.subscription import (
+    PENDING_BYTES,
+    PENDING_MESSAGES,
+    Callback,
+    Overflow,
+    Subscription,
+    SubscriptionCore,
+)
+
+#: Seconds that flush() waits, unless told otherwise. Default of nats.go's Flush.
+FLUSH_SECONDS = 10.0
+#: Seconds that request() waits, unless told otherwise.
+REQUEST_SECONDS = 5.0
+#: Seconds that drain() takes at most, unless told otherwise. Default of nats.go (DefaultDrainTimeout).
+DRAIN_SECONDS = 30.0
+#: The header by which the Go system knows a requester, and the subject on which it hears that one is gone.
+CONNECT_ID_HEADER = "Connect-ID"
+CLIENT_OFFLINE = "client.offline"
+
+
+class Client:
+    """A connection to NATS for any number of threads.
+
+    The constructor opens nothing: the first use, open() or `with` does, once per process. Leaving the `with` block
+    flushes and closes. One Client serves a whole process; requests and streams share its connection.
+
+    Args:
+        servers: a URL, several separated by commas, a list; None for NATS_URL or nats://127.0.0.1:4222.
+        options: those of ConnectOptions, such as name, user, password, token, tls, reconnect.
+
+    Raises:
+        InvalidURL, InvalidArgument, TypeError: the servers or options cannot be used.
+    """
+
+    def __init__(self, servers: Servers = None, **options: Any) -> None:
+        self._servers = parse_servers(servers)
+        self._options = connect_options(options)
+        self._lock = threading.Lock()
+        self._generation = fork_generation()
+        self._closed = False
+        self._core: Connection | None = None
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    def open(self) -> Client:
+        """Connect now; returns itself. Blocks for one walk over the servers, connect_timeout seconds each.
+
+        Raises:
+            NoServersError: none could be reached; .causes says why for each. It is an AuthorizationError too if all
+                refused the credentials.
+            ConnectionClosed: the client was closed.
+        """
+        self._connection().ensure_open()
+        return self
+
+    def _connection(self) -> Connection:
+        core = self._core
+        if core is not None and self._generation == fork_generation():
+            return core
+        return self._make_connection()
+
+    def _make_connection(self) -> Connection:
+        if self._generation != fork_generation():
+            self._lock = threading.Lock()  # another thread of the parent may have held it at the fork
+        with self._lock:
+            if self._closed:
+                raise ConnectionClosed("the client is closed")
+            if self._generation != fork_generation():
+                self._generation = fork_generation()
+                if self._core is not None:
+                    self._core.abandon()
+                    self._core = None
+            if self._core is None:
+                core = Connection(self._servers, self._options)
+                call.answer_late_chunks(core)
+                self._core = core
+            return self._core
+
+    def close(self, timeout: float | None = CLOSE_SECONDS) -> None:
+        """Flush, stop everything, close. Idempotent; from any thread, callbacks included.
+
+        Blocks up to timeout seconds. Waiting requests and streams end with an error; messages that wait for callbacks
+        are dropped (drain() handles them first).
+        """
+        check_timeout(timeout)
+        self._closed = True
+        core = self._core
+        if core is not None and self._generation == fork_generation():
+            core.close(timeout)
+
+    def drain(self, timeout: float | None = DRAIN_SECONDS) -> None:
+        """Unsubscribe, have every message that came handled by its callback, flush, and close.
+
+        Blocks up to timeout seconds (None = no limit).
+
+        Raises:
+            DrainTimeout: something was left undone; the text says what. The client is closed all the same.
+        """
+        deadline = Deadline.after(check_timeout(timeout))
+        core = self._core
+        if core is None or core.status == "closed" or self._generation != fork_generation():
+            self._closed = True
+            return
+        undone = core.drain(deadline)
+        self.close()
+        if undone:
+            raise DrainTimeout(f"not drained within {timeout} s: " + "; ".join(undone))
+
+    def __enter__(self) -> Client:
+        return self.open()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        core = getattr(self, "_core", None)
+        if core is not None and not self._closed and self._generation == fork_generation():
+            core.release()  # a finalizer may run anywhere, inside any lock: the supervisor closes
+
+    # -- messages --------------------------------------------------------------------------------------------------
+
+    def publish(
+        self,
+        subject: str,
+        payload: Payload = b"",
+        *,
+        json: Any = MISSING,
+        reply: str | None = None,
+        headers: HeaderInput = None,
+    ) -> None:
+        """Queue a message for sending; returns before it has left (flush() waits for that).
+
+        Blocks only to connect at the first use, and while the link is several MiB behind. While the link is being made
+        again, messages wait in a buffer of reconnect_buffer_bytes.
+
+        Raises:
+            InvalidArgument, TypeError: subject, reply, headers or payload cannot be sent.
+            MaxPayloadExceeded: it is larger than the server takes.
+            ReconnectBufferFull: there is no link, and the buffer is full.
+            NoServersError, ConnectionClosed: there is no connection.
+        """
+        to = _subject.publish_subject(subject)
+        answer = None if reply is None else _subject.publish_subject(reply)
+        data = payload_of(payload, json)
+        block = Headers(headers).encode() if headers else None
+        core = self._connection()
+        core.ensure_open()
+        core.put(core.encode(to, answer, block, data))
+
+    def request(
+        self,
+        subject: str,
+        payload: Payload = b"",
+        *,
+        json: Any = MISSING,
+        headers: HeaderInput = None,
+        timeout: float | None = REQUEST_SECONDS,
+        retry: RetryPolicy = None,
+        ctx: Context | None = None,
+    ) -> Message:
+        """Publish a request and return the first reply.
+
+        Blocks up to timeout seconds (None = no limit), a reconnect and all retries included. Safe from any thread,
+        callbacks and handlers included. A later reply is dropped and counted in stats()["late_replies"].
+
+        Raises:
+            NoRespondersError: nothing subscribes to the subject; nothing ran.
+            RequestTimeout: no reply in time; .sent tells whether the responder may have run.
+            ConnectionLost: the link broke while the request was under way, so that it may have run.
+            HandlerError: the responder's handler failed; the text is its error.
+            Cancelled, DeadlineExceeded: ctx ended first.
+            InvalidArgument, TypeError, MaxPayloadExceeded: the request cannot be sent.
+            NoServersError, ConnectionClosed: there is no connection.
+        """
+        check_timeout(timeout)
+        _subject.publish_subject(subject)
+        data = payload_of(payload, json)
+        block = Headers(headers).encode() if headers else None
+        deadline = Deadline.after(timeout)
+        return run(
+            lambda attempt: _request(self._connection(), subject, data, block, deadline.remaining(), ctx),
+            retry,
+            ctx if deadline.at is None or retry is None else (ctx or Context()).with_deadline(deadline.at),
+        )
+
+    def subscribe(
+        self,
+        subject: str,
+        callback: Callback | None = None,
+        *,
+        queue: str | None = None,
+        max_messages: int | None = None,
+        concurrency: int = 1,
+        pending_messages: int = PENDING_MESSAGES,
+        pending_bytes: int = PENDING_BYTES,
+        overflow: Overflow = "drop_new",
+    ) -> Subscription:
+        """Subscribe; take the messages by next(), by iterating, or by callback(message) on worker threads.
+
+        Messages come in order; with a callback and concurrency above 1 several run at once and order is lost. A slow
+        taker never slows the connection: when pending_messages or pending_bytes wait, overflow decides which message
+        is lost ("drop_new", "drop_old"), or that next() raises SlowConsumerError ("error"). max_messages unsubscribes
+        after that many. Does not wait for the server; flush() does. A connection with callbacks lives until close().
+
+        Raises:
+            InvalidArgument, TypeError: an argument cannot be used.
+            NoServersError, ConnectionClosed: there is no connection.
+        """
+        wanted = _subject.subscribe_subject(subject)
+        group = None if queue is None else _subject.queue_name(queue)
+        if callback is not None and not callable(callback):
+            raise TypeError(f"a callback is a function (message), not {type(callback).__name__}")
+        connection = self._connection()
+        core = SubscriptionCore(
+            connection,
+            wanted,
+            group,
+            max_messages=max_messages,
+            pending_messages=pending_messages,
+            pending_bytes=pending_bytes,
+            overflow=overflow,
+            callback=callback,
+            concurrency=concurrency,
+            pool=connection.dispatcher.workers,
+        )
+        connection.ensure_open()
+        connection.subscribe(core)
+        return Subscription(core, connection, self)
+
+    def flush(self, timeout: float | None = FLUSH_SECONDS) -> None:
+        """Block until the server has confirmed that it has everything sent so far, up to timeout seconds.
+
+        Raises:
+            TimedOut: it did not confirm in time.
+            ConnectionLost: the link broke first, so that some may be lost.
+            NoServersError, ConnectionClosed: there is no connection.
+        """
+        check_timeout(timeout)
+        core = self._connection()
+        deadline = Deadline.after(timeout)
+        core.ensure_open(deadline)
+        core.flush(deadline)
+
+    def rtt(self, timeout: float | None = FLUSH_SECONDS) -> float:
+        """Seconds from here to the server and back. Raises as flush() does."""
+        self.flush(timeout)  # so that what waits to be sent is not measured
+        begin = time.perf_counter()
+        self.flush(timeout)
+        return time.perf_counter() - begin
+
+    # -- streams -----------------------------------------------------------------------------------------------------
+
+    def stream(
+        self,
+        subject: str,
+        payload: Payload = b"",
+        *,
+        json: Any = MISSING,
+        headers: HeaderInput = None,
+        timeout: float | None = None,
+        idle_timeout: float | None = None,
+        window: int = 8192,
+        retry: RetryPolicy = None,
+        ctx: Context | None = None,
+    ) -> Stream:
+        """Publish a request and return the stream of its answer's chunks; does not wait for the first.
+
+        timeout is the deadline of the whole stream in seconds, idle_timeout how long the consumer waits for the next
+        chunk (both None = no limit). window counts where the responder can be slowed down; a plain one cannot, and
+        runs ahead into a bounded queue. retry repeats the request while no chunk has come and it is safe.
+        Iterating the stream, or next(), raises:
+
+        Raises:
+            NoRespondersError: nothing subscribes to the subject.
+            HandlerError: the handler failed; the text is its error.
+            StreamRefused: the responder took no part of it, being full.
+            ServerLost: the link broke in mid-stream; chunks up to .last_seq were delivered.
+            DeadlineExceeded, IdleTimeout: in time came too little.
+            StreamCancelled: cancelled here: by cancel(), close() or ctx.
+            SlowConsumerError: a plain responder ran further ahead than the queue holds.
+            InvalidArgument, TypeError, MaxPayloadExceeded, NoServersError, ConnectionClosed: at once, from stream().
+        """
+        check_timeout(timeout)
+        check_timeout(idle_timeout, "idle_timeout")
+        _check_window(window)
+        _subject.publish_subject(subject)
+        data = payload_of(payload, json)
+        given = Headers(headers)
+        scope = (ctx or Context()).with_timeout(timeout)
+        if ctx is not None:
+            ctx.check()
+        core = self._connection()
+        core.ensure_open(Deadline(scope.deadline))
+        return Stream(core, self, subject, data, given, scope, idle_timeout, retry)
+
+    def stream_request(
+        self,
+        subject: str,
+        payload: Payload,
+        processor: Callable[[Message], object],
+        *,
+        json: Any = MISSING,
+        headers: HeaderInput = None,
+        timeout: float | None = None,
+        idle_timeout: float | None = None,
+        retry: RetryPolicy = None,
+        ctx: Context | None = None,
+        client_id: str | None = None,
+    ) -> None:
+        """Publish a request and call processor(message) for every message of the answer, here, until it ends.
+
+        The Go system's form: the processor sees the END and ERROR messages too (.is_end, .error; .data is the
+        sentinel). It stops the stream by returning False, and by nothing else. With retry, the whole request is run
+        again after an error, unless it was cancelled or overdue. client_id goes along as the header Connect-ID, and is
+        published to client.offline when ctx is cancelled, for responders of that system.
+
+        Raises:
+            HandlerError: an ERROR message came; the processor has seen it.
+            Whatever the processor raises; and what iterating Client.stream() raises.
+        """
+        check_timeout(timeout)
+        check_timeout(idle_timeout, "idle_timeout")
+        if not callable(processor):
+            raise TypeError(f"the processor is a function (message), not {type(processor).__name__}")
+        _subject.publish_subject(subject)
+        data = payload_of(payload, json)
+        given = Headers(headers)
+        if client_id is not None:
+            given[CONNECT_ID_HEADER] = client_id
+        scope = (ctx or Context()).with_timeout(timeout)
+        if client_id is not None:
+            remove = scope.on_end(lambda: self._tell_offline(client_id))
+        try:
+            run(
+                lambda attempt: self._process(subject, data, given, processor, scope, idle_timeout, attempt),
+                retry,
+                scope,
+                rerun_errors=True,
+            )
+        finally:
+            if client_id is not None:
+                remove()
+            scope.cancel("the request is over")
+
+    def _process(
+        self,
+        subject: str,
+        data: bytes,
+        headers: Headers,
+        processor: Callable[[Message], object],
+        scope: Context,
+        idle_timeout: float | None,
+        attempt: int,
+    ) -> None:
+        scope.check()
+        core = self._connection()
+        core.ensure_open(Deadline(scope.deadline))
+        call.process(core, subject, data, headers, processor, scope, idle_timeout, attempt)
+
+    def _tell_offline(self, client_id: str) -> None:
+        core = self._connection()
+        core.put_now(core.encode(CLIENT_OFFLINE.encode(), None, None, client_id.encode()))
+
+    # -- asking --------------------------------------------------------------------------------------------------------
+
+    @property
+    def status(self) -> str:
+        """new, connecting, connected, reconnecting, draining or closed."""
+        if self._closed:
+            return "closed"
+        core = self._core
+        return "new" if core is None or self._generation != fork_generation() else str(core.status)
+
+    @property
+    def server_info(self) -> dict[str, Any]:
+        """The INFO of the server connected to (or last connected to); empty before the first connection."""
+        core = self._core
+        return {} if core is None else dict(core.info)
+
+    def stats(self) -> dict[str, Any]:
+        """Counters: in_bytes, out_bytes, out_messages, reconnects, dropped, late_replies, and what waits now."""
+        core = self._core
+        return {"status": self.status} if core is None else {**core.stats(), "status": self.status}
+
+    def __repr__(self) -> str:
+        return f"<Client {', '.join(map(str, self._servers))}: {self.status}>"
+
+
+def connect(servers: Servers = None, **options: Any) -> Client:
+    """A Client that is open already; see Client and Client.open()."""
+    return Client(servers, **options).open()
+
+
+def _check_window(window: int) -> None:
+    if isinstance(window, bool) or not isinstance(window, int):
+        raise TypeError(f"window is a whole number of chunks, not {type(window).__name__}")
+    if window < 1:
+        raise InvalidArgument(f"window={window}: at least 1 chunk")

@@ -1,0 +1,178 @@
+"""Small tools that every threaded part uses: deadlines, named threads, joining by a deadline, news of a fork."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+
+from natsync.errors import InvalidArgument
+
+log = logging.getLogger("natsync")
+
+#: Longest single wait in seconds; longer ones would overflow a lock's timeout. A year and a bit.
+_FOREVER = min(threading.TIMEOUT_MAX, 4e7)
+
+
+def check_timeout(value: float | None, name: str = "timeout") -> float | None:
+    """The value if it is None or a number of seconds from 0 up.
+
+    Raises:
+        InvalidArgument: it is negative or not a number.
+        TypeError: it is not a number type.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} is a number of seconds or None, not {type(value).__name__}")
+    if math.isnan(value) or value < 0:
+        raise InvalidArgument(f"{name}={value!r}: seconds from 0 up, or None for no limit")
+    return value
+
+
+class Deadline:
+    """A point in time.monotonic() until which one may wait; None = no limit."""
+
+    __slots__ = ("at",)
+
+    def __init__(self, at: float | None = None) -> None:
+        self.at = at
+
+    @classmethod
+    def after(cls, timeout: float | None) -> Deadline:
+        return cls(None if timeout is None else time.monotonic() + timeout)
+
+    def remaining(self) -> float | None:
+        """Seconds left, at least 0; None = no limit."""
+        return None if self.at is None else max(0.0, self.at - time.monotonic())
+
+    def wait_time(self) -> float:
+        """Seconds left in the form a lock's acquire() takes: -1 = no limit."""
+        return -1 if self.at is None else min(max(0.0, self.at - time.monotonic()), _FOREVER)
+
+    @property
+    def expired(self) -> bool:
+        return self.at is not None and time.monotonic() >= self.at
+
+    def or_sooner(self, timeout: float | None) -> Deadline:
+        """This deadline or the one `timeout` seconds from now, whichever comes first."""
+        if timeout is None:
+            return self
+        other = time.monotonic() + timeout
+        return Deadline(other if self.at is None else min(self.at, other))
+
+
+class Signal:
+    """A wake-up for one waiting thread at a time: set() from any thread, several sets count as one.
+
+    Half the cost of threading.Event: set() is one test and at most one release of a lock.
+    """
+
+    __slots__ = ("_lock",)
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def set(self) -> None:
+        try:
+            self._lock.release()
+        except RuntimeError:
+            pass  # already set
+
+    def wait(self, deadline: Deadline) -> bool:
+        """Wait until set and clear it; False if the deadline came first."""
+        return self._lock.acquire(timeout=deadline.wait_time())
+
+
+def spawn(target: Callable[[], None], name: str) -> threading.Thread:
+    """Start a daemon thread; daemon, so that one stuck in user code cannot keep the interpreter from leaving."""
+    thread = threading.Thread(target=target, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
+def join_all(threads: Iterable[threading.Thread], deadline: Deadline) -> list[str]:
+    """Wait for the threads to end; names those that did not in time. The calling thread is passed over."""
+    stuck = []
+    for thread in threads:
+        if thread is threading.current_thread():
+            continue
+        thread.join(deadline.remaining())
+        if thread.is_alive():
+            stuck.append(thread.name)
+    return stuck
+
+
+def run_safely(function: Callable[[], object], what: str) -> None:
+    """Call user code from a library's thread: whatever it raises is logged, and the thread goes on."""
+    try:
+        function()
+    except Exception:
+        log.exception("%s raised", what)
+
+
+class _Background:
+    """Runs user callbacks that are due on a thread which must not run them, such as the timer's; one at a time.
+
+    Its thread exists while there is something to run.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._due: deque[tuple[Callable[[], object], str]] = deque()
+        self._thread: threading.Thread | None = None
+
+    def run(self, function: Callable[[], object], what: str) -> None:
+        with self._lock:
+            self._due.append((function, what))
+            if self._thread is not None:
+                return
+            self._thread = threading.Thread(target=self._work, name="natsync-callbacks-worker", daemon=True)
+            thread = self._thread
+        thread.start()
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._due:
+                    self._thread = None
+                    return
+                function, what = self._due.popleft()
+            run_safely(function, what)
+
+
+_background = _Background()
+_fork_generation = 0
+_fork_callbacks: list[Callable[[], None]] = []
+
+
+def run_soon(function: Callable[[], object], what: str) -> None:
+    """Have user code called on a worker thread, in the order of these calls; for the reader and the timer."""
+    _background.run(function, what)
+
+
+def fork_generation() -> int:
+    """A number that differs between a process and its forked children: what was made under another is not ours."""
+    return _fork_generation
+
+
+def after_fork_in_child(callback: Callable[[], None]) -> None:
+    """Have a module's own state made anew in every forked child, before anything else runs there."""
+    _fork_callbacks.append(callback)
+
+
+def _forked() -> None:
+    global _fork_generation, _background
+    _fork_generation += 1
+    _background = _Background()
+    for callback in _fork_callbacks:
+        callback()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)

@@ -1,0 +1,583 @@
+"""Connection: what outlives a link. Subscriptions, the answers' inbox, the outbox, counters; one Session at a time.
+
+States are in Status. The supervisor thread dials and does small chores; it exists from open() to close(). The lock
+covers state and tables, never I/O, waiting or user code. Lock order: Connection, then Subscription or Mux, then Session,
+then Outbox.
+"""
+
+from __future__ import annotations
+
+import atexit
+import enum
+import itertools
+import logging
+import queue
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from natsync import protocol, timers
+from natsync import subject as _subject
+from natsync.concurrency import Deadline, Signal, fork_generation, join_all
+from natsync.dispatcher import CALLBACK_WORKERS, Dispatcher
+from natsync.errors import (
+    AuthorizationError,
+    ConnectionClosed,
+    ConnectionLost,
+    ForkError,
+    MaxPayloadExceeded,
+    NatsError,
+    NoServersError,
+    TimedOut,
+)
+from natsync.headers import Headers
+from natsync.message import Payload, to_bytes
+from natsync.mux import LinkLoss, Mux
+from natsync.options import ConnectOptions, Server
+from natsync.outbox import Outbox, OutboxClosed
+from natsync.servers import ServerList
+from natsync.session import Session
+from natsync.subscription import SubscriptionCore
+from natsync.transport import Transport, dial
+
+log = logging.getLogger("natsync.connection")
+
+#: Seconds that leaving the interpreter may take to flush what was published on a connection nobody closed.
+EXIT_FLUSH_SECONDS = 2.0
+#: Seconds that close() takes at most, for flushing and for callbacks that are running, unless told otherwise.
+CLOSE_SECONDS = 5.0
+
+
+class Status(str, enum.Enum):
+    """Where a connection is in its life; equal to the plain string."""
+
+    NEW = "new"
+    CONNECTING = "connecting"
+    CONNECTED = "connected"
+    RECONNECTING = "reconnecting"
+    DRAINING = "draining"
+    CLOSED = "closed"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class AccessRefused(NoServersError, AuthorizationError):
+    """Every server that could be reached refused the credentials."""
+
+
+class _Attempt:
+    """One walk over the servers, and who waits for its outcome."""
+
+    def __init__(self) -> None:
+        self.pending = True
+        self.error: NatsError | None = None
+
+
+def _no_servers(causes: dict[Server, Exception]) -> NoServersError:
+    refused = bool(causes) and all(isinstance(error, AuthorizationError) for error in causes.values())
+    return (AccessRefused if refused else NoServersError)({str(server): causes[server] for server in causes})
+
+
+_names = itertools.count(1)
+_open_connections: weakref.WeakSet[Connection] = weakref.WeakSet()
+
+
+class Connection:
+    """The inner core behind Client and Subscriber; held by its threads until it is closed."""
+
+    def __init__(self, servers: list[Server], options: ConnectOptions, workers: int = CALLBACK_WORKERS) -> None:
+        self.options = options
+        self.name = f"natsync-{options.name or next(_names)}"
+        self.dispatcher = Dispatcher(self.name, workers)
+        self.mux = self.add_mux(Mux(f"{options.inbox_prefix}.{_subject.unique()}"))
+        self.info: dict[str, Any] = {}
+        self.generation = fork_generation()
+        self._servers = ServerList(servers, options)
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._status = Status.NEW
+        self._session: Session | None = None
+        self._outbox = Outbox(options.reconnect_buffer_bytes)
+        self._attempt: _Attempt | None = None
+        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._supervisor: threading.Thread | None = None
+        self._loss: LinkLoss | None = None
+        self._close_reason: Exception | None = None
+        self._refused: dict[Server, str] = {}
+        self._sessions = 0
+        self._past = {"in_bytes": 0, "out_messages": 0}
+
+    # -- opening -----------------------------------------------------------------------------------------------
+
+    @property
+    def status(self) -> Status:
+        return self._status
+
+    @property
+    def server(self) -> Server | None:
+        session = self._session
+        return None if session is None else session.server
+
+    def ensure_open(self, deadline: Deadline | None = None) -> None:
+        """Return once there is a connection, or at least one being made again; the first use makes it.
+
+        Raises:
+            NoServersError: the servers were all tried once, and none could be reached.
+            ConnectionClosed: it was closed.
+            TimedOut: the deadline came first.
+        """
+        if self._status is Status.CONNECTED or self._status is Status.RECONNECTING:
+            return
+        with self._lock:
+            attempt = self._begin_locked()
+            while attempt is not None and attempt.pending:
+                if not self._changed.wait(None if deadline is None else deadline.remaining()) and attempt.pending:
+                    raise TimedOut("no connection yet: the servers are still being tried")
+        if attempt is not None and attempt.error is not None:
+            raise attempt.error
+
+    def _begin_locked(self) -> _Attempt | None:
+        """Start the supervisor if need be; the attempt to wait for, None if there is no need to wait."""
+        if self.generation != fork_generation():
+            raise ForkError("this connection belongs to the parent process")
+        if self._status is Status.CLOSED:
+            raise self._closed_error()
+        if self._status is Status.NEW:
+            self._attempt = _Attempt()
+            self._status = Status.CONNECTING
+            if self.options.retry_on_failed_connect:
+                self._status = Status.RECONNECTING
+                self._attempt.pending = False
+            self._tasks.put(self._connect_first)
+            if self._supervisor is None:
+                self._supervisor = threading.Thread(target=self._supervise, name=f"{self.name}-supervisor", daemon=True)
+                self._supervisor.start()
+            _open_connections.add(self)
+        return self._attempt if self._status is Status.CONNECTING else None
+
+    def _closed_error(self) -> NatsError:
+        reason = self._close_reason
+        error = ConnectionClosed("the connection is closed" + (f": {reason}" if reason else ""))
+        error.__cause__ = reason
+        return error
+
+    # -- sending -----------------------------------------------------------------------------------------------
+
+    def encode(self, subject: bytes, reply: bytes | None, block: bytes | None, payload: bytes) -> bytes:
+        """The frame of a message.
+
+        Raises:
+            MaxPayloadExceeded: the server would not take it.
+        """
+        limit = self.info.get("max_payload")
+        size = len(payload) + (len(block) if block else 0)
+        if limit is not None and size > limit:
+            raise MaxPayloadExceeded(size, limit)
+        return protocol.encode_pub(subject, reply, block, payload)
+
+    def put(self, frame: bytes, deadline: Deadline | None = None) -> int:
+        """Queue a frame for the present or next link; returns its position. Waits while the writer is far behind.
+
+        Raises:
+            ReconnectBufferFull, ConnectionClosed: nothing was queued.
+            TimedOut: no room by the deadline.
+        """
+        while not (position := self.try_put(frame)):
+            self.wait_room(deadline or Deadline())
+        return position
+
+    def try_put(self, frame: bytes, *, force: bool = False) -> int:
+        """Queue a frame without waiting; 0 if there is no room. force=True makes room for an END."""
+        while True:
+            if self._status is not Status.CONNECTED:
+                self._check_open()
+            try:
+                return self._outbox.try_put(frame, force=force)
+            except OutboxClosed:
+                with self._lock:  # the link was lost a moment ago: its successor's outbox is there when this is free
+                    if self._status is Status.CLOSED:
+                        raise self._closed_error() from None
+
+    def wait_room(self, deadline: Deadline) -> None:
+        """Block until try_put() is worth another try; raises TimedOut at the deadline."""
+        self._outbox.wait_room(deadline)
+
+    def put_now(self, frame: bytes) -> bool:
+        """Queue a small frame without ever waiting; False (and nothing sent) if there is no link."""
+        return self._outbox.put_now(frame)
+
+    def _check_open(self) -> None:
+        if self._status is Status.CLOSED:
+            raise self._closed_error()
+        if self._status is Status.NEW or self._status is Status.CONNECTING:
+            self.ensure_open()
+
+    def publish_answer(self, reply: str, payload: Payload, headers: Headers | None) -> None:
+        """What Message.respond() calls."""
+        block = None if headers is None else headers.encode()
+        self.put(self.encode(_subject.publish_subject(reply), None, block, to_bytes(payload)))
+
+    def withdraw(self, frame: bytes) -> bool:
+        """Take a frame back; True if it surely never left."""
+        return self._outbox.withdraw(frame)
+
+    def loss_of(self, frame: bytes, mark: int) -> LinkLoss | None:
+        """The loss that already took this frame, if its link was lost while it was being queued."""
+        loss = self._loss
+        return loss if loss is not None and loss.took(frame, mark) else None
+
+    def flush(self, deadline: Deadline) -> None:
+        """Block until the server has everything that was put before.
+
+        Raises:
+            TimedOut: it did not confirm by the deadline.
+            ConnectionLost: the link broke before it confirmed, so that some may be lost.
+            ConnectionClosed: the connection is closed.
+        """
+        signal, answers = Signal(), list[int | None]()
+
+        def answered(position: int | None) -> None:
+            answers.append(position)
+            signal.set()
+
+        while not (session := self._await_session(deadline)).ping(answered):
+            pass  # it ended in between
+        if not signal.wait(deadline):
+            raise TimedOut("the server did not confirm what was sent in time")
+        if answers[0] is None:
+            raise ConnectionLost(f"the link to {session.server} broke before the server confirmed what was sent")
+
+    def _await_session(self, deadline: Deadline) -> Session:
+        self._check_open()
+        with self._lock:
+            while self._session is None:
+                if self._status is Status.CLOSED:
+                    raise self._closed_error()
+                if not self._changed.wait(deadline.remaining()):
+                    raise TimedOut("no link to a server in time")
+            return self._session
+
+    confirm = flush
+
+    def add_mux(self, mux: Mux) -> Mux:
+        """Put an inbox for answers in place; before the connection is opened."""
+        self.dispatcher.add_mux(mux)
+        return mux
+
+    # -- subscriptions -----------------------------------------------------------------------------------------
+
+    def subscribe(self, core: SubscriptionCore) -> None:
+        """Put a subscription in place, on this link and all that follow."""
+        self._check_open()
+        with self._lock:
+            if self._status is Status.CLOSED:
+                raise self._closed_error()
+            self._outbox.put_now(self.dispatcher.add(core))
+
+    def stop_intake(self, core: SubscriptionCore) -> None:
+        """Tell the server to send no more; what is on its way is still delivered."""
+        self._unsubscribe(core, self.dispatcher.leave)
+
+    def unsubscribe(self, core: SubscriptionCore) -> None:
+        """Remove a subscription; what it holds can still be taken."""
+        self._unsubscribe(core, self.dispatcher.remove)
+        core.deactivate()
+
+    def _unsubscribe(self, core: SubscriptionCore, how: Callable[[SubscriptionCore], bytes | None]) -> None:
+        with self._lock:
+            frame = how(core)
+            if frame is not None:
+                self._outbox.put_now(frame)
+
+    def slow_consumer(self, subject: str, dropped: int) -> None:
+        log.warning("slow consumer on %r: %d messages dropped so far", subject, dropped)
+        self.event("slow_consumer", {"subject": subject, "dropped": dropped})
+
+    # -- what the session tells ----------------------------------------------------------------------------------
+
+    def on_batch(self, batch: protocol.Batch) -> None:
+        self.dispatcher.deliver(batch)
+
+    def on_info(self, fields: dict[str, Any]) -> None:
+        self.info = {**self.info, **fields}
+        urls = fields.get("connect_urls") or []
+        if urls:
+            self._tasks.put(lambda: self._discover(urls))
+        if fields.get("ldm"):
+            self.event("lame_duck", {"server": str(self.server)})
+
+    def on_server_error(self, text: str) -> None:
+        log.warning("%s: the server says: %s", self.name, text)
+        self.event("error", {"error": text})
+
+    def on_lost(self, session: Session, reason: Exception) -> None:
+        """The session ended: a new outbox takes over what was not handed to it, and those in flight are told."""
+        with self._lock:
+            if session is not self._session:
+                return
+            self._session = None
+            old = self._outbox
+            rest = old.close()
+            self._remember_locked(session, old)
+            self._outbox = Outbox(self.options.reconnect_buffer_bytes, rest, old.position)
+            waiting = frozenset(id(frame) for frame in rest)
+            loss = LinkLoss(reason, old.position, old.taken, session.confirmed, waiting)
+            self._loss = loss
+            if self._status is Status.CLOSED:
+                return
+            self._status = Status.RECONNECTING
+        log.info("%s: disconnected: %s", self.name, reason)
+        self.event("disconnected", {"reason": str(reason)})
+        for mux in self.dispatcher.muxes():
+            mux.link_lost(loss)
+        self._tasks.put(lambda: self._reconnect(session, reason))
+
+    def _remember_locked(self, session: Session, outbox: Outbox) -> None:
+        self._past["in_bytes"] += session.received_bytes
+        self._past["out_messages"] += outbox.messages
+
+    # -- the supervisor's thread -----------------------------------------------------------------------------------
+
+    def in_supervisor(self, task: Callable[[], None]) -> None:
+        """Have a small chore done on the supervisor's thread; safe in a finalizer."""
+        self._tasks.put(task)
+
+    def _supervise(self) -> None:
+        while self._supervisor is threading.current_thread() and self._chores(Deadline()):
+            pass
+
+    def _chores(self, until: Deadline) -> bool:
+        """Do chores until the deadline, or just the next one if there is none; False when the thread should end."""
+        while True:
+            try:
+                task = self._tasks.get(timeout=until.remaining())
+            except queue.Empty:
+                return True
+            if task is None or self._status is Status.CLOSED:
+                return False
+            try:
+                task()
+            except Exception:
+                log.exception("%s: a chore failed", self.name)
+            if until.at is None:
+                return True
+
+    def _connect_first(self) -> None:
+        if self.options.retry_on_failed_connect:
+            self._reconnect(None, None)
+            return
+        causes = self._walk()
+        with self._lock:
+            attempt = self._attempt
+            if attempt is None:
+                return
+            attempt.pending = False
+            if causes is not None and self._status is Status.CONNECTING:
+                attempt.error = _no_servers(causes)
+                self._status = Status.NEW  # the next use tries again, with a new thread
+                self._supervisor = None
+            elif causes is not None:
+                attempt.error = self._closed_error()
+            self._changed.notify_all()
+
+    def _reconnect(self, lost: Session | None, reason: Exception | None) -> None:
+        """Make the next link; waits between walks, exponentially longer."""
+        if lost is not None:
+            lost.join(Deadline.after(self.options.connect_timeout))
+            self._servers.failed(lost.server)
+            if self._same_refusal(lost.server, reason) or not self.options.reconnect:
+                self.close(0, reason)
+                return
+        walks = 0
+        while self._status is Status.RECONNECTING:
+            causes = self._walk()
+            if causes is None:
+                return
+            walks += 1
+            if any(self._same_refusal(server, error) for server, error in causes.items()):
+                self.close(0, next(error for error in causes.values() if isinstance(error, AuthorizationError)))
+                return
+            if 0 <= self.options.max_reconnects <= walks:
+                self.close(0, _no_servers(causes))
+                return
+            if not self._chores(Deadline.after(self._servers.backoff(walks))):
+                self._tasks.put(None)  # for the loop around this
+                return
+
+    def _walk(self) -> dict[Server, Exception] | None:
+        """Try each server once; None once connected, else what each one failed with."""
+        causes: dict[Server, Exception] = {}
+        for server in self._servers:
+            if self._status is Status.CLOSED:
+                break
+            try:
+                transport, info = dial(server, self.options)
+            except NatsError as error:
+                log.info("%s: %s", self.name, error)
+                causes[server] = error
+                self._servers.failed(server)
+                continue
+            if self._attach(transport, info):
+                return None
+        return causes
+
+    def _attach(self, transport: Transport, info: dict[str, Any]) -> bool:
+        with self._lock:
+            if self._status is Status.CLOSED:
+                transport.close()
+                return False
+            self.info = info
+            session = Session(transport, self._outbox, self.options, self, self.name)
+            too_large = self._outbox.attach(
+                self.dispatcher.resubscription(), info.get("max_payload", protocol.MAX_MESSAGE_BYTES)
+            )
+            self._session = session
+            self._status = Status.CONNECTED
+            self._sessions += 1
+            again = self._sessions > 1
+            session.start()
+            self._changed.notify_all()
+        self._refused.clear()
+        self._discover(info.get("connect_urls") or [])
+        log.info("%s: connected to %s", self.name, transport.server)
+        self.event("reconnected" if again else "connected", {"server": str(transport.server)})
+        if too_large:
+            self.event("error", {"error": f"{too_large} waiting messages exceed the new server's max_payload: dropped"})
+        return True
+
+    def _discover(self, urls: list[str]) -> None:
+        for server in self._servers.discovered(urls):
+            log.debug("%s: discovered %s", self.name, server)
+
+    def _same_refusal(self, server: Server, error: Exception | None) -> bool:
+        """Whether this server has now refused the credentials twice with the same words: that will not change."""
+        if not isinstance(error, AuthorizationError):
+            return False
+        before, self._refused[server] = self._refused.get(server), str(error)
+        return before == str(error)
+
+    # -- events and numbers ----------------------------------------------------------------------------------------
+
+    def event(self, name: str, details: dict[str, Any]) -> None:
+        """Tell the user's on_event, on a worker, in order."""
+        callback = self.options.on_event
+        if callback is not None:
+            self.dispatcher.event(lambda: callback(name, details))
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since the connection was made."""
+        with self._lock:
+            session, outbox = self._session, self._outbox
+            received = self._past["in_bytes"] + (session.received_bytes if session else 0)
+            sent = self._past["out_messages"] + outbox.messages
+        cores = list(self.dispatcher.subscriptions())
+        return {
+            "status": str(self._status),
+            "server": None if session is None else str(session.server),
+            "reconnects": max(0, self._sessions - 1),
+            "in_bytes": received,
+            "out_bytes": outbox.taken,
+            "out_messages": sent,
+            "out_pending_bytes": outbox.size_bytes,
+            "subscriptions": len(cores),
+            "dropped": sum(core.dropped for core in cores),
+            "late_replies": self.mux.late,
+            "waiting_replies": len(self.mux),
+        }
+
+    # -- closing ---------------------------------------------------------------------------------------------------
+
+    def drain(self, deadline: Deadline) -> list[str]:
+        """Stop all intake, have everything that came handled, flush; what was left undone, in words."""
+        cores = list(self.dispatcher.subscriptions())
+        for core in cores:
+            self.stop_intake(core)
+        undone = []
+        try:
+            self.flush(deadline)
+        except NatsError as error:
+            undone.append(f"the server did not confirm: {error}")
+        for core in cores:
+            if core.has_callback and not core.wait_empty(deadline):
+                undone.append(f"{core.pending} messages on {_subject.decode(core.subject)!r} not handled")
+            self.unsubscribe(core)
+        return undone
+
+    def close(self, timeout: float | None = CLOSE_SECONDS, reason: Exception | None = None) -> None:
+        """End for good: flush, then stop threads; all within the timeout. Idempotent; from any thread of any kind."""
+        deadline = Deadline.after(timeout)
+        if timeout != 0 and self._status is Status.CONNECTED and not self._is_reader():
+            try:
+                self.flush(deadline)
+            except NatsError as failure:
+                log.warning("%s: closed without the server's word that all has arrived: %s", self.name, failure)
+        with self._lock:
+            if self._status is Status.CLOSED:
+                return
+            self._close_reason = reason
+            self._status = Status.CLOSED
+            session, self._session = self._session, None
+            unsent = self._outbox.close()
+            if session is not None:
+                self._remember_locked(session, self._outbox)
+            if self._attempt is not None and self._attempt.pending:
+                self._attempt.pending = False
+                self._attempt.error = self._closed_error()
+            self._changed.notify_all()
+        if unsent:
+            log.warning("%s: closed with %d messages unsent", self.name, len(unsent))
+        error = self._closed_error()
+        if session is not None:
+            session.end(error)
+        for mux in self.dispatcher.muxes():
+            mux.connection_closed(error)
+        for core in self.dispatcher.subscriptions():
+            self.dispatcher.remove(core)
+            core.deactivate(reason and error, forget=core.has_callback)
+        self.event("closed", {"reason": None if reason is None else str(reason)})
+        self._tasks.put(None)
+        self._join(session, deadline if timeout else Deadline.after(CLOSE_SECONDS))
+        _open_connections.discard(self)
+
+    def _is_reader(self) -> bool:
+        """Whether this is a thread that must not wait for the server's answer: the reader delivers it."""
+        return threading.current_thread().name == f"{self.name}-reader"
+
+    def _join(self, session: Session | None, deadline: Deadline) -> None:
+        stuck = session.join(deadline) if session is not None else []
+        stuck += self.dispatcher.workers.close(deadline)
+        if self._supervisor is not None:
+            stuck += join_all([self._supervisor], deadline)
+        if stuck:
+            log.warning("%s: still running after close(): %s", self.name, ", ".join(stuck))
+        timers.settle()
+
+    def abandon(self) -> None:
+        """In a forked child: let go of the parent's socket without a word on the wire."""
+        self._status = Status.CLOSED
+        if self._session is not None:
+            self._session.abandon()
+
+    def release(self) -> None:
+        """The last user's handle was collected: close, unless callbacks or handlers live on. Safe in a finalizer."""
+        self._tasks.put(self._close_unless_needed)
+
+    def _close_unless_needed(self) -> None:
+        if not any(core.has_callback for core in self.dispatcher.subscriptions()):
+            self.close(CLOSE_SECONDS)
+
+
+def _flush_at_exit() -> None:
+    """What was published is sent even if nobody closed: bounded, all connections together."""
+    deadline = Deadline.after(EXIT_FLUSH_SECONDS)
+    for connection in list(_open_connections):
+        if connection.generation == fork_generation() and connection.status is Status.CONNECTED:
+            try:
+                connection.flush(deadline)
+            except NatsError as error:
+                log.warning("%s: not all may have been sent at exit: %s", connection.name, error)
+
+
+atexit.register(_flush_at_exit)

@@ -1,0 +1,95 @@
+"""Dispatcher: which subscription a sid belongs to, and the workers that run callbacks.
+
+The table is read by the reader thread without a lock (one dict look-up) and changed under the connection's lock.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from natsync.mux import Mux
+from natsync.protocol import Batch, encode_sub, encode_unsub
+from natsync.subscription import SubscriptionCore
+from natsync.workers import Lane, WorkerPool
+
+#: Threads for callbacks of one connection. A blocked callback holds one; beyond that callbacks wait for a free one.
+CALLBACK_WORKERS = 64
+
+
+class Sink(Protocol):
+    """Whatever takes the messages of one sid."""
+
+    def deliver(self, batch: Batch) -> None: ...
+
+
+class Dispatcher:
+    """sid -> who takes its messages."""
+
+    def __init__(self, name: str, workers: int = CALLBACK_WORKERS) -> None:
+        self.workers = WorkerPool(f"{name}-worker", workers)
+        self._events = Lane(self.workers)
+        self._sinks: dict[bytes, Sink] = {}
+        self._subscriptions: dict[bytes, SubscriptionCore] = {}
+        self._sids = itertools.count(1)
+        self._muxes: dict[bytes, Mux] = {}
+
+    def deliver(self, batch: Batch) -> None:
+        """Hand a batch on; one for a subscription that was just removed is dropped. Runs on the reader."""
+        sink = self._sinks.get(batch.sid)
+        if sink is not None:
+            sink.deliver(batch)
+
+    def add(self, core: SubscriptionCore) -> bytes:
+        """Give the subscription a sid; returns its SUB."""
+        core.sid = self._next_sid()
+        self._subscriptions[core.sid] = core
+        self._sinks[core.sid] = core
+        frame = encode_sub(core.subject, core.queue, core.sid)
+        return frame if core.max_messages is None else frame + encode_unsub(core.sid, core.max_messages)
+
+    def add_mux(self, mux: Mux) -> None:
+        """Put an inbox for answers in place; it is subscribed with each new link."""
+        sid = self._next_sid()
+        self._muxes[sid] = mux
+        self._sinks[sid] = mux
+
+    def muxes(self) -> list[Mux]:
+        return list(self._muxes.values())
+
+    def leave(self, core: SubscriptionCore) -> bytes | None:
+        """Have the server send no more; what is on its way is still delivered. Returns the UNSUB."""
+        if core.draining or core.sid not in self._subscriptions:
+            return None
+        core.draining = True
+        return encode_unsub(core.sid)
+
+    def remove(self, core: SubscriptionCore) -> bytes | None:
+        """Forget the subscription; returns its UNSUB, or None if none is needed."""
+        if self._subscriptions.pop(core.sid, None) is None:
+            return None
+        self._sinks.pop(core.sid, None)
+        return None if core.draining else encode_unsub(core.sid)
+
+    def resubscription(self) -> list[bytes]:
+        """The frames that put a new link into the state of the old one, remaining maxima included."""
+        frames = [encode_sub(mux.wildcard, None, sid) for sid, mux in self._muxes.items()]
+        for core in self._subscriptions.values():
+            if core.draining:
+                continue
+            frames.append(encode_sub(core.subject, core.queue, core.sid))
+            limit, received = core.limits
+            if limit is not None:
+                frames.append(encode_unsub(core.sid, max(1, limit - received)))
+        return frames
+
+    def subscriptions(self) -> Iterator[SubscriptionCore]:
+        return iter(list(self._subscriptions.values()))
+
+    def event(self, task: Callable[[], object]) -> None:
+        """Run an event callback on a worker, in the order in which events happened."""
+        self._events.submit(task)
+
+    def _next_sid(self) -> bytes:
+        return b"%d" % next(self._sids)

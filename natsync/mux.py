@@ -1,0 +1,102 @@
+"""Mux: one wildcard inbox for all answers of a connection; a token in the subject finds who waits for them.
+
+Tokens are counted up and never used twice, so that a late answer cannot reach somebody else. Runs on the reader's
+thread; the lock covers the table only.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from natsync.message import Item
+from natsync.protocol import Batch
+
+
+@dataclass(frozen=True)
+class LinkLoss:
+    """What is known of the frames of a link that was lost.
+
+    Attributes:
+        reason: why it was lost.
+        position: everything put until then has at most this position.
+        taken: what has at most this position was handed to the link (or taken back before).
+        confirmed: what has at most this position had surely reached the server.
+        waiting: id() of the frames that were not handed over and go out on the next link.
+    """
+
+    reason: Exception
+    position: int
+    taken: int
+    confirmed: int
+    waiting: frozenset[int]
+
+    def took(self, frame: bytes, mark: int) -> bool:
+        """Whether this frame was handed to the lost link."""
+        return mark <= self.position and id(frame) not in self.waiting
+
+
+class Waiter(Protocol):
+    """Who waits for answers. None of this may block or run user code."""
+
+    def deliver(self, items: list[Item]) -> None:
+        """Take the messages of one read, in order."""
+
+    def link_lost(self, loss: LinkLoss) -> None:
+        """The link was lost; another may follow."""
+
+    def connection_closed(self, reason: Exception) -> None:
+        """There will be no further link."""
+
+
+class Mux:
+    """The table of waiters behind one inbox subscription, `<inbox>.*`."""
+
+    def __init__(self, inbox: str) -> None:
+        self.inbox = inbox.encode()
+        self.wildcard = self.inbox + b".*"
+        self.late = 0
+        self.on_late: Callable[[list[Item]], None] | None = None
+        self._lock = threading.Lock()
+        self._waiters: dict[bytes, Waiter] = {}
+        self._tokens = itertools.count(1)
+        self._prefix_length = len(self.inbox) + 1
+
+    def register(self, waiter: Waiter) -> tuple[bytes, bytes]:
+        """A new (token, inbox subject) whose messages go to the waiter from now on."""
+        token = b"%d" % next(self._tokens)
+        with self._lock:
+            self._waiters[token] = waiter
+        return token, b"%b.%b" % (self.inbox, token)
+
+    def unregister(self, token: bytes) -> None:
+        with self._lock:
+            self._waiters.pop(token, None)
+
+    def __len__(self) -> int:
+        return len(self._waiters)
+
+    def deliver(self, batch: Batch) -> None:
+        """Give a batch to its waiter; one that nobody waits for any more is counted as late."""
+        waiter = self._waiters.get(batch.subject[self._prefix_length :])
+        if waiter is not None:
+            waiter.deliver(batch.items)
+            return
+        self.late += len(batch.items)
+        if self.on_late is not None:
+            self.on_late(batch.items)
+
+    def link_lost(self, loss: LinkLoss) -> None:
+        for waiter in self._all():
+            waiter.link_lost(loss)
+
+    def connection_closed(self, reason: Exception) -> None:
+        for waiter in self._all():
+            waiter.connection_closed(reason)
+
+    def _all(self) -> list[Waiter]:
+        with self._lock:
+            return list(self._waiters.values())

@@ -1,0 +1,233 @@
+"""How to connect: options checked and filled in from arguments, URLs and the environment.
+
+Pure values. Secrets are held so that neither repr() nor an error shows them.
+"""
+
+from __future__ import annotations
+
+import os
+import ssl
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, TypeAlias
+from urllib.parse import SplitResult, unquote, urlsplit
+
+from natsync import subject as _subject
+from natsync.concurrency import check_timeout
+from natsync.errors import InvalidArgument, InvalidURL
+
+#: What names servers: a URL, several separated by commas, or a list of them.
+Servers: TypeAlias = "str | Iterable[str] | None"
+
+#: The port of a URL that names none. IANA's port for NATS.
+DEFAULT_PORT = 4222
+DEFAULT_URL = "nats://127.0.0.1:4222"
+#: Seconds for dialing one server: TCP, TLS, INFO and PONG together. Default of nats.go (DefaultTimeout).
+CONNECT_TIMEOUT = 2.0
+#: Seconds between client PINGs. Default of nats.go (DefaultPingInterval).
+PING_INTERVAL = 120.0
+#: PINGs without PONG after which the link counts as stale. Default of nats.go (DefaultMaxPingOut).
+MAX_PINGS_OUTSTANDING = 2
+#: Seconds that one write may block before the link counts as dead. The server's own write_deadline is 10 s.
+WRITE_TIMEOUT = 10.0
+#: Bytes kept for the next link while there is none. Default of nats.go (DefaultReconnectBufSize).
+RECONNECT_BUFFER_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class Sentinels:
+    """The payloads that end a plain stream; both sides must agree on them.
+
+    Sentinels.EMPTY ends with an empty message, as `nats request --wait-for-empty` and request-many clients expect.
+
+    Attributes:
+        end: the payload of the last message.
+        error_prefix: what the payload of an error message starts with; the text follows.
+    """
+
+    EMPTY: ClassVar[Sentinels]
+
+    end: bytes = b"__STREAM_END__"
+    error_prefix: bytes = b"__STREAM_ERROR__:"
+
+    def __post_init__(self) -> None:
+        if not self.error_prefix or self.end.startswith(self.error_prefix):
+            raise InvalidArgument("the error prefix must not be empty, and the end must not look like an error")
+
+    @property
+    def common_start(self) -> bytes:
+        """What every payload that ends a stream starts with: one quick test passes ordinary chunks."""
+        return os.path.commonprefix([self.end, self.error_prefix]) or b""
+
+    def forges(self, payload: bytes) -> bool:
+        """Whether a chunk with this payload would be taken for the end of its stream."""
+        return payload == self.end or payload.startswith(self.error_prefix)
+
+
+Sentinels.EMPTY = Sentinels(end=b"")
+
+
+@dataclass(frozen=True)
+class Server:
+    """One server's address; .user, .password and .token come from its URL."""
+
+    host: str
+    port: int
+    tls: bool = False
+    user: str | None = field(default=None, repr=False)
+    password: str | None = field(default=None, repr=False)
+    token: str | None = field(default=None, repr=False)
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'tls' if self.tls else 'nats'}://{host}:{self.port}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectOptions:
+    """Options of Client, Subscriber, ConnectionPool and connect().
+
+    Attributes:
+        name: what the server's monitoring shows this connection as.
+        user, password, token: credentials; those in a server's URL go first.
+        tls: an ssl.SSLContext, True for the system's default (which verifies), or None to follow the URL and server.
+        tls_hostname: the name to verify, where it is not the URL's.
+        connect_timeout: seconds for one server: TCP, TLS and handshake together.
+        ping_interval: seconds between PINGs; None sends none.
+        max_pings_outstanding: unanswered PINGs after which the link counts as lost.
+        write_timeout: seconds a write may block before the link counts as lost; None waits for ever.
+        reconnect: whether a lost link is made again.
+        max_reconnects: walks over the servers before giving up for good; -1 never gives up.
+        reconnect_wait, reconnect_wait_max: seconds between walks, doubling from the first to the second.
+        reconnect_jitter: the part of a wait that is random, 0 to 1.
+        reconnect_buffer_bytes: how much may wait for the next link; 0 refuses to publish without a link.
+        retry_on_failed_connect: open() returns at once, and connecting goes on in the background until it succeeds.
+        randomize: whether the servers are tried in random order.
+        discover: whether servers that the cluster tells of are used too.
+        no_echo: whether the server should withhold this connection's own messages from its subscriptions.
+        inbox_prefix: first tokens of every inbox subject.
+        max_message_bytes: largest message taken from the server.
+        sentinels: what ends a plain stream.
+        on_event: called as on_event(name, info) on a worker, name being one of connected, disconnected, reconnected,
+            closed, lame_duck, slow_consumer, error; info is a dict.
+    """
+
+    name: str | None = None
+    user: str | None = field(default=None, repr=False)
+    password: str | None = field(default=None, repr=False)
+    token: str | None = field(default=None, repr=False)
+    tls: ssl.SSLContext | bool | None = None
+    tls_hostname: str | None = None
+    connect_timeout: float = CONNECT_TIMEOUT
+    ping_interval: float | None = PING_INTERVAL
+    max_pings_outstanding: int = MAX_PINGS_OUTSTANDING
+    write_timeout: float | None = WRITE_TIMEOUT
+    reconnect: bool = True
+    max_reconnects: int = -1
+    reconnect_wait: float = 0.5
+    reconnect_wait_max: float = 8.0
+    reconnect_jitter: float = 0.5
+    reconnect_buffer_bytes: int = RECONNECT_BUFFER_BYTES
+    retry_on_failed_connect: bool = False
+    randomize: bool = True
+    discover: bool = True
+    no_echo: bool = False
+    inbox_prefix: str = "_INBOX"
+    max_message_bytes: int = 64 << 20
+    sentinels: Sentinels = Sentinels()
+    on_event: Callable[[str, dict[str, Any]], object] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("connect_timeout", "ping_interval", "write_timeout", "reconnect_wait", "reconnect_wait_max"):
+            check_timeout(getattr(self, name), name)
+        if not self.connect_timeout:
+            raise InvalidArgument("connect_timeout must be more than 0 s")
+        for name, least in (
+            ("max_pings_outstanding", 1), ("max_reconnects", -1), ("reconnect_buffer_bytes", 0), ("max_message_bytes", 1)
+        ):  # fmt: skip
+            _check_whole(name, getattr(self, name), least)
+        if not 0 <= self.reconnect_jitter <= 1:
+            raise InvalidArgument(f"reconnect_jitter={self.reconnect_jitter!r}: from 0 to 1")
+        _subject.publish_subject(self.inbox_prefix)
+        if not isinstance(self.tls, ssl.SSLContext | bool | None):
+            raise TypeError(f"tls is an ssl.SSLContext, True, False or None, not {type(self.tls).__name__}")
+
+    @property
+    def secrets(self) -> tuple[str | None, str | None, str | None]:
+        return self.user, self.password, self.token
+
+
+def _check_whole(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is a whole number, not {type(value).__name__}")
+    if value < least:
+        raise InvalidArgument(f"{name}={value!r}: at least {least}")
+
+
+def connect_options(given: dict[str, Any]) -> ConnectOptions:
+    """Options from keyword arguments.
+
+    Raises:
+        TypeError: there is no such option, or it is of the wrong type.
+        InvalidArgument: its value makes no sense.
+    """
+    known = {one.name for one in fields(ConnectOptions)}
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise TypeError(f"unknown option {', '.join(unknown)}; options are {', '.join(sorted(known))}")
+    return ConnectOptions(**given)
+
+
+def parse_servers(servers: Servers) -> list[Server]:
+    """The servers meant by a URL, a comma-separated list of them or an iterable; NATS_URL or localhost for None.
+
+    Raises:
+        InvalidURL: a URL is empty, has an unknown scheme, an impossible port, or parts that NATS has no use for.
+        TypeError: a URL is not a str.
+    """
+    if servers is None:
+        servers = os.environ.get("NATS_URL") or DEFAULT_URL
+    texts = [servers] if isinstance(servers, str) else list(servers)
+    if any(not isinstance(text, str) for text in texts):
+        raise TypeError("server URLs are str")
+    urls = [url.strip() for text in texts for url in text.split(",") if url.strip()]
+    if not urls:
+        raise InvalidURL("no server URL given")
+    return [parse_server(url) for url in urls]
+
+
+def parse_server(url: str) -> Server:
+    """One server from its URL: nats://host:port, tls://host:port or host:port, with user:password@ or token@ in front.
+
+    Raises:
+        InvalidURL: as for parse_servers().
+    """
+    # The URL is never quoted in an error: it may hold credentials.
+    try:
+        parts = urlsplit(url if "://" in url else f"nats://{url}")
+        port = parts.port
+    except ValueError as error:
+        raise InvalidURL(f"a server URL cannot be parsed: {_harmless(error)}") from None
+    if parts.scheme not in ("nats", "tls"):
+        raise InvalidURL(f"unknown scheme {parts.scheme!r} in a server URL; use nats:// or tls://")
+    if not parts.hostname or any(char.isspace() for char in parts.hostname):
+        raise InvalidURL("a server URL has no usable host name; write nats://host:port")
+    if port == 0:
+        raise InvalidURL("port 0 in a server URL")
+    if parts.path.strip("/") or parts.query or parts.fragment:
+        raise InvalidURL(f"the URL of server {parts.hostname!r} has a path, query or fragment, which NATS has not")
+    user, password, token = _userinfo(parts)
+    return Server(parts.hostname, port or DEFAULT_PORT, parts.scheme == "tls", user, password, token)
+
+
+def _harmless(error: ValueError) -> str:
+    return "its port is not a number from 1 to 65535" if "port" in str(error).lower() else "malformed"
+
+
+def _userinfo(parts: SplitResult) -> tuple[str | None, str | None, str | None]:
+    """(user, password, token): a user without a password is a token."""
+    if not parts.username:
+        return None, None, None
+    if parts.password is None:
+        return None, None, unquote(parts.username)
+    return unquote(parts.username), unquote(parts.password), None

@@ -1,0 +1,207 @@
+"""Outbox: whole frames on their way to the present link, or waiting for the next one.
+
+Any thread puts; the session's writer takes everything that has gathered and writes it at once. There is a queue for
+frames in order and a control lane that goes first (PONG). A frame is written whole or not at all; when a link is lost,
+what its writer had not taken yet moves to the outbox of the next link, in order.
+
+Positions count bytes put since the connection was made. A frame's position tells later whether it had been handed
+to a link that was lost (position <= taken) and whether the server is known to have it (position <= confirmed).
+"""
+
+from __future__ import annotations
+
+import threading
+
+from natsync.concurrency import Deadline
+from natsync.errors import ReconnectBufferFull, TimedOut
+
+#: Bytes waiting for the writer beyond which publishers wait. Enough for several large writes.
+HIGH_WATER_BYTES = 4 << 20
+#: Bytes joined into one write at most, so that a PONG waits for no more than that.
+WRITE_BYTES = 1 << 20
+
+
+class OutboxClosed(Exception):
+    """The link of this outbox is gone: ask the connection for the present one."""
+
+
+class Outbox:
+    """A queue of frames between publishers and one writer. A new one has no writer yet: it is a buffer."""
+
+    def __init__(self, buffer_bytes: int, frames: list[bytes] | None = None, position: int = 0) -> None:
+        self._lock = threading.Lock()
+        self._ready = threading.Condition(self._lock)
+        self._room = threading.Condition(self._lock)
+        self._frames = frames or []
+        self._control: list[bytes] = []
+        self._size = sum(map(len, self._frames))
+        self._buffer_bytes = buffer_bytes
+        self._attached = False
+        self._closed = False
+        self._writer_waits = False
+        self._publishers_wait = 0
+        self.position = position
+        # Frames that were left out or taken back leave gaps; counting those as taken errs on the side of "maybe lost".
+        self.taken = position - self._size
+        self.messages = 0
+
+    # -- publishers --------------------------------------------------------------------------------------------
+
+    def try_put(self, frame: bytes, *, force: bool = False) -> int:
+        """Queue a message if there is room now (or always, with force); returns its position, 0 if there is none.
+
+        Raises:
+            ReconnectBufferFull: there is no link, and no room to wait for one.
+            OutboxClosed: the link is gone.
+        """
+        with self._lock:
+            if self._closed:
+                raise OutboxClosed
+            if not force and (self._size >= HIGH_WATER_BYTES or not self._attached):
+                if self._attached:
+                    return 0
+                self._check_buffer_locked(len(frame))
+            self._frames.append(frame)
+            self._size += len(frame)
+            self.position += len(frame)
+            self.messages += 1
+            if self._writer_waits:
+                self._writer_waits = False
+                self._ready.notify()
+            return self.position
+
+    def wait_room(self, deadline: Deadline) -> None:
+        """Block until try_put() is worth another try: the writer has caught up, or the link is gone.
+
+        Raises:
+            TimedOut: the deadline came first.
+        """
+        with self._lock:
+            self._publishers_wait += 1
+            try:
+                while self._attached and not self._closed and self._size >= HIGH_WATER_BYTES:
+                    if not self._room.wait(deadline.remaining()) and self._size >= HIGH_WATER_BYTES:
+                        raise TimedOut(f"the link took nothing for a while: {self._size} bytes wait to be written")
+            finally:
+                self._publishers_wait -= 1
+
+    def put_now(self, frame: bytes) -> bool:
+        """Queue a protocol frame behind the messages without ever waiting; False if there is no link."""
+        with self._lock:
+            if not self._attached or self._closed:
+                return False
+            self._frames.append(frame)
+            self._size += len(frame)
+            self.position += len(frame)
+            self._wake_locked()
+            return True
+
+    def put_first(self, frame: bytes) -> None:
+        """Queue a control frame ahead of everything; dropped if there is no link."""
+        with self._lock:
+            if self._attached and not self._closed:
+                self._control.append(frame)
+                self._wake_locked()
+
+    def withdraw(self, frame: bytes) -> bool:
+        """Take a frame back; True if it was still here, so that it surely never left."""
+        with self._lock:
+            for index, waiting in enumerate(self._frames):
+                if waiting is frame:
+                    del self._frames[index]
+                    self._size -= len(frame)
+                    # Those behind it keep their positions, so that what was promised of them stays true.
+                    self.taken += len(frame)
+                    return True
+        return False
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes that wait for the writer."""
+        return self._size
+
+    # -- the connection ----------------------------------------------------------------------------------------
+
+    def attach(self, first: list[bytes], max_payload: int) -> int:
+        """A link is there: `first` goes out before all that waits. How many messages its server will not take.
+
+        Those are dropped: a larger payload than the server's limit would end the new link at once, again and again.
+        """
+        with self._lock:
+            fitting = [frame for frame in self._frames if _payload_bytes(frame) <= max_payload]
+            too_large = len(self._frames) - len(fitting)
+            if too_large:
+                self._frames = fitting
+                self._size = sum(map(len, fitting))
+                self.taken = self.position - self._size
+            self._control.extend(first)
+            self._attached = True
+            self._room.notify_all()
+            return too_large
+
+    def close(self) -> list[bytes]:
+        """The link is gone: returns the messages that its writer never took, and turns everybody away."""
+        with self._lock:
+            self._closed = True
+            rest = [frame for frame in self._frames if frame[:4] in (b"PUB ", b"HPUB")]
+            self._frames = []
+            self._control = []
+            self._size = 0
+            self._ready.notify_all()
+            self._room.notify_all()
+            return rest
+
+    # -- the writer --------------------------------------------------------------------------------------------
+
+    def take(self) -> bytes | None:
+        """Block until there is something to write; None when the outbox is closed."""
+        with self._lock:
+            while not (self._frames or self._control):
+                if self._closed:
+                    return None
+                self._writer_waits = True
+                self._ready.wait()
+            self._writer_waits = False
+            if self._control:
+                control, self._control = self._control, []
+                return b"".join(control)
+            frames = self._frames
+            if self._size > WRITE_BYTES:
+                frames = self._some_locked()
+            else:
+                self._frames = []
+                self.taken += self._size
+                self._size = 0
+            if self._publishers_wait and self._size < HIGH_WATER_BYTES:
+                self._room.notify_all()
+        return frames[0] if len(frames) == 1 else b"".join(frames)
+
+    def _some_locked(self) -> list[bytes]:
+        count = size = 0
+        for frame in self._frames:
+            count += 1
+            size += len(frame)
+            if size >= WRITE_BYTES:
+                break
+        frames = self._frames[:count]
+        del self._frames[:count]
+        self._size -= size
+        self.taken += size
+        return frames
+
+    def _wake_locked(self) -> None:
+        if self._writer_waits:
+            self._writer_waits = False
+            self._ready.notify()
+
+    def _check_buffer_locked(self, size: int) -> None:
+        if self._size + size > self._buffer_bytes:
+            raise ReconnectBufferFull(
+                f"no link, and {self._size} of {self._buffer_bytes} bytes already wait for one: "
+                f"the message of {size} bytes was not taken (raise reconnect_buffer_bytes, or wait)"
+            )
+
+
+def _payload_bytes(frame: bytes) -> int:
+    """What counts against max_payload: the last number of the control line."""
+    return int(frame[: frame.index(b"\r\n")].rpartition(b" ")[2])

@@ -1,0 +1,287 @@
+"""ConnectionPool: a bounded number of clients, lent out one holder at a time.
+
+Most programs want one Client: it serves any number of threads. A pool is for callers who want connections of their own:
+isolation of a slow consumer from the rest, or more than one socket's throughput. Connections are made when needed, one
+waiter after the other, and dialed outside the lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any
+
+from natsync.client import Client
+from natsync.concurrency import Deadline, Signal, check_timeout, fork_generation
+from natsync.errors import ForkError, InvalidArgument, NatsError, PoolClosed, PoolTimeout
+from natsync.message import Message, Payload
+from natsync.options import Servers, connect_options, parse_servers
+from natsync.streaming.call import Stream
+
+#: Connections at most. Default of the Go system (MaxConnections).
+MAX_SIZE = 128
+#: Seconds to wait for a free connection. Default of the Go system (AcquireTimeout).
+TIMEOUT = 15.0
+
+
+class _Turn:
+    """A caller in the queue: woken with a client, with the right to make one (None), or because the pool closed."""
+
+    def __init__(self) -> None:
+        self.signal = Signal()
+        self.client: Client | None = None
+        self.granted = False
+
+
+class ConnectionPool:
+    """Connections lent to one holder at a time: `with pool.connection() as client: ...`.
+
+    Opens nothing until the first use. Waiting callers are served in the order in which they came. A connection that
+    was closed while it was lent is replaced. Safe from any thread.
+
+    Args:
+        servers: as for Client.
+        max_size: connections at most.
+        timeout: seconds to wait for a free one; None = no limit.
+        options: those of ConnectOptions.
+    """
+
+    def __init__(
+        self, servers: Servers = None, *, max_size: int = MAX_SIZE, timeout: float | None = TIMEOUT, **options: Any
+    ) -> None:
+        if isinstance(max_size, bool) or not isinstance(max_size, int) or max_size < 1:
+            raise InvalidArgument(f"max_size={max_size!r}: a whole number from 1 up")
+        parse_servers(servers)
+        connect_options(options)
+        self._servers = servers
+        self._options = options
+        self._max_size = max_size
+        self._timeout = check_timeout(timeout)
+        self._generation = fork_generation()
+        self._forget_all()
+        self._closed = False
+
+    def _forget_all(self) -> None:
+        self._lock = threading.Lock()
+        self._idle: list[Client] = []
+        self._leased: set[Client] = set()
+        self._dialing = 0
+        self._turns: deque[_Turn] = deque()
+        self._numbers = {"leases": 0, "dials": 0, "dials_failed": 0, "timeouts": 0}
+
+    # -- lending ---------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def connection(self, timeout: float | None = None) -> Iterator[Client]:
+        """A client for the block's duration.
+
+        Blocks up to timeout seconds (None = the pool's own timeout) for a free one, dialing included.
+
+        Raises:
+            PoolTimeout: none became free in time; the text says who holds them.
+            PoolClosed: the pool was closed.
+            NoServersError: a new connection was due and could not be made.
+        """
+        client = self.getconn(timeout)
+        try:
+            yield client
+        finally:
+            self.putconn(client)
+
+    def getconn(self, timeout: float | None = None) -> Client:
+        """Borrow a client; give it back with putconn(). Blocks and raises as connection() does."""
+        limit = self._timeout if check_timeout(timeout) is None else timeout
+        deadline = Deadline.after(limit)
+        turn = self._queue_up()
+        try:
+            if not turn.signal.wait(deadline):
+                return self._give_up(turn, limit)
+            if self._closed:
+                raise PoolClosed("the pool is closed")
+        except BaseException:
+            self._cancel(turn)
+            raise
+        return turn.client if turn.client is not None else self._dial()
+
+    def _queue_up(self) -> _Turn:
+        if self._generation != fork_generation():
+            self._generation = fork_generation()
+            self._forget_all()  # the parent's connections, its borrowers and their locks are the parent's
+        turn = _Turn()
+        with self._lock:
+            if self._closed:
+                raise PoolClosed("the pool is closed")
+            self._turns.append(turn)
+            self._serve_locked()
+        return turn
+
+    def _serve_locked(self) -> None:
+        """Grant turns, in order, as long as there is something to grant."""
+        while self._turns:
+            while self._idle and self._idle[-1].status == "closed":
+                self._idle.pop()
+            if self._idle:
+                client = self._idle.pop()
+                self._leased.add(client)
+            elif len(self._leased) + self._dialing < self._max_size:
+                client = None
+                self._dialing += 1
+            else:
+                return
+            turn = self._turns.popleft()
+            turn.client, turn.granted = client, True
+            self._numbers["leases"] += 1
+            turn.signal.set()
+
+    def _give_up(self, turn: _Turn, limit: float | None) -> Client:
+        """The wait is over; what was granted at the last moment is still taken."""
+        with self._lock:
+            if not turn.granted:
+                self._turns.remove(turn)
+                self._numbers["timeouts"] += 1
+                state = f"{len(self._leased) + self._dialing} of {self._max_size} leased, {len(self._turns)} waiting"
+                raise PoolTimeout(f"no connection free after {limit} s ({state}); raise max_size or timeout")
+        return turn.client if turn.client is not None else self._dial()
+
+    def _cancel(self, turn: _Turn) -> None:
+        """The caller leaves without what it waited for: pass on what it may have been granted."""
+        with self._lock:
+            if not turn.granted:
+                with contextlib.suppress(ValueError):
+                    self._turns.remove(turn)
+                return
+        if turn.client is not None:
+            self.putconn(turn.client)
+        else:
+            with self._lock:
+                self._dialing -= 1
+                self._serve_locked()
+
+    def _dial(self) -> Client:
+        """Make a connection for a granted turn; the lock is not held meanwhile."""
+        client = Client(self._servers, **self._options)
+        try:
+            client.open()
+        except BaseException:
+            client.close(0)
+            with self._lock:
+                self._dialing -= 1
+                self._numbers["dials_failed"] += 1
+                self._serve_locked()
+            raise
+        with self._lock:
+            self._dialing -= 1
+            self._numbers["dials"] += 1
+            closed = self._closed
+            if not closed:
+                self._leased.add(client)
+        if closed:
+            client.close()
+            raise PoolClosed("the pool is closed")
+        return client
+
+    def putconn(self, client: Client) -> None:
+        """Give a borrowed client back; one that is closed by now is dropped and its place becomes free.
+
+        Raises:
+            InvalidArgument: it is not lent by this pool, or was given back before.
+        """
+        if self._generation != fork_generation():
+            raise ForkError("this connection was borrowed in the parent process")
+        with self._lock:
+            if client not in self._leased:
+                raise InvalidArgument("this client is not on loan from this pool")
+            self._leased.discard(client)
+            keep = not self._closed and client.status != "closed"
+            if keep:
+                self._idle.append(client)
+            self._serve_locked()
+        if not keep:
+            client.close()
+
+    # -- the client's verbs --------------------------------------------------------------------------------------
+
+    def publish(self, subject: str, payload: Payload = b"", **arguments: Any) -> None:
+        """Client.publish() on a borrowed connection."""
+        with self.connection() as client:
+            client.publish(subject, payload, **arguments)
+
+    def request(self, subject: str, payload: Payload = b"", **arguments: Any) -> Message:
+        """Client.request() on a borrowed connection, which is held until the reply is there."""
+        with self.connection() as client:
+            return client.request(subject, payload, **arguments)
+
+    def stream(self, subject: str, payload: Payload = b"", **arguments: Any) -> Stream:
+        """Client.stream() on a borrowed connection, which is held until the stream is over."""
+        client = self.getconn()
+        try:
+            stream = client.stream(subject, payload, **arguments)
+        except BaseException:
+            self.putconn(client)
+            raise
+        stream.when_finished(lambda: self._return_soon(client))
+        return stream
+
+    def _return_soon(self, client: Client) -> None:
+        """putconn() from whichever thread ended a stream; a client of a closed pool is closed on its supervisor."""
+        with contextlib.suppress(NatsError):
+            with self._lock:
+                open_still = not self._closed
+            if open_still:
+                self.putconn(client)
+
+    def stream_request(
+        self, subject: str, payload: Payload, processor: Callable[[Message], object], **arguments: Any
+    ) -> None:
+        """Client.stream_request() on a borrowed connection, which is held until it returns."""
+        with self.connection() as client:
+            client.stream_request(subject, payload, processor, **arguments)
+
+    # -- life ------------------------------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, int]:
+        """size, idle, leased, waiting now; leases, dials, dials_failed, timeouts so far."""
+        with self._lock:
+            return {
+                "size": len(self._idle) + len(self._leased),
+                "idle": len(self._idle),
+                "leased": len(self._leased),
+                "waiting": len(self._turns),
+                **self._numbers,
+            }
+
+    def close(self, timeout: float | None = 5.0) -> None:
+        """Turn away who waits, close what is idle; what is lent is closed when it comes back, or at the deadline.
+
+        Blocks up to timeout seconds. Idempotent.
+        """
+        deadline = Deadline.after(check_timeout(timeout))
+        if self._generation != fork_generation():
+            self._closed = True
+            return
+        with self._lock:
+            self._closed = True
+            clients = [*self._idle, *self._leased]
+            self._idle.clear()
+            turns = list(self._turns)
+            self._turns.clear()
+            for turn in turns:
+                turn.granted = False
+        for turn in turns:
+            turn.signal.set()
+        for client in clients:
+            client.close(deadline.remaining())
+
+    def __enter__(self) -> ConnectionPool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<ConnectionPool {self.stats()}>"

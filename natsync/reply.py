@@ -1,0 +1,115 @@
+"""Request and reply: wait for the one message that answers.
+
+The caller's thread publishes and waits; the reader's thread hands over the first answer. Later ones are counted as late.
+"""
+
+from __future__ import annotations
+
+from natsync import headers as _headers
+from natsync import subject as _subject
+from natsync.concurrency import Deadline, Signal
+from natsync.connection import Connection
+from natsync.context import Context
+from natsync.errors import ConnectionLost, HandlerError, NoRespondersError, RequestTimeout
+from natsync.message import Item, Message
+from natsync.mux import LinkLoss
+
+#: Headers by which a responder says that it failed; those of the NATS services convention (ADR-32).
+ERROR_HEADER = "Nats-Service-Error"
+ERROR_CODE_HEADER = "Nats-Service-Error-Code"
+_NO_RESPONDERS = 503
+
+
+class _Reply:
+    """One waiting request."""
+
+    def __init__(self) -> None:
+        self.signal = Signal()
+        self.item: Item | None = None
+        self.error: Exception | None = None
+        self.frame = b""
+        self.mark: int | None = None  # the frame's position in the outbox, once it is there
+
+    def deliver(self, items: list[Item]) -> None:
+        if self.item is None:
+            self.item = items[0]
+            self.signal.set()
+
+    def link_lost(self, loss: LinkLoss) -> None:
+        if self.mark is not None and loss.took(self.frame, self.mark):
+            self.fail(ConnectionLost(f"the link broke while the request was under way: {loss.reason}", sent=True))
+
+    def connection_closed(self, reason: Exception) -> None:
+        self.fail(reason)
+
+    def fail(self, error: Exception) -> None:
+        self.error = self.error or error
+        self.signal.set()
+
+
+def request(
+    connection: Connection,
+    subject: str,
+    payload: bytes,
+    block: bytes | None,
+    timeout: float | None,
+    ctx: Context | None,
+) -> Message:
+    """Publish a request and return its first reply; see Client.request()."""
+    deadline = Deadline.after(timeout)
+    if ctx is not None:
+        ctx.check()
+        deadline = deadline.or_sooner(ctx.remaining())
+    waiter = _Reply()
+    to = _subject.publish_subject(subject)
+    connection.ensure_open(deadline)
+    token, inbox = connection.mux.register(waiter)
+    remove = ctx.on_end(waiter.signal.set) if ctx is not None else None
+    try:
+        waiter.frame = connection.encode(to, inbox, block, payload)
+        waiter.mark = connection.put(waiter.frame, deadline)
+        loss = connection.loss_of(waiter.frame, waiter.mark)
+        if loss is not None:
+            waiter.link_lost(loss)
+        answered = waiter.signal.wait(deadline)
+        if waiter.item is None:
+            _give_up(connection, waiter, subject, timeout, ctx, answered)
+    finally:
+        if remove is not None:
+            remove()
+        connection.mux.unregister(token)
+    assert waiter.item is not None
+    return _reply(connection, inbox, waiter.item, subject)
+
+
+def _give_up(
+    connection: Connection, waiter: _Reply, subject: str, timeout: float | None, ctx: Context | None, woken: bool
+) -> None:
+    """Raise what ended the wait."""
+    if waiter.error is not None:
+        raise waiter.error
+    sent = not connection.withdraw(waiter.frame)
+    if ctx is not None and ctx.cancelled:
+        ctx.check()
+    assert not woken
+    what = "may have run" if sent else "was not sent: there was no link"
+    raise RequestTimeout(f"no reply on {subject!r} within {timeout} s; the request {what}", sent=sent)
+
+
+def _reply(connection: Connection, inbox: bytes, item: Item, subject: str) -> Message:
+    block, payload = item[1], item[2]
+    if block is not None and not payload and _headers.status_of(block) == _NO_RESPONDERS:
+        raise NoRespondersError(subject)
+    message = Message.received(inbox, item, connection.publish_answer)
+    if block is not None:
+        raise_service_error(message)
+    return message
+
+
+def raise_service_error(message: Message) -> None:
+    """Raise HandlerError if the reply says that its handler failed."""
+    text = message.headers.get(ERROR_HEADER)
+    if text is None:
+        return
+    code = message.headers.get(ERROR_CODE_HEADER, "")
+    raise HandlerError(text, code=int(code) if code.isdigit() else None, details=message.data or None)

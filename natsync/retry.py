@@ -1,0 +1,167 @@
+"""Retry: when a failed request may be sent again, and how long to wait before; built on tenacity.
+
+What is safe to repeat without asking: a request that surely did not run (no responders, refused, never left this
+process). The rest may have run, and is repeated only if the caller declares it idempotent. A cancelled or overdue
+request is never repeated, whatever the policy says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypeVar
+
+import tenacity
+
+from natsync.concurrency import check_timeout
+from natsync.context import Context
+from natsync.errors import (
+    Cancelled,
+    ConnectionClosed,
+    ConnectionLost,
+    DeadlineExceeded,
+    ForkError,
+    InvalidArgument,
+    NatsError,
+    NoRespondersError,
+    NoServersError,
+    PoolClosed,
+    RequestTimeout,
+    StreamClosed,
+    StreamEnded,
+    StreamError,
+    StreamRefused,
+    TimedOut,
+)
+
+T = TypeVar("T")
+Predicate: TypeAlias = Callable[[BaseException], bool]
+
+#: Never worth another try: the caller wants no more, or nothing would change.
+_FINAL = (
+    Cancelled, DeadlineExceeded, StreamClosed, StreamEnded, ConnectionClosed, PoolClosed, ForkError, InvalidArgument,
+)  # fmt: skip
+
+
+class Retry:
+    """A retry policy: `client.request(..., retry=Retry(attempts=3))`. Immutable, safe to share.
+
+    Waits grow exponentially from `initial` to `maximum` seconds; with jitter each is a random part of that, so that
+    many callers who failed together do not come back together.
+
+    Attributes:
+        attempts: tries in all, the first included; None for no limit but the deadline.
+        initial, maximum, multiplier: the first wait in seconds, the longest, and the growth from one to the next.
+        jitter: whether waits are random (from 0 to the exponential value).
+        on: a predicate, or exception classes, that says which errors are retried, instead of the rule above.
+        idempotent: running the request twice does no harm: retry also what may have run.
+        resumable: the handler can continue where a broken stream ended.
+    """
+
+    def __init__(
+        self,
+        attempts: int | None = 4,
+        initial: float = 0.1,
+        maximum: float = 5.0,
+        multiplier: float = 2.0,
+        jitter: bool = True,
+        on: Predicate | type[BaseException] | tuple[type[BaseException], ...] | None = None,
+        idempotent: bool = False,
+        resumable: bool = False,
+    ) -> None:
+        if attempts is not None and (isinstance(attempts, bool) or not isinstance(attempts, int) or attempts < 1):
+            raise InvalidArgument(f"attempts={attempts!r}: a whole number from 1 up, or None")
+        check_timeout(initial, "initial")
+        check_timeout(maximum, "maximum")
+        if multiplier < 1:
+            raise InvalidArgument(f"multiplier={multiplier!r}: at least 1")
+        self.attempts = attempts
+        self.initial = initial
+        self.maximum = maximum
+        self.multiplier = multiplier
+        self.jitter = jitter
+        self.on = on
+        self.idempotent = idempotent
+        self.resumable = resumable
+
+    def __repr__(self) -> str:
+        return f"Retry(attempts={self.attempts}, initial={self.initial:g} s, maximum={self.maximum:g} s)"
+
+    def wants(self, error: BaseException) -> bool:
+        """Whether the policy repeats a request that failed like this."""
+        if self.on is None:
+            return surely_not_run(error) or (self.idempotent and isinstance(error, NatsError))
+        if isinstance(self.on, type | tuple):
+            return isinstance(error, self.on)
+        return self.on(error)
+
+    def waits(self) -> tenacity.wait.wait_base:
+        """tenacity's wait strategy of this policy."""
+        kind = tenacity.wait_random_exponential if self.jitter else tenacity.wait_exponential
+        return kind(multiplier=self.initial, max=self.maximum, exp_base=self.multiplier)
+
+
+def surely_not_run(error: BaseException) -> bool:
+    """Whether nothing can have run at the responder, so that repeating is safe."""
+    if isinstance(error, RequestTimeout | ConnectionLost):
+        return not error.sent
+    return isinstance(error, NoRespondersError | StreamRefused | NoServersError)
+
+
+#: What `retry=` takes: a policy of natsync or one of tenacity; None = one try.
+RetryPolicy: TypeAlias = "Retry | tenacity.Retrying | None"
+
+
+def run(function: Callable[[int], T], policy: RetryPolicy, ctx: Context | None, *, rerun_errors: bool = False) -> T:
+    """Call function(attempt number from 0) until it returns, as the policy allows; raises its last error.
+
+    rerun_errors: errors that the responder reported are repeated too, as the Go system's StreamRequestWithRetry does.
+    """
+    if policy is None:
+        return function(0)
+    attempt = iter(range(1 << 62))
+
+    def once() -> T:
+        if ctx is not None:
+            ctx.check()
+        return function(next(attempt))
+
+    return _retrying(policy, ctx, rerun_errors)(once)
+
+
+def _retrying(policy: Retry | tenacity.Retrying, ctx: Context | None, rerun_errors: bool) -> tenacity.Retrying:
+    may_repeat = tenacity.retry_if_exception(lambda error: not isinstance(error, _FINAL) and not _over(ctx))
+    if isinstance(policy, tenacity.Retrying):
+        wanted: Any = policy.retry
+        return policy.copy(retry=may_repeat & wanted, sleep=_sleeper(ctx), reraise=True)
+    if not isinstance(policy, Retry):
+        raise TypeError(f"retry is a natsync.Retry or a tenacity.Retrying, not {type(policy).__name__}")
+    wants = tenacity.retry_if_exception(
+        lambda error: policy.wants(error) or (rerun_errors and policy.on is None and _reported(error))
+    )
+    stop = tenacity.stop_never if policy.attempts is None else tenacity.stop_after_attempt(policy.attempts)
+    return tenacity.Retrying(
+        retry=may_repeat & wants, wait=policy.waits(), stop=stop, sleep=_sleeper(ctx), reraise=True
+    )
+
+
+def _reported(error: BaseException) -> bool:
+    return isinstance(error, StreamError | TimedOut | ConnectionLost)
+
+
+def _over(ctx: Context | None) -> bool:
+    return ctx is not None and ctx.cancelled
+
+
+def _sleeper(ctx: Context | None) -> Callable[[float], None]:
+    """How to wait between tries: a wait that the end of the context cuts short, with its error."""
+    waiting = ctx if ctx is not None else Context()
+
+    def sleep(seconds: float) -> None:
+        left = waiting.remaining()
+        if left is not None and seconds >= left:
+            waiting.wait(left)
+        elif not waiting.wait(seconds):
+            return
+        waiting.check()
+
+    return sleep

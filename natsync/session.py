@@ -1,0 +1,211 @@
+"""One link to one server, from handshake to loss.
+
+A Session never reconnects; Connection makes the next one. The reader thread owns the socket's read side and the Parser,
+the writer thread its write side; ping() and end() may be called from any thread. It ends once, with a reason.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from natsync import timers
+from natsync.concurrency import Deadline, join_all, spawn
+from natsync.errors import AuthorizationError, ConnectError, NatsError, ProtocolError
+from natsync.options import ConnectOptions
+from natsync.outbox import Outbox
+from natsync.protocol import PING, PONG, Batch, Err, Event, Info, Op, Parser
+from natsync.transport import Transport
+
+log = logging.getLogger("natsync.session")
+
+
+class Owner(Protocol):
+    """What a session tells its connection. None of it may block: it is called on the reader's or timer's thread."""
+
+    def on_batch(self, batch: Batch) -> None: ...
+    def on_info(self, fields: dict[str, Any]) -> None: ...
+    def on_server_error(self, text: str) -> None: ...
+    def on_lost(self, session: Session, reason: Exception) -> None: ...
+
+
+#: Called with the outbox position that the PONG confirms, or with None if the link ended first.
+PongCallback = Callable[[int | None], None]
+
+
+class Session:
+    """One link's life: two threads, a parser, the PINGs in flight."""
+
+    def __init__(self, transport: Transport, outbox: Outbox, options: ConnectOptions, owner: Owner, name: str) -> None:
+        self.server = transport.server
+        self.outbox = outbox
+        self.confirmed = outbox.taken  # the server had everything up to this position when it answered a PING
+        self.received_bytes = 0
+        self._transport = transport
+        self._options = options
+        self._owner = owner
+        self._name = name
+        self._lock = threading.Lock()
+        self._ended = False
+        self._reason: Exception | None = None
+        self._last_error = ""
+        self._pings: deque[tuple[int, PongCallback | None]] = deque()
+        self._unanswered = 0
+        self._ping_timer: timers.Timer | None = None
+        self._write_timer: timers.Timer | None = None
+        self._writing_since: float | None = None
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Start the two threads; from here on the owner is told of what comes."""
+        self._threads = [
+            spawn(self._read, f"{self._name}-reader"),
+            spawn(self._write, f"{self._name}-writer"),
+        ]
+        self._schedule_ping()
+
+    def ping(self, callback: PongCallback | None = None) -> bool:
+        """Send a PING behind everything queued so far; callback gets its answer. False if the link has ended."""
+        with self._lock:  # the order of _pings is the order on the wire
+            if self._ended or not self.outbox.put_now(PING):
+                return False
+            self._pings.append((self.outbox.position, callback))
+            self._unanswered += 1
+            return True
+
+    def end(self, reason: Exception) -> None:
+        """End the link, once: threads leave, the owner is told. Does not wait."""
+        with self._lock:
+            if self._ended:
+                return
+            self._ended = True
+            self._reason = reason
+            waiting = [callback for _, callback in self._pings if callback is not None]
+            self._pings.clear()
+            pending = [timer for timer in (self._ping_timer, self._write_timer) if timer is not None]
+        for timer in pending:
+            timer.cancel()
+        self._transport.shutdown()
+        self._owner.on_lost(self, reason)
+        for callback in waiting:
+            callback(None)
+
+    def join(self, deadline: Deadline) -> list[str]:
+        """Wait for both threads after end() and give the socket back; names those that did not leave."""
+        stuck = join_all(self._threads, deadline)
+        if not stuck:
+            self._transport.close()
+        return stuck
+
+    def abandon(self) -> None:
+        """In a forked child: drop the descriptor without touching the wire."""
+        self._transport.abandon()
+
+    # -- reader ------------------------------------------------------------------------------------------------
+
+    def _read(self) -> None:
+        parser = Parser(self._options.max_message_bytes)
+        reason: Exception
+        try:
+            while data := self._transport.receive():
+                self.received_bytes += len(data)
+                for event in parser.feed(data):
+                    if type(event) is Batch:
+                        self._owner.on_batch(event)
+                    else:
+                        self._handle(event)
+                del data
+            reason = self._end_of_link()
+        except ProtocolError as error:
+            for event in parser.events_before_error:
+                self._handle(event)
+            reason = error
+        except OSError as error:
+            reason = ConnectError(f"the link to {self.server} broke: {error.strerror or error}")
+        except Exception as error:  # a fault of this library: the link must not stay half alive
+            log.exception("the reader of %s failed", self._name)
+            reason = ConnectError(f"the reader failed: {error!r}")
+        self.end(reason)
+
+    def _handle(self, event: Event) -> None:
+        if isinstance(event, Batch):
+            self._owner.on_batch(event)
+        elif event is Op.PING:
+            self.outbox.put_first(PONG)
+        elif event is Op.PONG:
+            self._pong()
+        elif isinstance(event, Info):
+            self._owner.on_info(event.fields)
+        elif isinstance(event, Err):
+            self._last_error = event.text
+            self._owner.on_server_error(event.text)
+
+    def _pong(self) -> None:
+        with self._lock:
+            if not self._pings:
+                return
+            position, callback = self._pings.popleft()
+            self._unanswered = 0
+            self.confirmed = position
+        if callback is not None:
+            callback(position)
+
+    def _end_of_link(self) -> NatsError:
+        """The reason for an end without an error of the socket: the server's last words, if it had any."""
+        text = self._last_error
+        if text.lower().startswith(("authorization", "user authentication", "account authentication")):
+            return AuthorizationError(f"{self.server}: {text}")
+        return ConnectError(f"{self.server} closed the connection" + (f": {text}" if text else ""))
+
+    # -- writer ------------------------------------------------------------------------------------------------
+
+    def _write(self) -> None:
+        try:
+            while (data := self.outbox.take()) is not None:
+                self._writing_since = time.monotonic()
+                if self._write_timer is None:
+                    self._watch_write()
+                self._transport.send(data)
+                self._writing_since = None
+        except Exception as error:
+            self.end(ConnectError(f"cannot write to {self.server}: {error}"))
+
+    # -- the timer's thread --------------------------------------------------------------------------------------
+
+    def _schedule_ping(self) -> None:
+        if self._options.ping_interval:
+            with self._lock:
+                if not self._ended:
+                    self._ping_timer = timers.schedule_after(self._options.ping_interval, self._ping_due)
+
+    def _ping_due(self) -> None:
+        if self._unanswered >= self._options.max_pings_outstanding:
+            self.end(ConnectError(f"{self.server} has not answered {self._unanswered} PINGs: the link is stale"))
+            return
+        self.ping()
+        self._schedule_ping()
+
+    def _watch_write(self) -> None:
+        """Look again when the write that has just begun is overdue. One look covers all writes until then."""
+        if self._options.write_timeout is None:
+            return
+        with self._lock:
+            if not self._ended:
+                self._write_timer = timers.schedule_after(self._options.write_timeout, self._write_due)
+
+    def _write_due(self) -> None:
+        self._write_timer = None
+        since, limit = self._writing_since, self._options.write_timeout
+        if since is None or limit is None:
+            return  # idle: the next write starts a new watch
+        left = since + limit - time.monotonic()
+        if left <= 0:
+            self.end(ConnectError(f"a write to {self.server} was blocked for {limit:g} s"))
+            return
+        with self._lock:
+            if not self._ended:
+                self._write_timer = timers.schedule_after(left, self._write_due)

@@ -1,0 +1,1 @@
+"""Streams over request and reply: the pieces of an answer, as they come."""

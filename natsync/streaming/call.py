@@ -1,0 +1,585 @@
+"""The requester's side of a stream: Call takes what the reader brings, Stream is what users iterate.
+
+The reader appends whole reads to the call's queue and wakes the consumer once; the consumer takes all that has gathered
+and then hands out chunk by chunk without a lock. A call ends once; the reason is raised in the consumer's thread.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from itertools import chain
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+from natsync import headers as _headers
+from natsync import subject as _subject
+from natsync.concurrency import Deadline, Signal, check_timeout, fork_generation
+from natsync.connection import Connection
+from natsync.context import Context
+from natsync.errors import (
+    Code,
+    DeadlineExceeded,
+    ForkError,
+    HandlerError,
+    IdleTimeout,
+    NoRespondersError,
+    ProtocolError,
+    ServerLost,
+    SlowConsumerError,
+    StreamCancelled,
+    StreamEnded,
+    StreamError,
+    StreamRefused,
+    TimedOut,
+)
+from natsync.headers import Headers
+from natsync.message import Item, Message
+from natsync.mux import LinkLoss
+from natsync.protocol import encode_pub
+from natsync.reply import ERROR_CODE_HEADER, ERROR_HEADER
+from natsync.retry import RetryPolicy, run
+from natsync.streaming import frames
+
+T = TypeVar("T")
+Finished = Callable[[], object]
+
+#: Chunks that may wait for the consumer. A plain responder cannot be slowed down; a Go one runs 5,000–22,000 ahead.
+PENDING_CHUNKS = 65_536
+#: Bytes that may wait for the consumer.
+PENDING_BYTES = 64 << 20
+
+_NOTHING: Iterator[Item] = iter(())
+
+
+class Call:
+    """One attempt of one stream: registered, published, received."""
+
+    def __init__(self, connection: Connection, subject: str, idle_timeout: float | None) -> None:
+        sentinels = connection.options.sentinels
+        self.subject = subject
+        self.chunks = 0
+        self.bytes = 0
+        self.blocked_seconds = 0.0
+        self.mode: str | None = None
+        self.headers = Headers()
+        self.trailers = Headers()
+        self.complete = False
+        self._connection = connection
+        self._sentinels = sentinels
+        self._special = sentinels.common_start
+        self._idle_timeout = idle_timeout
+        self._lock = threading.Lock()
+        self._taking = threading.Lock()  # one consumer waits at a time
+        self._signal = Signal()
+        self._batch = _NOTHING
+        self._queue: list[list[Item]] = []
+        self._waiting_chunks = 0
+        self._waiting_bytes = 0
+        self._control: bytes | None = None
+        self._error: Exception | None = None
+        self._at_once = False  # the error goes before what waits
+        self._over = False
+        self._frame = b""
+        self._mark: int | None = None
+        self._finished: list[Finished] = []
+        self.token, self.inbox = connection.mux.register(self)
+
+    # -- opening -------------------------------------------------------------------------------------------------
+
+    def open(self, payload: bytes, headers: Headers, ctx: Context, attempt: int) -> None:
+        """Publish the request. On failure the call is over and the error is the caller's."""
+        try:
+            block: bytes | None = frames.encode_opening(headers, ctx.remaining(), attempt)
+            if self._connection.info.get("headers") is False:
+                block = None  # a server without headers: the stream is plain, and its cancel unheard
+            to = _subject.publish_subject(self.subject)
+            self._frame = self._connection.encode(to, self.inbox, block, payload)
+            self._mark = self._connection.put(self._frame, Deadline(ctx.deadline))
+        except BaseException:
+            self._finish()
+            raise
+        loss = self._connection.loss_of(self._frame, self._mark)
+        if loss is not None:
+            self.link_lost(loss)
+        self.when_finished(ctx.on_end(lambda: self._context_ended(ctx)))
+
+    def when_finished(self, callback: Finished) -> None:
+        """Have callback() called once the call is over, in whichever thread ends it; brief and non-blocking."""
+        with self._lock:
+            if not self._over:
+                self._finished.append(callback)
+                return
+        callback()
+
+    # -- the reader ------------------------------------------------------------------------------------------------
+
+    def deliver(self, items: list[Item]) -> None:
+        newest = items[-1][0]
+        size = sum([len(item[2]) for item in items])
+        with self._lock:
+            if self._over or self._error is not None:
+                return
+            self.mode = "plain"
+            if frames.is_control(newest):
+                self._control = newest
+            self._queue.append(items)
+            self._waiting_chunks += len(items)
+            self._waiting_bytes += size
+            full = self._waiting_chunks > PENDING_CHUNKS or self._waiting_bytes > PENDING_BYTES
+        if full:
+            self._overflow()
+        self._signal.set()
+
+    def _overflow(self) -> None:
+        self._fail(
+            SlowConsumerError(
+                f"stream {self.subject!r}: {self._waiting_chunks} chunks ({self._waiting_bytes} bytes) wait for the "
+                f"consumer; a plain responder cannot be slowed down (limits {PENDING_CHUNKS} and {PENDING_BYTES} bytes)"
+            )
+        )
+
+    def link_lost(self, loss: LinkLoss) -> None:
+        if self._mark is not None and loss.took(self._frame, self._mark):
+            reason = f"the link broke in mid-stream, chunks may be missing: {loss.reason}"
+            self._fail(ServerLost(reason), tell=False)
+
+    def connection_closed(self, reason: Exception) -> None:
+        self._fail(reason, tell=False)
+
+    # -- the consumer ----------------------------------------------------------------------------------------------
+
+    def next_chunk(self, deadline: Deadline) -> bytes:
+        """The next chunk. Raises StreamEnded, TimedOut, or what ended the stream."""
+        while True:
+            for item in self._batch:
+                payload = item[2]
+                if item[1] is None and not payload.startswith(self._special):
+                    self.chunks += 1
+                    self.bytes += len(payload)
+                    return payload
+                chunk = self._judge(item)
+                if chunk is not None:
+                    return chunk
+            self._refill(deadline)
+
+    def next_message(self, deadline: Deadline) -> Message:
+        """The next message in the seed's form: chunk, END or ERROR, as a Message."""
+        while True:
+            for item in self._batch:
+                message = Message.received(self.inbox, item, self._connection.publish_answer)
+                try:
+                    chunk = self._judge(item)
+                except StreamEnded:
+                    message.is_end = True
+                    return message
+                except (HandlerError, StreamRefused, DeadlineExceeded) as error:
+                    message.error = error.message
+                    return message
+                if chunk is not None:
+                    return message
+            self._refill(deadline)
+
+    def _judge(self, item: Item) -> bytes | None:
+        """What an item means: a chunk, None for a note; raises for an end."""
+        _, block, payload = item
+        if block is not None:
+            status = _headers.status_of(block)
+            if status == frames.NOTE_STATUS:
+                return None
+            if status == frames.NO_RESPONDERS_STATUS and not payload:
+                raise self._ended_by(self._unheard())
+        if payload == self._sentinels.end:
+            self.trailers = _decode(block)
+            self.complete = True
+            self._finish()
+            raise StreamEnded(f"stream {self.subject!r} is complete: {self.chunks} chunks")
+        if payload.startswith(self._sentinels.error_prefix):
+            text = payload[len(self._sentinels.error_prefix) :].decode("utf-8", "replace")
+            raise self._ended_by(_reported(text, _decode(block)))
+        if block is not None:
+            self._take_headers(_decode(block))
+        self.chunks += 1
+        self.bytes += len(payload)
+        return payload
+
+    def _take_headers(self, headers: Headers) -> None:
+        text = headers.get(ERROR_HEADER)
+        if text is not None:
+            code = headers.get(ERROR_CODE_HEADER, "")
+            raise self._ended_by(HandlerError(text, code=int(code) if code.isdigit() else None))
+        if not self.chunks:
+            self.headers = headers
+
+    def _unheard(self) -> Exception:
+        if self.chunks or self._control is not None:
+            return ServerLost("the responder is gone")
+        return NoRespondersError(self.subject)
+
+    def _ended_by(self, error: Exception) -> Exception:
+        """End with an error that the other side reported."""
+        if isinstance(error, StreamError):
+            error.last_seq = self.chunks
+        self._fail(error, tell=False)
+        return error
+
+    def _refill(self, deadline: Deadline) -> None:
+        """Wait for more and take all of it; raises what there is to raise instead."""
+        if not self._taking.acquire(timeout=deadline.wait_time()):
+            raise TimedOut(f"no chunk of {self.subject!r} in time: another thread is waiting for it")
+        try:
+            while not self._take():
+                self._wait(deadline)
+        finally:
+            self._taking.release()
+
+    def _take(self) -> bool:
+        with self._lock:
+            if self._error is not None and self._at_once:
+                self._batch = _NOTHING
+                self._queue.clear()
+            elif self._queue:
+                batches, self._queue = self._queue, []
+                self._waiting_chunks = self._waiting_bytes = 0
+                self._batch = iter(batches[0]) if len(batches) == 1 else chain.from_iterable(batches)
+                return True
+            error = self._error
+            if error is None and not self._over:
+                return False
+        if error is None:
+            raise StreamEnded(f"stream {self.subject!r} is complete: {self.chunks} chunks")
+        if isinstance(error, StreamError):
+            error.last_seq = self.chunks
+        raise error
+
+    def _wait(self, deadline: Deadline) -> None:
+        until = deadline.or_sooner(self._idle_timeout)
+        begin = time.monotonic()
+        woken = self._signal.wait(until)
+        self.blocked_seconds += time.monotonic() - begin
+        if woken or self._queue or self._error is not None:
+            return
+        if deadline.expired:
+            raise TimedOut(f"no chunk of {self.subject!r} in time; the stream goes on")
+        self._fail(IdleTimeout(f"stream {self.subject!r}: nothing came for {self._idle_timeout} s"))
+
+    # -- ending ----------------------------------------------------------------------------------------------------
+
+    def cancel(self, reason: str) -> None:
+        """End now, from any thread; the responder is told, a waiting consumer gets StreamCancelled."""
+        self._fail(StreamCancelled(reason), at_once=True)
+
+    def _context_ended(self, ctx: Context) -> None:
+        error = ctx.error()
+        if isinstance(error, DeadlineExceeded):
+            self._fail(DeadlineExceeded(f"stream {self.subject!r}: deadline exceeded"), at_once=True)
+        else:
+            self._fail(StreamCancelled(str(error)), at_once=True)
+
+    def _fail(self, error: Exception, *, at_once: bool = False, tell: bool = True) -> None:
+        with self._lock:
+            if self._over:
+                return
+            self._error, self._at_once = error, at_once
+            if at_once:
+                self._batch = _NOTHING
+            ended = bool(self._queue) and self._is_end(self._queue[-1][-1])
+            control = self._control if tell and not ended else None
+        self._finish()
+        if control is not None:
+            code = error.code if isinstance(error, StreamError) else Code.CANCELLED
+            self._connection.put_now(encode_pub(control, None, None, frames.encode_cancel(str(error), code)))
+        elif tell and not ended:
+            self._connection.withdraw(self._frame)
+
+    def _is_end(self, item: Item) -> bool:
+        return item[2] == self._sentinels.end or item[2].startswith(self._sentinels.error_prefix)
+
+    def _finish(self) -> None:
+        """Nothing more will come: let go of the token, and tell who wants to know."""
+        with self._lock:
+            if self._over:
+                return
+            self._over = True
+            finished, self._finished = self._finished, []
+        self._connection.mux.unregister(self.token)
+        self._signal.set()
+        for callback in finished:
+            callback()
+
+    @property
+    def over(self) -> bool:
+        return self._over
+
+    @property
+    def error(self) -> Exception:
+        """What the call ended with; only once it has ended with an error."""
+        assert self._error is not None
+        return self._error
+
+
+def answer_late_chunks(connection: Connection) -> None:
+    """Have responders of streams that are over here told so: a cancel that found no address yet finds it then."""
+
+    def late(items: list[Item]) -> None:
+        reply = items[-1][0]
+        if reply is not None and frames.is_control(reply):
+            connection.put_now(encode_pub(reply, None, None, frames.encode_cancel("nobody waits for this stream")))
+
+    connection.mux.on_late = late
+
+
+def _decode(block: bytes | None) -> Headers:
+    try:
+        return Headers() if block is None else _headers.decode(block)
+    except ProtocolError:
+        return Headers()
+
+
+def _reported(text: str, headers: Headers) -> StreamError:
+    """The error that a responder ended the stream with."""
+    status = frames.decode_status(headers)
+    if status.retry_after is not None or status.code == Code.RESOURCE_EXHAUSTED:
+        return StreamRefused(text, retry_after=status.retry_after, code=status.code)
+    if status.code == Code.UNAVAILABLE:
+        return ServerLost(text)
+    if status.code == Code.DEADLINE_EXCEEDED:
+        return DeadlineExceeded(text)
+    return HandlerError(text, code=status.code, details=status.details)
+
+
+class Closable(Generic[T]):
+    """An iterator that is also a context manager and has close(): leaving the block closes."""
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self: C) -> C:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def map(self, function: Callable[[T], Any]) -> MappedStream[Any]:
+        """Like map(function, stream), but the result keeps close() and the context manager."""
+        return MappedStream(self, function)
+
+
+C = TypeVar("C", bound="Closable[Any]")
+
+
+class MappedStream(Closable[T]):
+    """A stream seen through a function; closing it closes the stream."""
+
+    def __init__(self, stream: Any, function: Callable[[Any], T]) -> None:
+        self._stream = stream
+        self._function = function
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        return self._function(next(self._stream))
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+class Stream(Closable[bytes]):
+    """The chunks of an answer, as they come: iterate it, or call next().
+
+    Made by Client.stream(). Iterating blocks until the next chunk; the end is StopIteration, anything else raises.
+    close() may be called from any thread, more than once. A stream that is dropped is cancelled when it is collected.
+
+    Attributes:
+        subject: where the request went.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        owner: object,
+        subject: str,
+        payload: bytes,
+        headers: Headers,
+        ctx: Context,
+        idle_timeout: float | None,
+        retry: RetryPolicy,
+    ) -> None:
+        self.subject = subject
+        self._connection = connection
+        self._owner = owner  # keeps the client alive as long as somebody reads
+        self._payload = payload
+        self._headers = headers
+        self._ctx = ctx
+        self._idle_timeout = idle_timeout
+        self._retry = retry
+        self._generation = fork_generation()
+        self._hooks: list[Finished] = []
+        self._call = self._open(0)
+
+    def _open(self, attempt: int) -> Call:
+        call = Call(self._connection, self.subject, self._idle_timeout)
+        call.open(self._payload, self._headers, self._ctx, attempt)
+        return call
+
+    # -- receiving -------------------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        try:
+            return self._next(_NO_DEADLINE)
+        except StreamEnded:
+            raise StopIteration from None
+
+    def next(self, timeout: float | None = None) -> bytes:
+        """The next chunk; blocks up to timeout seconds (None = no limit, 0 = do not wait).
+
+        Raises:
+            StreamEnded: the stream is complete.
+            TimedOut: nothing came in time; the stream goes on.
+            StreamError, NoRespondersError, SlowConsumerError: how the stream failed, see Client.stream().
+        """
+        return self._next(Deadline.after(check_timeout(timeout)))
+
+    def _next(self, deadline: Deadline) -> bytes:
+        if self._generation != fork_generation():
+            raise ForkError("this stream belongs to the parent process")
+        if self._retry is not None and not self._call.chunks:
+            return self._first(deadline)
+        return self._call.next_chunk(deadline)
+
+    def _first(self, deadline: Deadline) -> bytes:
+        """The first chunk: while there is none, a request that surely did not run may be sent again."""
+        policy, self._retry = self._retry, None
+
+        def attempt(number: int) -> bytes | TimedOut:
+            if number:
+                self._call = self._open(number)
+            try:
+                return self._call.next_chunk(deadline)
+            except TimedOut as error:
+                if type(error) is not TimedOut:
+                    raise
+                return error  # the wait ended, not the stream: nothing to repeat
+
+        try:
+            outcome = run(attempt, policy, self._ctx)
+        except BaseException:
+            self._attach_hooks()
+            raise
+        if isinstance(outcome, TimedOut):
+            self._retry = policy
+            raise outcome
+        self._attach_hooks()
+        return outcome
+
+    def _attach_hooks(self) -> None:
+        """The attempt in hand is the last: what waits for the stream's end waits for its end."""
+        hooks, self._hooks = self._hooks, []
+        for hook in hooks:
+            self._call.when_finished(hook)
+
+    # -- ending ----------------------------------------------------------------------------------------------------
+
+    def cancel(self, reason: str = "cancelled by the requester") -> None:
+        """End the stream now; the handler is told why, and its ctx is cancelled. Does not wait for its answer.
+
+        A thread that waits for a chunk gets StreamCancelled. No effect on a stream that has ended.
+        """
+        if self._generation == fork_generation():
+            self._retry = None
+            self._call.cancel(reason)
+            self._attach_hooks()
+
+    def close(self) -> None:
+        """cancel() unless the stream has ended. Idempotent, from any thread; WSGI servers call it."""
+        self.cancel("closed by the requester")
+
+    def when_finished(self, callback: Finished) -> None:
+        """Have callback() called once when the stream is over; brief and non-blocking, in any thread."""
+        self._hooks.append(callback)
+        if self._retry is None:
+            self._attach_hooks()
+
+    def __del__(self) -> None:
+        call = getattr(self, "_call", None)
+        if call is None or self._generation != fork_generation() or (call.over and not self._hooks):
+            return
+        # A finalizer may run anywhere, inside any lock: leave the work to the supervisor.
+        hooks = self._hooks
+        self._connection.in_supervisor(lambda: _drop(call, hooks))
+
+    # -- asking ----------------------------------------------------------------------------------------------------
+
+    @property
+    def headers(self) -> Headers:
+        """What the responder sent along with the first chunk."""
+        return self._call.headers
+
+    @property
+    def trailers(self) -> Headers:
+        """What the responder sent along with the end."""
+        return self._call.trailers
+
+    @property
+    def mode(self) -> str | None:
+        """ "plain" from the first answer on, None until then."""
+        return self._call.mode
+
+    @property
+    def stats(self) -> dict[str, float]:
+        """chunks and bytes handed out; gaps, resent, resumes (always 0 in plain mode); blocked: seconds waited."""
+        call = self._call
+        return {
+            "chunks": call.chunks,
+            "bytes": call.bytes,
+            "gaps": 0,
+            "resent": 0,
+            "resumes": 0,
+            "blocked": call.blocked_seconds,
+        }
+
+    def __repr__(self) -> str:
+        call = self._call
+        state = "complete" if call.complete else "over" if call.over else "open"
+        return f"<Stream {self.subject!r}: {state}, {call.chunks} chunks>"
+
+
+_NO_DEADLINE = Deadline()
+
+
+def _drop(call: Call, hooks: list[Finished]) -> None:
+    call.cancel("dropped by the requester")
+    for hook in hooks:
+        hook()
+
+
+def process(
+    connection: Connection,
+    subject: str,
+    payload: bytes,
+    headers: Headers,
+    processor: Callable[[Message], object],
+    ctx: Context,
+    idle_timeout: float | None,
+    attempt: int,
+) -> None:
+    """One try of stream_request(): every message, END and ERROR included, goes to the processor; False stops."""
+    call = Call(connection, subject, idle_timeout)
+    call.open(payload, headers, ctx, attempt)
+    try:
+        while True:
+            message = call.next_message(_NO_DEADLINE)
+            wanted = processor(message)
+            if message.error is not None:
+                raise call.error
+            if message.is_end or wanted is False:
+                return
+    finally:
+        call.cancel("closed by the requester")

@@ -1,0 +1,225 @@
+"""Handlers: the shapes of functions that users register, each turned into one that drives a sender to its end.
+
+A Runner is called on a worker thread with (ctx, request, core); whatever the user's function does, the stream has ended
+when it returns, unless the function took the sender along to go on in threads of its own.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeAlias
+
+from natsync.concurrency import Deadline, check_timeout
+from natsync.context import Context
+from natsync.errors import Cancelled, Code, DeadlineExceeded, StreamClosed, StreamError
+from natsync.headers import Headers
+from natsync.message import Message, to_bytes
+from natsync.streaming.sender import ResponseSender, SenderCore, describe
+
+log = logging.getLogger("natsync.streaming")
+
+Handler: TypeAlias = Callable[..., Any]
+Runner: TypeAlias = "Callable[[HandlerContext, Message, SenderCore], None]"
+
+_NO_DEADLINE = Deadline()
+
+
+class HandlerContext(Context):
+    """The context of one request: ends when the requester cancels or is gone, at its deadline, or on shutdown.
+
+    Attributes:
+        metadata: the request's headers, but for those of the library and the server.
+        attempt: how often the requester had tried before, from 0.
+        resume_cursor: where to continue; None for a request that starts from the beginning.
+    """
+
+    __slots__ = ("_is_draining", "attempt", "metadata", "resume_cursor")
+
+    def __init__(
+        self,
+        parent: Context,
+        *,
+        deadline: float | None,
+        metadata: Headers,
+        attempt: int,
+        is_draining: Callable[[], bool],
+    ) -> None:
+        super().__init__(parent, deadline=deadline)
+        self.metadata = metadata
+        self.attempt = attempt
+        self.resume_cursor: str | None = None
+        self._is_draining = is_draining
+
+    @property
+    def draining(self) -> bool:
+        """Whether the subscriber is shutting down: finish soon, what takes longer will be cancelled."""
+        return self._is_draining()
+
+
+def arguments(function: Handler, allowed: tuple[int, ...], form: str) -> int:
+    """How many positional arguments the handler takes.
+
+    Raises:
+        TypeError: it cannot be called, or takes none of the allowed numbers; the text shows the form expected.
+    """
+    if not callable(function):
+        raise TypeError(f"a handler is a function {form}, not {type(function).__name__}")
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return max(allowed)
+    if any(one.kind is one.VAR_POSITIONAL for one in parameters):
+        return max(allowed)
+    positional = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+    required = sum(one.default is one.empty for one in positional)
+    fitting = [count for count in allowed if required <= count <= len(positional)]
+    if not fitting or any(one.kind is one.KEYWORD_ONLY and one.default is one.empty for one in parameters):
+        raise TypeError(f"handler {_name(function)} must have the form {form}")
+    return min(fitting)
+
+
+def _name(function: Handler) -> str:
+    return getattr(function, "__qualname__", None) or repr(function)
+
+
+def stream_runner(function: Handler) -> Runner:
+    """For (ctx, request, sender), and for (ctx, request) returning an iterator that is sent and ended."""
+    form = "(ctx, request, sender), or (ctx, request) returning an iterator"
+    if arguments(function, (2, 3), form) == 3:
+        return _guarded(lambda ctx, request, core: _callback(function, ctx, request, core))
+    return _guarded(lambda ctx, request, core: _send_all(function(ctx, request), core))
+
+
+def batch_runner(function: Handler) -> Runner:
+    """For (ctx, request, sender), and for the pull form (request, index) -> (list of data, more)."""
+    form = "(ctx, request, sender), or (request, index) returning (list of data, more)"
+    if arguments(function, (2, 3), form) == 3:
+        return _guarded(lambda ctx, request, core: _callback(function, ctx, request, core))
+    return _guarded(lambda ctx, request, core: _pull_batches(function, request, core))
+
+
+def legacy_runner(function: Handler, pause: float) -> Runner:
+    """For the pull form (request, index) -> (data, more); pause: seconds between calls."""
+    arguments(function, (2,), "(request, index) returning (data, more)")
+    check_timeout(pause, "pause")
+    return _guarded(lambda ctx, request, core: _pull(function, ctx, request, core, pause))
+
+
+def single_runner(function: Handler) -> Runner:
+    """A request/reply handler asked for a stream: its one answer, and the end."""
+
+    def run(ctx: HandlerContext, request: Message, core: SenderCore) -> None:
+        core.send(reply_bytes(function(ctx, request)), _NO_DEADLINE)
+        core.end()
+
+    return _guarded(run)
+
+
+def reply_bytes(value: Any) -> bytes:
+    """What a request/reply handler returned, as a payload: bytes and str as they are, None empty, the rest JSON."""
+    if value is None:
+        return b""
+    if isinstance(value, bytes | bytearray | memoryview | str):
+        return to_bytes(value)
+    try:
+        return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"the handler returned {type(value).__name__}, which has no JSON form: {error}") from error
+
+
+def _guarded(run: Runner) -> Runner:
+    """Answer whatever the handler raises with an error, and log it unless the stream was over anyway."""
+
+    def guarded(ctx: HandlerContext, request: Message, core: SenderCore) -> None:
+        try:
+            run(ctx, request, core)
+        except BaseException as error:  # SystemExit in a handler must not leave its requester waiting
+            if core.closed.is_set():
+                log.debug("handler of %r stopped after its stream was over: %r", request.subject, error)
+                return
+            log.exception("handler of %r raised", request.subject)
+            core.fail(describe(error), code_of(error), getattr(error, "details", None))
+
+    return guarded
+
+
+def code_of(error: BaseException) -> int:
+    """The status code that says best how a handler failed."""
+    if isinstance(error, StreamError):
+        return error.code
+    if isinstance(error, DeadlineExceeded | TimeoutError):
+        return Code.DEADLINE_EXCEEDED
+    return Code.CANCELLED if isinstance(error, Cancelled) else Code.UNKNOWN
+
+
+def _callback(function: Handler, ctx: HandlerContext, request: Message, core: SenderCore) -> None:
+    # The sender must not be held here: whether the handler kept it is what decides over a stream without an end.
+    result = function(ctx, request, ResponseSender(core))
+    if isinstance(result, Iterator):  # a generator function that was given a sender all the same
+        _send_all(result, core)
+
+
+def _send_all(result: Any, core: SenderCore) -> None:
+    """Send what a handler returned and end the stream; a generator is closed here, in the thread that ran it."""
+    if result is None:
+        core.end()
+        return
+    if isinstance(result, bytes | bytearray | memoryview | str):
+        core.send(to_bytes(result), _NO_DEADLINE)
+        core.end()
+        return
+    if not isinstance(result, Iterable):
+        raise TypeError(f"the handler returned {type(result).__name__}, not an iterator of chunks")
+    iterator = iter(result)
+    try:
+        for chunk in iterator:
+            if not _sent(core, chunk):
+                break
+    finally:
+        close = getattr(iterator, "close", None)
+        if callable(close):
+            close()
+    core.end()
+
+
+def _sent(core: SenderCore, chunk: Any) -> bool:
+    """Send one chunk; False if the stream is over, which is no error of the handler."""
+    try:
+        core.send(to_bytes(chunk), _NO_DEADLINE)
+    except StreamClosed:
+        return False
+    return True
+
+
+def _pull_batches(function: Handler, request: Message, core: SenderCore) -> None:
+    index, more = 0, True
+    while more and not core.closed.is_set():
+        batch, more = _pair(function(request, index))
+        chunks = [to_bytes(one) for one in batch or () if one]
+        try:
+            core.send_many(chunks, _NO_DEADLINE)
+        except StreamClosed:
+            return
+        index += 1
+    core.end()
+
+
+def _pull(function: Handler, ctx: HandlerContext, request: Message, core: SenderCore, pause: float) -> None:
+    index, more = 0, True
+    while more and not core.closed.is_set():
+        data, more = _pair(function(request, index))
+        if data and not _sent(core, data):
+            return
+        index += 1
+        if more and pause:
+            ctx.wait(pause)
+    core.end()
+
+
+def _pair(result: Any) -> tuple[Any, bool]:
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(f"a pull handler returns (data, more), not {result!r:.60}")
+    return result[0], bool(result[1])

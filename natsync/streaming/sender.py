@@ -1,0 +1,363 @@
+"""The responder's side of a stream: what a handler sends with, from any of its threads.
+
+SenderCore is held by the control inbox (which hears of cancels and vanished requesters) and by the handler's runner;
+users hold a ResponseSender. Chunks, and the end behind them, leave in order: the lock orders the sends of one stream and
+is never held while waiting.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from natsync import headers as _headers
+from natsync.concurrency import Deadline, check_timeout, fork_generation, run_soon
+from natsync.connection import Connection
+from natsync.context import Context
+from natsync.errors import (
+    Cancelled,
+    ClientLost,
+    Code,
+    DeadlineExceeded,
+    ForkError,
+    InvalidArgument,
+    MaxPayloadExceeded,
+    NatsError,
+    StreamCancelled,
+    StreamClosed,
+    StreamError,
+    TimedOut,
+)
+from natsync.headers import Headers
+from natsync.message import Item, Payload, to_bytes
+from natsync.mux import LinkLoss, Mux
+from natsync.protocol import encode_pub
+from natsync.streaming import frames
+
+log = logging.getLogger("natsync.streaming")
+
+
+class SenderCore:
+    """State of one response stream: open, then closed for one reason."""
+
+    def __init__(
+        self, connection: Connection, control: Mux, reply: bytes, ctx: Context, *, natsync_peer: bool, subject: str
+    ) -> None:
+        sentinels = connection.options.sentinels
+        self.ctx = ctx
+        self.closed = threading.Event()
+        self.count = 0
+        self.subject = subject
+        self.peer_is_natsync = natsync_peer
+        self._connection = connection
+        self._control = control
+        self._reply = reply
+        self._sentinels = sentinels
+        self._special = sentinels.common_start
+        self._lock = threading.Lock()
+        self._error: Exception | None = None
+        self._ended = False
+        self._headers: Headers | None = None
+        self._first_mark = 0
+        self._last_mark = 0
+        self._callbacks: list[Callable[[], object]] = []
+        self._internal: list[Callable[[], object]] = []
+        self._token, self._inbox = control.register(self)
+        self._prefix = b"PUB %b %b " % (reply, self._inbox)
+        self._stop_watching = ctx.on_end(self._context_ended)
+
+    def accept(self) -> None:
+        """Tell a natsync requester where a cancel reaches this stream, before there is a chunk."""
+        if self.peer_is_natsync:
+            self._connection.put_now(encode_pub(self._reply, self._inbox, frames.NOTE, b""))
+
+    @property
+    def outcome(self) -> str:
+        """How a stream that is over counts: processed (it ended by its END), cancelled by the requester, or failed."""
+        if self._ended:
+            return "processed"
+        return "cancelled" if isinstance(self._error, StreamCancelled | ClientLost) else "failed"
+
+    # -- sending -----------------------------------------------------------------------------------------------
+
+    def send(self, data: bytes, deadline: Deadline) -> int:
+        """Queue one chunk; waits while the link is far behind. Returns its number."""
+        frame = self._frame(data)
+        while not (number := self._try(frame)):
+            self._connection.wait_room(deadline)
+        return number
+
+    def try_send(self, data: bytes) -> bool:
+        """Queue one chunk if the link has room now."""
+        return self._try(self._frame(data)) > 0
+
+    def send_many(self, chunks: list[bytes], deadline: Deadline) -> int:
+        """Queue chunks behind each other, so that they leave in as few writes as possible."""
+        number = self.count
+        for chunk in chunks:
+            number = self.send(chunk, deadline)
+        return number
+
+    def _frame(self, data: bytes) -> bytes:
+        if data.startswith(self._special) and self._sentinels.forges(data):
+            raise InvalidArgument(
+                f"the chunk {data[:40]!r} is what ends a plain stream, so the requester would take it for the end; "
+                f"change the payload, or the sentinels on both sides"
+            )
+        limit = self._connection.info.get("max_payload")
+        if limit is not None and len(data) > limit:
+            raise MaxPayloadExceeded(len(data), limit)
+        headers = self._headers
+        if headers is not None and not self.count:
+            return self._connection.encode(self._reply, self._inbox, headers.encode(), data)
+        return b"%b%d\r\n%b\r\n" % (self._prefix, len(data), data)
+
+    def _try(self, frame: bytes) -> int:
+        with self._lock:
+            if self._error is not None:
+                raise self._closed_error()
+            mark = self._connection.try_put(frame)
+            if not mark:
+                return 0
+            self.count += 1
+            self._last_mark = mark
+            if not self._first_mark:
+                self._first_mark = mark
+            return self.count
+
+    def set_header(self, key: str, value: str) -> None:
+        with self._lock:
+            if self.count:
+                raise InvalidArgument("headers go with the first chunk, which has been sent")
+            headers = self._headers or Headers()
+            headers[key] = value
+            self._headers = headers
+
+    def _closed_error(self) -> Exception:
+        error = self._error
+        assert error is not None
+        if isinstance(error, StreamClosed):
+            error = type(error)(error.message, code=error.code, last_seq=self.count)
+        return error
+
+    # -- ending ------------------------------------------------------------------------------------------------
+
+    def end(self, trailers: Headers | None = None) -> bool:
+        """Send END, once; False if the stream was over for another reason."""
+        block = trailers.encode() if trailers is not None and trailers and self.peer_is_natsync else None
+        reason = StreamClosed("the stream was ended", code=Code.OK)
+        self._close(reason, self._ending(block, self._sentinels.end))
+        return self._ended
+
+    def fail(self, text: str, code: int = Code.UNKNOWN, details: Any = None, retry_after: float | None = None) -> bool:
+        """Send an error, which ends the stream; False if it was over already."""
+        block = frames.encode_status(code, details, retry_after) if self.peer_is_natsync else None
+        payload = self._sentinels.error_prefix + text.encode("utf-8", "replace")
+        payload = payload[: self._connection.info.get("max_payload", len(payload)) - len(block or b"")]
+        return self._close(StreamClosed(f"the stream was ended with an error: {text}"), self._ending(block, payload))
+
+    def _ending(self, block: bytes | None, payload: bytes) -> bytes:
+        return encode_pub(self._reply, self._inbox, block, payload)
+
+    def _close(self, error: Exception, last_frame: bytes | None) -> bool:
+        """End for this reason unless there is one already; the slot is free before the last frame is queued."""
+        with self._lock:
+            if self._error is not None:
+                return False
+            self._error = error
+            self._ended = isinstance(error, StreamError) and error.code == Code.OK
+            internal, self._internal = self._internal, []
+            users, self._callbacks = self._callbacks, []
+            for callback in internal:
+                callback()
+            if last_frame is not None:
+                self._put_last(last_frame)
+        self.closed.set()
+        self._stop_watching()
+        if not self._ended:
+            reason = error.message if isinstance(error, StreamError) else str(error)
+            self.ctx.cancel_soon(Cancelled(reason))
+        for callback in users:
+            self._run_user(callback)
+        self._control.unregister(self._token)
+        return True
+
+    def _put_last(self, frame: bytes) -> None:
+        try:
+            self._connection.try_put(frame, force=True)
+        except NatsError as error:  # closed: there is nobody to tell any more
+            log.debug("the end of a stream on %r was not sent: %s", self.subject, error)
+
+    def _run_user(self, callback: Callable[[], object]) -> None:
+        if not self._connection.dispatcher.workers.submit(callback):
+            run_soon(callback, "an on_close callback")
+
+    def on_close(self, callback: Callable[[], object]) -> None:
+        """Have the user's callback() run on a worker when the stream is over, however."""
+        with self._lock:
+            if self._error is None:
+                self._callbacks.append(callback)
+                return
+        self._run_user(callback)
+
+    def when_closed(self, callback: Callable[[], object]) -> None:
+        """on_close() for the library: brief, non-blocking, takes no stream's lock; runs before the END is queued."""
+        with self._lock:
+            if self._error is None:
+                self._internal.append(callback)
+                return
+        callback()
+
+    # -- the reader, the timer, the supervisor ---------------------------------------------------------------------
+
+    def deliver(self, items: list[Item]) -> None:
+        """A message to the control subject: nobody listens (503), or the requester cancels."""
+        for _, block, payload in items:
+            if block is not None and _headers.status_of(block) == frames.NO_RESPONDERS_STATUS and not payload:
+                self._close(ClientLost("the requester is gone: nobody listens to its inbox any more"), None)
+                return
+            reason = frames.decode_cancel(payload)
+            if reason is not None:
+                self._close(StreamCancelled(reason), None)
+                return
+
+    def link_lost(self, loss: LinkLoss) -> None:
+        """Chunks that the server has not confirmed may be lost; then the stream must not seem complete."""
+        if not self._last_mark or self._last_mark <= loss.confirmed or self._first_mark > loss.taken:
+            return
+        self.fail(f"the responder's link broke in mid-stream, chunks may be missing: {loss.reason}", Code.UNAVAILABLE)
+
+    def connection_closed(self, reason: Exception) -> None:
+        self._close(StreamClosed(str(reason), code=Code.UNAVAILABLE), None)
+
+    def _context_ended(self) -> None:
+        error = self.ctx.error()
+        if isinstance(error, DeadlineExceeded):
+            block = frames.encode_status(Code.DEADLINE_EXCEEDED) if self.peer_is_natsync else None
+            payload = self._sentinels.error_prefix + b"deadline exceeded"
+            self._close(DeadlineExceeded("the request's deadline has passed"), self._ending(block, payload))
+        else:
+            block = frames.encode_status(Code.CANCELLED) if self.peer_is_natsync else None
+            payload = self._sentinels.error_prefix + str(error).encode("utf-8", "replace")
+            self._close(StreamCancelled(str(error)), self._ending(block, payload))
+
+    def dropped(self) -> None:
+        """The handler let go of its sender without ending the stream."""
+        if self.fail("the handler dropped its sender without ending the stream", Code.INTERNAL):
+            log.error("a handler of %r dropped its sender without end(): the requester got an error", self.subject)
+
+
+class ResponseSender:
+    """What a handler sends the pieces of its answer with.
+
+    Safe from any number of threads: a chunk is never torn, and the end comes behind every chunk whose send() had
+    returned. Once the stream is over, for whatever reason, `closed` is set and sending raises StreamClosed or one of
+    its kinds: ClientLost, StreamCancelled, DeadlineExceeded. A sender that is dropped without an end is ended with an
+    error when it is collected.
+
+    Attributes:
+        closed: a threading.Event, set when the stream is over: ended, failed, cancelled, or the requester is gone.
+    """
+
+    def __init__(self, core: SenderCore) -> None:
+        self._core = core
+        self._generation = fork_generation()
+        self.closed = core.closed
+
+    def send(self, data: Payload, *, timeout: float | None = None) -> int:
+        """Queue one chunk and return its number, from 1 up.
+
+        Blocks while the link to the server is far behind, up to timeout seconds (None = no limit).
+
+        Raises:
+            StreamClosed: the stream is over; the kind and text say why.
+            InvalidArgument: the payload equals the end sentinel or starts with the error sentinel.
+            MaxPayloadExceeded: it is larger than the server takes.
+            TimedOut: the link had no room in time.
+            TypeError: it is neither bytes-like nor str.
+        """
+        self._check_process()
+        return self._core.send(to_bytes(data), Deadline.after(check_timeout(timeout)))
+
+    def try_send(self, data: Payload) -> bool:
+        """Queue one chunk if that needs no waiting; False if it would. Raises as send() does."""
+        self._check_process()
+        return self._core.try_send(to_bytes(data))
+
+    def send_many(self, chunks: Iterable[Payload], *, timeout: float | None = None) -> int:
+        """Queue several chunks in order, to leave together; the number of the last. Raises as send() does.
+
+        The iterable is used up and every chunk checked before the first is queued.
+        """
+        self._check_process()
+        deadline = Deadline.after(check_timeout(timeout))
+        return self._core.send_many([to_bytes(chunk) for chunk in chunks], deadline)
+
+    def send_error(self, error: BaseException | str, *, code: int | None = None, details: Any = None) -> None:
+        """End the stream with an error; the requester's iterator raises it. No effect on a stream that is over.
+
+        code is one of natsync.Code (gRPC's numbers); code and details reach natsync requesters only.
+        """
+        self._check_process()
+        own = error.code if isinstance(error, StreamError) else Code.UNKNOWN
+        self._core.fail(describe(error), own if code is None else code, details)
+
+    def end(self, *, wait: float = 0, trailers: _headers.HeaderInput = None) -> bool:
+        """End the stream; whether it is complete (False: it was over before, by an error, a cancel or a loss).
+
+        Idempotent. With wait, blocks up to that many seconds until the server confirms that it has everything, and
+        returns False if it does not. Trailers reach natsync requesters only.
+        """
+        self._check_process()
+        check_timeout(wait, "wait")
+        complete = self._core.end(None if trailers is None else Headers(trailers))
+        if not complete or not wait:
+            return complete
+        try:
+            self._core._connection.flush(Deadline.after(wait))
+        except (TimedOut, NatsError):
+            return False
+        return True
+
+    def set_header(self, key: str, value: str) -> None:
+        """Set a header that goes with the first chunk (Stream.headers at the requester).
+
+        Raises:
+            InvalidArgument: the first chunk has been sent, or the header is malformed.
+        """
+        self._core.set_header(key, value)
+
+    def is_closed(self) -> bool:
+        """Whether the stream is over: nothing more can be sent."""
+        return self._core.closed.is_set()
+
+    @property
+    def send_count(self) -> int:
+        """Chunks queued so far."""
+        return self._core.count
+
+    def on_close(self, callback: Callable[[], object]) -> None:
+        """Have callback() run once, on a worker, when the stream is over; soon, if it already is."""
+        self._core.on_close(callback)
+
+    def _check_process(self) -> None:
+        if self._generation != fork_generation():
+            raise ForkError("this sender belongs to the parent process")
+
+    def __del__(self) -> None:
+        core = getattr(self, "_core", None)
+        if core is None or core.closed.is_set() or self._generation != fork_generation():
+            return
+        core._connection.in_supervisor(core.dropped)  # a finalizer may run anywhere, inside any lock
+
+    def __repr__(self) -> str:
+        return f"<ResponseSender for {self._core.subject!r}: {'closed' if self.is_closed() else 'open'}, {self.send_count} sent>"
+
+
+def describe(error: BaseException | str) -> str:
+    """The text of an error as the other side reads it; the type's name where there is none."""
+    if isinstance(error, str):
+        return error
+    return str(error) or type(error).__name__

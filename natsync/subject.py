@@ -1,0 +1,105 @@
+"""Subjects, queue names and inboxes: what may go on the wire, checked before it does.
+
+Pure values; new identifiers come from pynats2's NUID. A subject is dot-separated tokens; `*` stands for one token and
+a last `>` for one or more, in subscriptions only.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+from natsync._pynats2 import NUID
+from natsync.errors import InvalidArgument
+
+_FORBIDDEN = re.compile(r"[\x00-\x20\x7f]")  # white space and control characters would forge protocol lines
+_CACHED = 1024
+
+
+@lru_cache(_CACHED)
+def publish_subject(subject: str) -> bytes:
+    """The subject as bytes, checked for publishing: no wildcard, no empty token, no white space.
+
+    Raises:
+        InvalidArgument: it cannot be published to.
+        TypeError: it is not a str.
+    """
+    tokens = _tokens(subject, "subject")
+    if "*" in tokens or ">" in tokens:
+        raise InvalidArgument(f"subject {subject!r} has a wildcard, which only a subscription may have")
+    return _encode(subject)
+
+
+@lru_cache(_CACHED)
+def subscribe_subject(subject: str) -> bytes:
+    """The subject as bytes, checked for subscribing: `>` only as the last token.
+
+    Raises:
+        InvalidArgument: it cannot be subscribed to.
+        TypeError: it is not a str.
+    """
+    if ">" in _tokens(subject, "subject")[:-1]:
+        raise InvalidArgument(f"subject {subject!r}: the wildcard '>' may only be the last token")
+    return _encode(subject)
+
+
+@lru_cache(_CACHED)
+def queue_name(queue: str) -> bytes:
+    """The queue group's name as bytes.
+
+    Raises:
+        InvalidArgument: it is empty or has white space.
+        TypeError: it is not a str.
+    """
+    _word(queue, "queue group")
+    return _encode(queue)
+
+
+def _tokens(subject: str, what: str) -> list[str]:
+    _word(subject, what)
+    tokens = subject.split(".")
+    if "" in tokens:
+        raise InvalidArgument(f"{what} {subject!r} has an empty token")
+    return tokens
+
+
+def _word(text: str, what: str) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"a {what} is a str, not {type(text).__name__}")
+    if not text:
+        raise InvalidArgument(f"the {what} is empty")
+    if _FORBIDDEN.search(text):
+        raise InvalidArgument(f"{what} {text!r} contains white space or a control character")
+
+
+def _encode(text: str) -> bytes:
+    """Subjects are bytes to the server; one that was received with odd bytes goes back as it came."""
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise InvalidArgument(f"{text!r} cannot be encoded as UTF-8") from None
+
+
+def decode(raw: bytes) -> str:
+    """A received subject as text; bytes that are not UTF-8 survive a round trip."""
+    return raw.decode("utf-8", "surrogateescape")
+
+
+def matches(pattern: str, subject: str) -> bool:
+    """Whether a subscription to the pattern receives the subject."""
+    wanted, given = pattern.split("."), subject.split(".")
+    for index, token in enumerate(wanted):
+        if token == ">":
+            return len(given) > index
+        if index >= len(given) or token not in ("*", given[index]):
+            return False
+    return len(wanted) == len(given)
+
+
+def unique() -> str:
+    """A new identifier of 22 letters and digits, unique among processes and forks.
+
+    Each call takes a fresh generator: its prefix alone is 12 characters from the system's entropy, whereas the counter
+    of a shared one repeats now and then (pynats2 computes it in floating point).
+    """
+    return NUID().next_().decode()

@@ -1,0 +1,381 @@
+"""Subscription: the messages of one SUB, waiting for whoever takes them.
+
+The reader puts messages in and never waits; when the pending limits are reached, the overflow policy decides which
+message is lost, and every loss is counted. Messages are taken by next(), by iteration, or by a callback on workers.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Literal, Protocol, TypeAlias
+
+from natsync.concurrency import Deadline, check_timeout, fork_generation
+from natsync.errors import ConnectionClosed, DrainTimeout, ForkError, InvalidArgument, SlowConsumerError, TimedOut
+from natsync.headers import Headers
+from natsync.message import Item, Message, Payload
+from natsync.protocol import Batch
+from natsync.workers import WorkerPool
+
+log = logging.getLogger("natsync.subscription")
+
+Overflow: TypeAlias = Literal["drop_new", "drop_old", "error"]
+Callback: TypeAlias = Callable[[Message], object]
+
+#: Messages that may wait to be taken. Default of the Go system and of early nats.go (65,536).
+PENDING_MESSAGES = 65_536
+#: Bytes of payload that may wait to be taken. Default of nats.go (DefaultSubPendingBytesLimit).
+PENDING_BYTES = 64 << 20
+#: Messages one worker handles before it lets others of the pool go first.
+_TURN = 64
+
+
+class Link(Protocol):
+    """What a subscription needs of its connection."""
+
+    def unsubscribe(self, core: SubscriptionCore) -> None: ...
+    def stop_intake(self, core: SubscriptionCore) -> None: ...
+    def publish_answer(self, reply: str, payload: Payload, headers: Headers | None) -> None: ...
+    def confirm(self, deadline: Deadline) -> None: ...
+    def slow_consumer(self, subject: str, dropped: int) -> None: ...
+    def in_supervisor(self, task: Callable[[], None]) -> None: ...
+
+
+class SubscriptionCore:
+    """What the dispatcher holds of a subscription; users hold a Subscription."""
+
+    def __init__(
+        self,
+        link: Link,
+        subject: bytes,
+        queue: bytes | None,
+        *,
+        max_messages: int | None = None,
+        pending_messages: int = PENDING_MESSAGES,
+        pending_bytes: int = PENDING_BYTES,
+        overflow: Overflow = "drop_new",
+        callback: Callback | None = None,
+        concurrency: int = 1,
+        pool: WorkerPool | None = None,
+    ) -> None:
+        _check_limits(max_messages, pending_messages, pending_bytes, overflow, concurrency)
+        self.sid = b""  # given by the dispatcher
+        self.subject = subject
+        self.queue = queue
+        self.max_messages = max_messages
+        self.received = 0
+        self.delivered = 0
+        self.dropped = 0
+        self.failed = 0
+        self.active = True
+        self.draining = False
+        self._link = link
+        self._limit_messages = pending_messages
+        self._limit_bytes = pending_bytes
+        self._overflow = overflow
+        self._callback = callback
+        self._concurrency = concurrency
+        self._pool = pool
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._pending: deque[tuple[bytes, Item]] = deque()
+        self._pending_bytes = 0
+        self._running = 0
+        self._slow = False
+        self._error: Exception | None = None
+
+    # -- the reader --------------------------------------------------------------------------------------------
+
+    def deliver(self, batch: Batch) -> None:
+        """Take the messages of one read. Never waits."""
+        items = batch.items
+        with self._lock:
+            if not self.active:
+                return
+            if self.max_messages is not None:
+                items = items[: self.max_messages - self.received]
+            self.received += len(items)
+            complete = self.received == self.max_messages
+            dropped = self._admit_locked(batch.subject, items)
+            episode = dropped > 0 and not self._slow
+            self._slow = self._slow or dropped > 0
+            self._wake_locked()
+        if complete:
+            self._link.unsubscribe(self)
+        if episode:
+            self._link.slow_consumer(self.subject.decode("utf-8", "replace"), self.dropped)
+
+    def _admit_locked(self, subject: bytes, items: list[Item]) -> int:
+        """Queue what the limits allow; how many messages were lost. Requires _lock."""
+        size = sum([len(item[2]) for item in items])
+        if len(self._pending) + len(items) <= self._limit_messages and self._pending_bytes + size <= self._limit_bytes:
+            self._pending.extend([(subject, item) for item in items])
+            self._pending_bytes += size
+            return 0
+        before = self.dropped
+        for item in items:
+            self._admit_one_locked(subject, item)
+        return self.dropped - before
+
+    def _admit_one_locked(self, subject: bytes, item: Item) -> None:
+        size = len(item[2])
+        if not self._has_room_locked(size) and self._overflow == "drop_old":
+            while self._pending and not self._has_room_locked(size):
+                self._pending_bytes -= len(self._pending.popleft()[1][2])
+                self.dropped += 1
+        if self._has_room_locked(size):
+            self._pending.append((subject, item))
+            self._pending_bytes += size
+            return
+        self.dropped += 1
+        if self._overflow == "error" and self._error is None:
+            self._error = SlowConsumerError(
+                f"subscription {self.subject.decode('utf-8', 'replace')!r}: {len(self._pending)} messages "
+                f"({self._pending_bytes} bytes) were waiting when the next one came; take them faster or raise the limits"
+            )
+
+    def _has_room_locked(self, size: int) -> bool:
+        return len(self._pending) < self._limit_messages and self._pending_bytes + size <= self._limit_bytes
+
+    def _wake_locked(self) -> None:
+        if self._callback is None:
+            self._changed.notify_all()
+            return
+        assert self._pool is not None
+        while self._running < min(self._concurrency, len(self._pending)):
+            self._running += 1
+            if not self._pool.submit(self._run):
+                self._running -= 1
+                return
+
+    # -- takers ------------------------------------------------------------------------------------------------
+
+    def take(self, deadline: Deadline) -> Message | None:
+        """The next message; None once the subscription has ended and nothing is left.
+
+        Raises:
+            TimedOut: nothing came by the deadline.
+            SlowConsumerError: overflow="error", and what had room before the overflow has been taken.
+        """
+        with self._lock:
+            while not self._pending:
+                if self._error is not None:
+                    raise self._error
+                if not self.active:
+                    return None
+                if deadline.expired or not self._changed.wait(deadline.remaining()):
+                    if self._pending:
+                        break
+                    raise TimedOut(f"no message on {self.subject.decode('utf-8', 'replace')!r} in time")
+            return self._pop_locked()
+
+    def _pop_locked(self) -> Message:
+        subject, item = self._pending.popleft()
+        self._pending_bytes -= len(item[2])
+        self.delivered += 1
+        if not self._pending:
+            self._slow = False
+            self._changed.notify_all()
+        return Message.received(subject, item, self._link.publish_answer)
+
+    def _run(self) -> None:
+        """A turn of one worker: hand messages to the callback until none is left or others should go first."""
+        assert self._callback is not None and self._pool is not None
+        for _ in range(_TURN):
+            with self._lock:
+                if not self._pending:
+                    self._running -= 1
+                    self._changed.notify_all()
+                    return
+                message = self._pop_locked()
+            try:
+                self._callback(message)
+            except Exception:
+                self.failed += 1
+                log.exception("the callback for %r raised", message.subject)
+            del message
+        if not self._pool.submit(self._run):
+            with self._lock:
+                self._running -= 1
+                self._changed.notify_all()
+
+    # -- ending ------------------------------------------------------------------------------------------------
+
+    @property
+    def pending(self) -> int:
+        return len(self._pending)
+
+    @property
+    def pending_bytes(self) -> int:
+        return self._pending_bytes
+
+    @property
+    def has_callback(self) -> bool:
+        return self._callback is not None
+
+    @property
+    def limits(self) -> tuple[int | None, int]:
+        """(max_messages, received): what a new link must be told to deliver the rest only."""
+        return self.max_messages, self.received
+
+    def deactivate(self, error: Exception | None = None, *, forget: bool = False) -> None:
+        """No more messages come; what waits can still be taken, unless it is to be forgotten."""
+        with self._lock:
+            self.active = False
+            self._error = self._error or error
+            if forget:
+                self.dropped += len(self._pending)
+                self._pending.clear()
+                self._pending_bytes = 0
+            self._changed.notify_all()
+
+    def wait_empty(self, deadline: Deadline) -> bool:
+        """Block until everything was taken and every callback has returned; False if the deadline came first."""
+        with self._lock:
+            while self._pending or self._running:
+                if not self._changed.wait(deadline.remaining()):
+                    return not (self._pending or self._running)
+        return True
+
+
+class Subscription:
+    """Messages of one subject, in the order in which the server sent them.
+
+    Made by Client.subscribe(). Iterate it, call next(), or let its callback be called; each is safe from any thread, and
+    a message goes to one taker. A subscription that is dropped without a callback is unsubscribed when it is collected.
+
+    Attributes:
+        subject, queue: as subscribed.
+        pending: messages waiting to be taken.
+        delivered: messages taken so far.
+        dropped: messages lost because the pending limits were reached.
+    """
+
+    def __init__(self, core: SubscriptionCore, link: Link, owner: object) -> None:
+        self._core = core
+        self._link = link
+        self._owner = owner  # keeps the client alive as long as somebody reads
+        self._generation = fork_generation()
+
+    @property
+    def subject(self) -> str:
+        return self._core.subject.decode("utf-8", "surrogateescape")
+
+    @property
+    def queue(self) -> str | None:
+        return None if self._core.queue is None else self._core.queue.decode()
+
+    @property
+    def pending(self) -> int:
+        return self._core.pending
+
+    @property
+    def delivered(self) -> int:
+        return self._core.delivered
+
+    @property
+    def dropped(self) -> int:
+        return self._core.dropped
+
+    @property
+    def active(self) -> bool:
+        """Whether messages may still come."""
+        return self._core.active
+
+    def next(self, timeout: float | None = None) -> Message:
+        """The next message; blocks up to timeout seconds (None = no limit, 0 = do not wait).
+
+        Raises:
+            TimedOut: nothing came in time.
+            ConnectionClosed: the subscription has ended and nothing is left.
+            SlowConsumerError: overflow="error" and the pending limits were reached.
+            RuntimeError: the subscription has a callback, which takes the messages.
+        """
+        message = self._take(Deadline.after(check_timeout(timeout)))
+        if message is None:
+            raise ConnectionClosed(f"the subscription of {self.subject!r} has ended")
+        return message
+
+    def __iter__(self) -> Iterator[Message]:
+        return self
+
+    def __next__(self) -> Message:
+        message = self._take(Deadline())
+        if message is None:
+            raise StopIteration
+        return message
+
+    def _take(self, deadline: Deadline) -> Message | None:
+        if self._core.has_callback:
+            raise RuntimeError(f"messages on {self.subject!r} go to the callback; next() and iteration have none")
+        if self._generation != fork_generation():
+            raise ForkError("this subscription belongs to the parent process; subscribe anew in the child")
+        return self._core.take(deadline)
+
+    def unsubscribe(self) -> None:
+        """Stop at once: messages that wait are forgotten (and counted as dropped). Idempotent, does not block."""
+        self._link.unsubscribe(self._core)
+        self._core.deactivate(forget=True)
+
+    def drain(self, timeout: float | None = 30.0) -> None:
+        """Stop taking new messages, then wait until all that had reached the server's side of the link was handled.
+
+        With a callback it blocks until the last one returned; without one, what came remains to be taken by next().
+
+        Raises:
+            DrainTimeout: not done within timeout seconds; the subscription is ended all the same.
+        """
+        deadline = Deadline.after(check_timeout(timeout))
+        self._link.stop_intake(self._core)
+        try:
+            self._link.confirm(deadline)
+        except TimedOut as error:
+            raise DrainTimeout(f"the server did not confirm the end of {self.subject!r} in {timeout} s") from error
+        finally:
+            self._link.unsubscribe(self._core)
+        if self._core.has_callback and not self._core.wait_empty(deadline):
+            raise DrainTimeout(
+                f"{self.pending} messages on {self.subject!r} not handled, or a callback still running, after {timeout} s"
+            )
+
+    def __enter__(self) -> Subscription:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.unsubscribe()
+
+    def __del__(self) -> None:
+        core = getattr(self, "_core", None)
+        if core is None or core.has_callback or not core.active or self._generation != fork_generation():
+            return
+        link = self._link  # a finalizer may run anywhere, inside any lock: leave the work to the supervisor
+        link.in_supervisor(lambda: _release(link, core))
+
+    def __repr__(self) -> str:
+        queue = f", queue={self.queue!r}" if self.queue else ""
+        return f"<Subscription {self.subject!r}{queue}: {self.pending} pending, {self.dropped} dropped>"
+
+
+def _release(link: Link, core: SubscriptionCore) -> None:
+    link.unsubscribe(core)
+    core.deactivate(forget=True)
+
+
+def _check_limits(
+    max_messages: int | None, pending_messages: int, pending_bytes: int, overflow: str, concurrency: int
+) -> None:
+    for name, value in (
+        ("max_messages", max_messages if max_messages is not None else 1), ("pending_messages", pending_messages),
+        ("pending_bytes", pending_bytes), ("concurrency", concurrency),
+    ):  # fmt: skip
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} is a whole number, not {type(value).__name__}")
+        if value < 1:
+            raise InvalidArgument(f"{name}={value}: at least 1")
+    if overflow not in ("drop_new", "drop_old", "error"):
+        raise InvalidArgument(f"overflow={overflow!r}: 'drop_new', 'drop_old' or 'error'")

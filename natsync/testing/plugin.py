@@ -1,0 +1,60 @@
+"""pytest fixtures: a real nats-server, and a client and a subscriber connected to it.
+
+Loaded into every pytest run of an environment that has natsync, so it imports nothing but pytest; the
+fixtures import what they need. A machine without the nats-server binary gets an error from them, never a
+skip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    import natsync
+    from natsync.testing.server import NatsServer
+
+
+@pytest.fixture(scope="session")
+def nats_server() -> Iterator[NatsServer]:
+    """A running NatsServer, shared by the whole run: leave it running. For faults: make_nats_server."""
+    from natsync.testing.server import NatsServer
+
+    with NatsServer() as server:
+        yield server
+
+
+@pytest.fixture
+def make_nats_server() -> Iterator[Callable[..., NatsServer]]:
+    """make_nats_server(**options) starts a NatsServer of the test's own; all are closed at its end."""
+    from natsync.testing.server import NatsServer
+
+    with ExitStack() as stack:
+
+        def make(*args: Any, **options: Any) -> NatsServer:
+            return stack.enter_context(NatsServer(*args, **options))
+
+        yield make
+
+
+@pytest.fixture
+def natsync_client(nats_server: NatsServer) -> Iterator[natsync.Client]:
+    """A natsync.Client for nats_server; it connects at its first use and is closed when the test ends."""
+    import natsync
+
+    client = natsync.Client(nats_server.url)
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def natsync_subscriber(nats_server: NatsServer) -> Iterator[natsync.Subscriber]:
+    """A natsync.Subscriber for nats_server, not open yet; it is closed when the test ends."""
+    import natsync
+
+    subscriber = natsync.Subscriber(nats_server.url)
+    yield subscriber
+    subscriber.close()

@@ -1,0 +1,132 @@
+"""One process-wide timer thread for deadlines, pings and probes; it exists only while something is scheduled.
+
+Callbacks run on the timer thread one after the other: they must be brief, must not block and must not be user code
+(hand that to concurrency.run_soon). The thread sleeps until the next deadline; there is no polling.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from natsync import concurrency
+
+log = logging.getLogger("natsync.timers")
+
+#: Cancelled entries are swept out of the heap when there are this many and they are the majority.
+_SWEEP_FROM = 64
+
+
+class Timer:
+    """One scheduled call; cancel() may be called from any thread, at any time, more than once."""
+
+    __slots__ = ("_owner", "at", "callback")
+
+    def __init__(self, owner: _Timers, at: float, callback: Callable[[], None]) -> None:
+        self._owner = owner
+        self.at = at
+        self.callback: Callable[[], None] | None = callback
+
+    def cancel(self) -> None:
+        """Make sure that the call does not start any more (one that is running goes on)."""
+        self._owner.cancel(self)
+
+
+class _Timers:
+    def __init__(self) -> None:
+        self._changed = threading.Condition(threading.Lock())
+        self._heap: list[tuple[float, int, Timer]] = []
+        self._cancelled = 0
+        self._numbers = itertools.count()
+        self._thread: threading.Thread | None = None
+
+    def schedule(self, at: float, callback: Callable[[], None]) -> Timer:
+        timer = Timer(self, at, callback)
+        with self._changed:
+            heapq.heappush(self._heap, (at, next(self._numbers), timer))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="natsync-timer", daemon=True)
+                self._thread.start()
+            elif self._heap[0][2] is timer:
+                self._changed.notify()
+        return timer
+
+    def cancel(self, timer: Timer) -> None:
+        with self._changed:
+            if timer.callback is None:
+                return
+            timer.callback = None
+            self._cancelled += 1
+            if self._cancelled == len(self._heap) or self._cancelled >= max(_SWEEP_FROM, len(self._heap) // 2):
+                self._heap = [entry for entry in self._heap if entry[2].callback is not None]
+                heapq.heapify(self._heap)
+                self._cancelled = 0
+                if not self._heap:
+                    self._changed.notify()
+
+    def settle(self) -> None:
+        """Wait for the thread to leave if nothing is scheduled any more."""
+        with self._changed:
+            thread = None if self._heap else self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(1.0)
+
+    def _run(self) -> None:
+        while True:
+            callback = self._next_due()
+            if callback is None:
+                return
+            try:
+                callback()
+            except Exception:
+                log.exception("a timer's callback failed")
+            del callback
+
+    def _next_due(self) -> Callable[[], None] | None:
+        """Sleep until something is due and take it; None when nothing is scheduled any more."""
+        with self._changed:
+            while self._heap:
+                at, _, timer = self._heap[0]
+                if timer.callback is None:
+                    heapq.heappop(self._heap)
+                    self._cancelled -= 1
+                    continue
+                delay = at - time.monotonic()
+                if delay > 0:
+                    self._changed.wait(min(delay, threading.TIMEOUT_MAX))
+                    continue
+                heapq.heappop(self._heap)
+                callback, timer.callback = timer.callback, None
+                return callback
+            self._thread = None
+            return None
+
+
+_timers = _Timers()
+
+
+def schedule(at: float, callback: Callable[[], None]) -> Timer:
+    """Have callback called on the timer thread once time.monotonic() has reached `at`."""
+    return _timers.schedule(at, callback)
+
+
+def schedule_after(seconds: float, callback: Callable[[], None]) -> Timer:
+    """Have callback called on the timer thread `seconds` from now."""
+    return _timers.schedule(time.monotonic() + seconds, callback)
+
+
+def settle() -> None:
+    """If nothing is scheduled any more, wait for the timer thread to end: close() leaves no thread behind."""
+    _timers.settle()
+
+
+def _forked() -> None:
+    global _timers
+    _timers = _Timers()
+
+
+concurrency.after_fork_in_child(_forked)

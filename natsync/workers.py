@@ -1,0 +1,130 @@
+"""WorkerPool: the threads that run user code, as many as are needed up to a bound, and Lane: tasks kept in order.
+
+Nothing of the library runs on these threads but what calls user code.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+
+from natsync.concurrency import Deadline, join_all
+
+log = logging.getLogger("natsync.workers")
+
+#: Seconds after which a worker with nothing to do ends.
+IDLE_SECONDS = 10.0
+
+Task = Callable[[], object]
+
+
+class WorkerPool:
+    """Runs tasks on at most `limit` threads; what comes when all are busy waits its turn.
+
+    Threads are started when needed and end after IDLE_SECONDS without work. A task that raises is logged.
+    """
+
+    def __init__(self, name: str, limit: int) -> None:
+        self.name = name
+        self.limit = limit
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)
+        self._tasks: deque[Task] = deque()
+        self._threads: set[threading.Thread] = set()
+        self._idle = 0
+        self._numbers = 0
+        self._closed = False
+
+    def submit(self, task: Task) -> bool:
+        """Have the task run; False if the pool is closed. Never blocks."""
+        with self._lock:
+            if self._closed:
+                return False
+            self._tasks.append(task)
+            if self._idle >= len(self._tasks):
+                self._work.notify()
+                return True
+            if len(self._threads) >= self.limit:
+                return True
+            self._numbers += 1
+            thread = threading.Thread(target=self._run, name=f"{self.name}-{self._numbers}", daemon=True)
+            self._threads.add(thread)
+            thread.start()
+            return True
+
+    @property
+    def threads(self) -> int:
+        """How many threads there are now."""
+        return len(self._threads)
+
+    def is_own_thread(self) -> bool:
+        """Whether the calling thread is one of this pool's."""
+        return threading.current_thread() in self._threads
+
+    def close(self, deadline: Deadline) -> list[str]:
+        """Take no more tasks, run those that wait, and wait for the threads; names those still running."""
+        with self._lock:
+            self._closed = True
+            self._work.notify_all()
+            threads = list(self._threads)
+        return join_all(threads, deadline)
+
+    def _run(self) -> None:
+        try:
+            while (task := self._next()) is not None:
+                try:
+                    task()
+                except Exception:
+                    log.exception("a task failed")
+                del task  # an idle worker must not keep its last handler's objects alive
+        finally:
+            with self._lock:
+                self._threads.discard(threading.current_thread())
+
+    def _next(self) -> Task | None:
+        """The next task; None when the worker should end (then it counts as gone already)."""
+        with self._lock:
+            self._idle += 1
+            try:
+                while not self._tasks:
+                    if self._closed or not self._work.wait(IDLE_SECONDS):
+                        if self._tasks:
+                            break
+                        self._threads.discard(threading.current_thread())
+                        return None
+                return self._tasks.popleft()
+            finally:
+                self._idle -= 1
+
+
+class Lane:
+    """Runs tasks one after the other, in order, on a pool's threads: never two at a time, no thread when idle."""
+
+    def __init__(self, pool: WorkerPool) -> None:
+        self._pool = pool
+        self._lock = threading.Lock()
+        self._tasks: deque[Task] = deque()
+        self._running = False
+
+    def submit(self, task: Task) -> bool:
+        """Have the task run after those submitted before; False if the pool is closed. Never blocks."""
+        with self._lock:
+            self._tasks.append(task)
+            if self._running:
+                return True
+            self._running = True
+        return self._pool.submit(self._run)
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                if not self._tasks:
+                    self._running = False
+                    return
+                task = self._tasks.popleft()
+            try:
+                task()
+            except Exception:
+                log.exception("a task failed")

@@ -1,0 +1,27 @@
+"""Small helpers that several test modules share."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def natsync_threads() -> set[threading.Thread]:
+    """The live threads that natsync started, known by their names."""
+    return {thread for thread in threading.enumerate() if thread.name.startswith("natsync")}
+
+
+def run_python(code: str, *args: str, timeout: float = 30.0) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter with this one's sys.path; the outcome is the caller's to check."""
+    bootstrap = f"import sys; sys.path[:] = {sys.path!r}\n"
+    return subprocess.run(
+        [sys.executable, "-c", bootstrap + code, *args],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )

@@ -1,0 +1,501 @@
+"""The command line, run as a user runs it: child processes against a real nats-server."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+
+import natsync
+from natsync.testing import NatsServer, eventually
+from processes import NATSYNC, PATIENCE, Child, child, run, started
+
+OUTPUT_CLOSED = 141
+INTERRUPTED = 130
+
+
+@pytest.fixture
+def url(nats_server: NatsServer) -> str:
+    return nats_server.url
+
+
+@pytest.fixture
+def subscriber(nats_server: NatsServer) -> Iterator[natsync.Subscriber]:
+    with natsync.Subscriber(nats_server.url) as subscriber:
+        yield subscriber
+
+
+@pytest.fixture
+def nowhere() -> Iterator[str]:
+    """A URL at which nothing listens, for as long as the test runs."""
+    with socket.socket() as bound:  # bound, but not listening: connections are refused
+        bound.bind(("127.0.0.1", 0))
+        yield f"nats://127.0.0.1:{bound.getsockname()[1]}"
+
+
+def assert_one_line_error(result: Child, status: int, *words: str) -> None:
+    assert result.process.returncode == status, result
+    assert len(result.err) == 1, result
+    assert result.err[0].startswith("natsync: "), result
+    for word in words:
+        assert word in result.err[0], result
+
+
+# -- without a server ----------------------------------------------------------------------------------------
+
+
+def test_version_is_the_librarys() -> None:
+    result = run(*NATSYNC, "--version")
+    assert result.process.returncode == 0
+    assert natsync.__version__ in result.out[0]
+
+
+def test_help_names_the_commands() -> None:
+    result = run(*NATSYNC, "--help")
+    assert result.process.returncode == 0
+    text = "\n".join(result.out)
+    for command in ("demo", "server", "serve", "stream", "request", "pub", "sub"):
+        assert f"  {command} " in text
+
+
+def test_an_unknown_option_is_a_usage_error() -> None:
+    assert run(*NATSYNC, "stream", "--nonsense", "x").process.returncode == 2
+
+
+def test_a_duration_that_is_none_is_a_usage_error() -> None:
+    result = run(*NATSYNC, "stream", "--timeout", "soon", "x")
+    assert result.process.returncode == 2
+    assert "'soon' is not a duration" in result.err[-1]
+
+
+def test_a_negative_timeout_is_a_usage_error() -> None:
+    assert run(*NATSYNC, "request", "--timeout=-1", "x").process.returncode == 2
+
+
+def test_without_click_one_line_says_what_to_install(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['click'] = None; from natsync.cli.__main__ import main; main()"
+    result = run(sys.executable, "-c", code)
+    assert_one_line_error(result, 2, "click", "natsync[cli]")
+
+
+def test_without_flask_the_demo_says_what_to_install() -> None:
+    code = "import sys; sys.modules['flask'] = None; from natsync.cli.__main__ import main; main(['demo'])"
+    result = run(sys.executable, "-c", code)
+    assert_one_line_error(result, 2, "flask", 'pip install "natsync[demo]"')
+
+
+def test_a_server_that_is_not_there_is_a_one_line_error(nowhere: str) -> None:
+    result = run(*NATSYNC, "request", "-s", nowhere, "x")
+    assert_one_line_error(result, 1, nowhere.removeprefix("nats://"))
+
+
+def test_a_url_of_another_protocol_is_a_one_line_error() -> None:
+    assert_one_line_error(run(*NATSYNC, "stream", "-s", "http://127.0.0.1:1", "x"), 1, "http")
+
+
+def test_debug_adds_the_traceback(nowhere: str) -> None:
+    result = run(*NATSYNC, "request", "--debug", "-s", nowhere, "x")
+    assert result.process.returncode == 1
+    assert result.err[0].startswith("Traceback")
+    assert result.err[-1].startswith("natsync: ")
+
+
+# -- stream --------------------------------------------------------------------------------------------------
+
+
+def test_stream_prints_each_chunk_when_it_comes(url: str, subscriber: natsync.Subscriber) -> None:
+    go_on = threading.Event()
+
+    @subscriber.stream("cli.piecewise")
+    def handler(ctx: natsync.Context, request: natsync.Message) -> Iterator[str]:
+        yield f"first for {request.text()}"
+        go_on.wait(PATIENCE)
+        yield "second"
+
+    with child(*NATSYNC, "stream", "cli.piecewise", "me", url=url) as command:
+        command.wait_for_out("first for me")
+        assert command.out == ["first for me"]  # while the handler still holds the rest back
+        go_on.set()
+        assert command.wait() == 0
+    assert command.out == ["first for me", "second"]
+    assert command.err == []
+
+
+def test_stream_reads_its_payload_from_stdin(url: str, subscriber: natsync.Subscriber) -> None:
+    @subscriber.stream("cli.stdin")
+    def handler(ctx: natsync.Context, request: natsync.Message) -> Iterator[bytes]:
+        yield from request.data.split()
+
+    result = run(*NATSYNC, "stream", "cli.stdin", "-", url=url, stdin=b"one two\nthree\n")
+    assert result.out == ["one", "two", "three"]
+
+
+def test_stream_sends_headers_with_all_their_values(url: str, subscriber: natsync.Subscriber) -> None:
+    @subscriber.stream("cli.headers")
+    def handler(ctx: natsync.Context, request: natsync.Message) -> Iterator[str]:
+        yield from request.headers.get_all("Colour")
+
+    result = run(*NATSYNC, "stream", "cli.headers", "-H", "Colour:red", "--header", "Colour: blue", url=url)
+    assert result.out == ["red", "blue"]
+
+
+def test_raw_writes_the_chunks_and_nothing_else(url: str, subscriber: natsync.Subscriber) -> None:
+    @subscriber.stream("cli.raw")
+    def handler(ctx: natsync.Context, request: natsync.Message) -> Iterator[bytes]:
+        yield b"\x00\xff"
+        yield b"\r\n\x80"
+
+    with started([*NATSYNC, "stream", "cli.raw", "--raw"], url=url) as process:
+        out, _ = process.communicate(timeout=PATIENCE)
+    assert out == b"\x00\xff\r\n\x80"
+
+
+def test_json_indents_what_is_json_and_leaves_the_rest(url: str, subscriber: natsync.Subscriber) -> None:
+    @subscriber.stream("cli.json")
+    def handler(ctx: natsync.Context, request: natsync.Message) -> Iterator[str]:
+        yield '{"a":1}'
+        yield "no json"
+
+    result = run(*NATSYNC, "stream", "cli.json", "--json", url=url)
+    assert result.out == ["{", '  "a": 1', "}", "no json"]
+
+
+def test_no_responders_is_a_one_line_error(url: str) -> None:
+    assert_one_line_error(run(*NATSYNC, "stream", "cli.nobody", url=url), 1, "no responders", "cli.nobody")
+
+
+def test_an_error_in_mid_stream_comes_after_the_chunks(url: str, subscriber: natsync.Subscriber) -> None:
+    @subscriber.stream("cli.fails")
+    def handler(ctx: natsync.Context, request: natsync.Message) -> Iterator[str]:
+        yield "one"
+        raise RuntimeError("the well\nran dry")
+
+    result = run(*NATSYNC, "stream", "cli.fails", url=url)
+    assert result.out == ["one"]
+    assert_one_line_error(result, 1, "the well ran dry")
+
+
+def test_timeout_ends_a_stream_that_lasts_too_long(url: str, subscriber: natsync.Subscriber) -> None:
+    @subscriber.stream("cli.endless")
+    def handler(ctx: natsync.Context, request: natsync.Message) -> Iterator[str]:
+        while not ctx.wait(0.02):
+            yield "again"
+
+    result = run(*NATSYNC, "stream", "cli.endless", "--timeout", "300ms", url=url)
+    assert "again" in result.out
+    assert_one_line_error(result, 1)
+
+
+def test_idle_timeout_ends_a_stream_that_falls_silent(url: str, subscriber: natsync.Subscriber) -> None:
+    released = threading.Event()
+
+    @subscriber.stream("cli.silent")
+    def handler(ctx: natsync.Context, request: natsync.Message) -> Iterator[str]:
+        yield "one"
+        released.wait(PATIENCE)
+
+    try:
+        result = run(*NATSYNC, "stream", "cli.silent", "--idle-timeout", "0.2", url=url)
+    finally:
+        released.set()
+    assert result.out == ["one"]
+    assert_one_line_error(result, 1)
+
+
+def test_ctrl_c_ends_a_stream_quietly_and_cancels_it(url: str, subscriber: natsync.Subscriber) -> None:
+    ended = threading.Event()
+
+    @subscriber.stream("cli.interrupted")
+    def handler(ctx: natsync.Context, request: natsync.Message) -> Iterator[str]:
+        try:
+            while not ctx.wait(0.02):
+                yield "again"
+        finally:
+            ended.set()
+
+    with child(*NATSYNC, "stream", "cli.interrupted", url=url) as command:
+        command.wait_for_out("again")
+        command.send(signal.SIGINT)
+        assert command.wait() == INTERRUPTED
+    assert command.err == []
+    assert ended.wait(PATIENCE)
+
+
+def test_a_reader_that_leaves_the_pipe_ends_a_stream_quietly(url: str, subscriber: natsync.Subscriber) -> None:
+    ended = threading.Event()
+
+    @subscriber.stream("cli.pipe")
+    def handler(ctx: natsync.Context, request: natsync.Message) -> Iterator[str]:
+        try:
+            while not ctx.wait(0.01):
+                yield "again"
+        finally:
+            ended.set()
+
+    with (
+        started([*NATSYNC, "stream", "cli.pipe"], url=url) as process,
+        started(["head", "-n", "2"], stdin=process.stdout.fileno()) as head,
+    ):
+        process.stdout.close()
+        out, _ = head.communicate(timeout=PATIENCE)
+        assert process.wait(PATIENCE) == OUTPUT_CLOSED
+        assert process.stderr.read() == b""
+    assert out == b"again\nagain\n"
+    assert ended.wait(PATIENCE)
+
+
+# -- request, pub, sub ---------------------------------------------------------------------------------------
+
+
+def test_request_prints_the_reply(url: str, subscriber: natsync.Subscriber) -> None:
+    @subscriber.handler("cli.sum")
+    def handler(ctx: natsync.Context, request: natsync.Message) -> dict[str, int]:
+        return {"sum": sum(request.json())}
+
+    result = run(*NATSYNC, "request", "cli.sum", "[1, 2, 3]", url=url)
+    assert result.process.returncode == 0
+    assert json.loads("".join(result.out)) == {"sum": 6}
+
+
+def test_a_handlers_exception_is_a_one_line_error(url: str, subscriber: natsync.Subscriber) -> None:
+    @subscriber.handler("cli.broken")
+    def handler(ctx: natsync.Context, request: natsync.Message) -> None:
+        raise LookupError("no such thing")
+
+    assert_one_line_error(run(*NATSYNC, "request", "cli.broken", url=url), 1, "no such thing")
+
+
+def test_the_environments_timeout_bounds_a_request(url: str, natsync_client: natsync.Client) -> None:
+    with natsync_client.subscribe("cli.mute"):
+        natsync_client.flush()
+        result = run(*NATSYNC, "request", "cli.mute", url=url, env={"NATS_TIMEOUT": "200ms"})
+    assert_one_line_error(result, 1, "no reply", "within 0.")
+
+
+def test_pub_has_reached_the_server_when_it_ends(url: str, natsync_client: natsync.Client) -> None:
+    with natsync_client.subscribe("cli.pub") as subscription:
+        natsync_client.flush()
+        result = run(*NATSYNC, "pub", "cli.pub", "häuser", "--reply", "answers.here", "-H", "Kind:test", url=url)
+        assert result.process.returncode == 0
+        message = subscription.next(timeout=PATIENCE)
+    assert (message.text(), message.reply, message.headers["Kind"]) == ("häuser", "answers.here", "test")
+
+
+def test_a_subject_with_a_space_is_a_one_line_error(url: str) -> None:
+    assert_one_line_error(run(*NATSYNC, "pub", "two words", "x", url=url), 1, "two words")
+
+
+def test_sub_leaves_after_count_messages(url: str, natsync_client: natsync.Client) -> None:
+    with child(*NATSYNC, "sub", "cli.sub.*", "--count", "2", url=url) as command:
+        command.wait_for_err("listening on cli.sub.*")
+        natsync_client.publish("cli.sub.a", "one")
+        natsync_client.publish("cli.sub.b", "two")
+        assert command.wait() == 0
+    assert command.out == ["one", "two"]
+
+
+def test_sub_shows_subject_reply_and_headers_when_asked(url: str, natsync_client: natsync.Client) -> None:
+    with child(*NATSYNC, "sub", "cli.verbose", "--count", "1", "-v", url=url) as command:
+        command.wait_for_err("listening")
+        natsync_client.publish("cli.verbose", "one", reply="back.here", headers={"Kind": "test"})
+        assert command.wait() == 0
+    assert command.out == ["# cli.verbose (reply back.here)", "# Kind: test", "one"]
+
+
+def test_members_of_a_queue_group_share_the_messages(url: str, natsync_client: natsync.Client) -> None:
+    arguments = (*NATSYNC, "sub", "cli.queue", "--queue", "group")
+    with child(*arguments, url=url) as one, child(*arguments, url=url) as other:
+        one.wait_for_err("listening")
+        other.wait_for_err("listening")
+        sent = [str(number) for number in range(50)]
+        for text in sent:
+            natsync_client.publish("cli.queue", text)
+        eventually(lambda: len(one.out) + len(other.out) >= len(sent), PATIENCE)
+    assert sorted(one.out + other.out, key=int) == sent
+
+
+def test_ctrl_c_ends_sub_quietly(url: str) -> None:
+    with child(*NATSYNC, "sub", "cli.idle", url=url) as command:
+        command.wait_for_err("listening")
+        command.send(signal.SIGINT)
+        assert command.wait() == INTERRUPTED
+    assert command.err == ["listening on cli.idle"]
+
+
+# -- connection options --------------------------------------------------------------------------------------
+
+USERS = 'authorization { users = [ { user: "ada", password: "engine" } ] }'
+TOKEN = 'authorization { token: "sesame" }'
+
+
+def test_credentials_come_from_the_environment(make_nats_server) -> None:
+    server = make_nats_server(config=USERS)
+    environment = {"NATS_USER": "ada", "NATS_PASSWORD": "engine"}
+    assert run(*NATSYNC, "pub", "x", url=server.url, env=environment).process.returncode == 0
+
+
+def test_an_option_wins_over_the_environment(make_nats_server) -> None:
+    server = make_nats_server(config=USERS)
+    environment = {"NATS_USER": "ada", "NATS_PASSWORD": "wrong"}
+    result = run(*NATSYNC, "pub", "x", "--password", "engine", url=server.url, env=environment)
+    assert result.process.returncode == 0, result
+
+
+def test_connection_options_may_stand_before_the_command(make_nats_server, nowhere: str) -> None:
+    server = make_nats_server(config=TOKEN)
+    result = run(*NATSYNC, "-s", server.url, "--token", "sesame", "pub", "x", url=nowhere)
+    assert result.process.returncode == 0, result
+
+
+def test_a_user_without_a_password_is_a_token(make_nats_server) -> None:
+    server = make_nats_server(config=TOKEN)
+    assert run(*NATSYNC, "pub", "x", "--user", "sesame", url=server.url).process.returncode == 0
+
+
+def test_wrong_credentials_are_a_one_line_error_that_does_not_show_them(make_nats_server) -> None:
+    server = make_nats_server(config=USERS)
+    result = run(*NATSYNC, "pub", "x", "--user", "ada", "--password", "secret1", url=server.url)
+    assert_one_line_error(result, 1, "uthorization")
+    assert "secret1" not in result.err[0]
+
+
+def test_a_key_without_a_certificate_is_a_usage_error(url: str, tmp_path: Path) -> None:
+    key = tmp_path / "key.pem"
+    key.touch()
+    assert run(*NATSYNC, "pub", "x", "--tlskey", str(key), url=url).process.returncode == 2
+
+
+# -- serve ---------------------------------------------------------------------------------------------------
+
+WORKER = """
+    import natsync
+    subscriber = natsync.Subscriber()
+
+    @subscriber.stream("{prefix}.words", queue="group")
+    def words(ctx, request):
+        for word in request.text().split():
+            yield word
+            ctx.wait(0.05)
+
+    @subscriber.handler("{prefix}.length")
+    def length(ctx, request):
+        return len(request.data)
+
+    def make():
+        return subscriber
+
+    nothing = 3
+"""
+
+
+@pytest.fixture
+def worker(tmp_path: Path) -> str:
+    """A module in the current directory of the command; returns the prefix of its subjects."""
+    prefix = f"cli.{tmp_path.name}"
+    (tmp_path / "worker.py").write_text(dedent(WORKER.format(prefix=prefix)))
+    return prefix
+
+
+@pytest.mark.parametrize("target", ["worker", "worker:subscriber", "worker:make"])
+def test_serve_runs_a_modules_handlers_until_sigterm(
+    url: str, natsync_client: natsync.Client, tmp_path: Path, worker: str, target: str
+) -> None:
+    with child(*NATSYNC, "serve", target, url=url, cwd=tmp_path) as command:
+        command.wait_for_err(f"{worker}.length")
+        command.wait_for_err(f"{worker}.words")
+        assert natsync_client.request(f"{worker}.length", "four", timeout=PATIENCE).data == b"4"
+        command.send(signal.SIGTERM)
+        assert command.wait() == 0
+    assert not any("Traceback" in line for line in command.err)
+
+
+def test_serve_lets_a_running_stream_finish_after_ctrl_c(
+    url: str, natsync_client: natsync.Client, tmp_path: Path, worker: str
+) -> None:
+    sent = [str(number) for number in range(10)]
+    with child(*NATSYNC, "serve", "worker", url=url, cwd=tmp_path) as command:
+        command.wait_for_err(f"{worker}.words")
+        with natsync_client.stream(f"{worker}.words", " ".join(sent), timeout=PATIENCE) as stream:
+            got = [next(stream).decode()]
+            command.send(signal.SIGINT)
+            got += [chunk.decode() for chunk in stream]
+        assert command.wait() == 0
+    assert got == sent
+
+
+def test_serve_takes_the_server_from_its_option(
+    url: str, natsync_client: natsync.Client, tmp_path: Path, worker: str
+) -> None:
+    with child(*NATSYNC, "serve", "worker", "-s", url, cwd=tmp_path) as command:
+        command.wait_for_err(f"{worker}.length")
+        assert natsync_client.request(f"{worker}.length", timeout=PATIENCE).data == b"0"
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("absent", "no module 'absent'"),
+        ("worker.py", "write 'worker'"),
+        ("worker:absent", "no 'absent'"),
+        ("worker:nothing", "int"),
+    ],
+)
+def test_serve_says_in_one_line_what_is_wrong_with_its_target(
+    url: str, tmp_path: Path, worker: str, target: str, words: str
+) -> None:
+    assert_one_line_error(run(*NATSYNC, "serve", target, url=url, cwd=tmp_path), 1, words)
+
+
+def test_serve_without_a_server_is_a_one_line_error(nowhere: str, tmp_path: Path, worker: str) -> None:
+    assert_one_line_error(run(*NATSYNC, "serve", "worker", url=nowhere, cwd=tmp_path), 1, "127.0.0.1")
+
+
+# -- server --------------------------------------------------------------------------------------------------
+
+
+def server_url(command: Child) -> str:
+    return next(word for word in command.out[0].split() if word.startswith("nats://"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_server_runs_until_a_signal(number: signal.Signals) -> None:
+    with child(*NATSYNC, "server", "--port", "0") as command:
+        command.wait_for_out("nats://")
+        url = server_url(command)
+        with natsync.Client(url) as client:
+            client.flush()
+        command.send(number)
+        assert command.wait() == 0
+    with pytest.raises(natsync.ConnectError):
+        natsync.connect(url)
+
+
+def test_server_offers_jetstream_when_asked() -> None:
+    with child(*NATSYNC, "server", "--port", "0", "--jetstream") as command:
+        command.wait_for_out("nats://")
+        with natsync.Client(server_url(command)) as client:
+            reply = client.request("$JS.API.INFO", timeout=PATIENCE)
+            assert reply.json()["type"] == "io.nats.jetstream.api.v1.account_info_response"
+        command.send(signal.SIGTERM)
+        assert command.wait() == 0
+
+
+def test_a_port_that_is_taken_is_a_one_line_error(nats_server: NatsServer) -> None:
+    result = run(*NATSYNC, "server", "--port", str(nats_server.port))
+    assert_one_line_error(result, 1, "address already in use")
+
+
+def test_server_says_so_when_its_process_dies(nats_server: NatsServer) -> None:
+    with child(*NATSYNC, "server", "--port", "0") as command:
+        command.wait_for_out("nats://")
+        os.kill(int(command.out[0].split()[-1]), signal.SIGKILL)
+        command.wait()
+    assert_one_line_error(command, 1, "ended by itself")

@@ -1,0 +1,209 @@
+"""The examples, each run as its docstring says, against a real nats-server."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+import natsync
+from natsync.testing import NatsServer, eventually
+from processes import NATSYNC, PATIENCE, Child, child, run
+from support import ROOT
+
+EXAMPLES = ROOT / "examples"
+
+
+@pytest.fixture
+def server(make_nats_server) -> NatsServer:
+    """A server of the test's own: examples use fixed subjects."""
+    return make_nats_server()
+
+
+@pytest.fixture
+def client(server: NatsServer) -> Iterator[natsync.Client]:
+    with natsync.Client(server.url) as client:
+        yield client
+
+
+def run_example(name: str, server: NatsServer) -> list[str]:
+    result = run(sys.executable, name, url=server.url, cwd=EXAMPLES)
+    assert result.process.returncode == 0, result
+    return result.out
+
+
+def wait_until_served(client: natsync.Client, subject: str) -> None:
+    def served() -> bool:
+        try:
+            client.request(subject, timeout=PATIENCE)
+        except natsync.NoRespondersError:
+            return False
+        return True
+
+    eventually(served, PATIENCE)
+
+
+def test_every_example_has_a_test() -> None:
+    source = (ROOT / "tests" / "test_examples.py").read_text()
+    missing = [path.name for path in EXAMPLES.glob("*.py") if not re.search(rf'"{path.stem}(\.py)?"', source)]
+    assert missing == []
+
+
+def test_request(server: NatsServer) -> None:
+    out = run_example("request.py", server)
+    assert out[0] == "20 + 22 = 42"
+    assert out[1].startswith("without b: ")
+    assert out[2].startswith("elsewhere: no responders")
+
+
+def test_stream_break(server: NatsServer) -> None:
+    assert run_example("stream_break.py", server) == [
+        *(f"got {number}" for number in range(10, 15)),
+        "the handler has stopped: True",
+    ]
+
+
+def test_threads_one_sender(server: NatsServer) -> None:
+    *pieces, summary = run_example("threads_one_sender.py", server)
+    assert sorted(pieces) == [f"thread {thread} piece {piece}" for thread in range(4) for piece in range(5)]
+    assert summary == "20 pieces from 4 threads"
+
+
+def test_retry(server: NatsServer) -> None:
+    assert run_example("retry.py", server) == ["the report, after 3 tries"]
+
+
+@pytest.mark.parametrize("command", [(*NATSYNC, "serve", "worker"), (sys.executable, "worker.py")])
+def test_worker(server: NatsServer, client: natsync.Client, command: tuple[str, ...]) -> None:
+    with child(*command, url=server.url, cwd=EXAMPLES) as worker:
+        wait_until_served(client, "words.count")
+        with client.stream("words.upper", "one by one", timeout=PATIENCE) as stream:
+            assert list(stream) == [b"ONE", b"BY", b"ONE"]
+        assert client.request("words.count", "one by one", timeout=PATIENCE).json() == {"words": 3}
+        worker.send(signal.SIGTERM)
+        assert worker.wait() == 0, worker
+
+
+# -- a slow HTTP API -----------------------------------------------------------------------------------------
+
+
+class SlowApi:
+    """An HTTP service that sends a line, waits to be told, and sends the next."""
+
+    def __init__(self) -> None:
+        self.go_on = threading.Event()
+        self.reader_left = threading.Event()
+
+
+@contextmanager
+def slow_api() -> Iterator[tuple[SlowApi, str]]:
+    api = SlowApi()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(f"first of {self.path}\n".encode())
+            if self.path == "/stalls":
+                self.connection.settimeout(PATIENCE)
+                if self.connection.recv(1) == b"":  # nothing follows a request but the reader's end
+                    api.reader_left.set()
+                return
+            api.go_on.wait(PATIENCE)
+            self.wfile.write(b"second\n")
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    serving = threading.Thread(target=http.serve_forever, args=(0.02,))
+    serving.start()
+    try:
+        yield api, f"http://127.0.0.1:{http.server_port}"
+    finally:
+        http.shutdown()
+        serving.join()
+        http.server_close()
+
+
+@contextmanager
+def third_party_worker(server: NatsServer, api_url: str) -> Iterator[Child]:
+    command = (*NATSYNC, "serve", "third_party_worker")
+    with child(*command, url=server.url, cwd=EXAMPLES, env={"THIRD_PARTY_URL": api_url}) as worker:
+        worker.wait_for_err("third.party")
+        yield worker
+
+
+def test_third_party_worker_forwards_each_line_when_it_is_there(server: NatsServer, client: natsync.Client) -> None:
+    with slow_api() as (api, api_url), third_party_worker(server, api_url):
+        with client.stream("third.party", "/some/path", timeout=PATIENCE) as stream:
+            assert next(stream) == b"first of /some/path"
+            api.go_on.set()  # only now: the first line cannot have waited for the second
+            assert list(stream) == [b"second"]
+
+
+def test_third_party_worker_stops_a_blocked_read_when_the_client_leaves(
+    server: NatsServer, client: natsync.Client
+) -> None:
+    with slow_api() as (api, api_url), third_party_worker(server, api_url):
+        with client.stream("third.party", "/stalls", timeout=PATIENCE) as stream:
+            assert next(stream) == b"first of /stalls"
+        assert api.reader_left.wait(PATIENCE)
+
+
+# -- Flask ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def flask_app(server: NatsServer) -> Iterator[str]:
+    command = (sys.executable, "-m", "flask", "--app", "flask_sse", "run", "--port", "0")
+    with child(*command, url=server.url, cwd=EXAMPLES) as app:
+        app.wait_for_err("Running on")
+        found = re.search(r"http://[\d.:]+", "\n".join(app.err))
+        assert found is not None
+        yield found[0]
+
+
+def test_flask_sse_turns_chunks_into_events(server: NatsServer, client: natsync.Client) -> None:
+    with natsync.Subscriber(server.url) as subscriber:
+
+        @subscriber.stream("words.upper")
+        def handler(ctx: natsync.Context, request: natsync.Message) -> Iterator[str]:
+            yield request.text().upper()
+            yield "two\nlines"
+
+        with (
+            flask_app(server) as base,
+            urllib.request.urlopen(f"{base}/upper?text=one", timeout=PATIENCE) as page,
+        ):
+            assert page.headers["Content-Type"].startswith("text/event-stream")
+            assert page.read() == b"data: ONE\n\ndata: two\ndata: lines\n\n"
+
+
+def test_flask_sse_cancels_the_stream_when_the_browser_leaves(server: NatsServer) -> None:
+    stopped = threading.Event()
+    with natsync.Subscriber(server.url) as subscriber:
+
+        @subscriber.stream("words.upper")
+        def handler(ctx: natsync.Context, request: natsync.Message) -> Iterator[str]:
+            try:
+                while not ctx.wait(0.02):
+                    yield "again"
+            finally:
+                stopped.set()
+
+        with flask_app(server) as base:
+            host, _, port = base.removeprefix("http://").partition(":")
+            with socket.create_connection((host, int(port)), timeout=PATIENCE) as browser:
+                browser.sendall(b"GET /upper?text=x HTTP/1.1\r\nHost: here\r\n\r\n")
+                while b"data: again" not in browser.recv(65536):
+                    pass
+            assert stopped.wait(PATIENCE)
