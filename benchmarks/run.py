@@ -74,9 +74,7 @@ def takes_part(pairing: Pairing, job: Job) -> bool:
     return job.server is not None or pairing.server is pairing.client
 
 
-def measured(
-    job: Job, pairing: Pairing, server_binary: str, subject: str, timeout: float
-) -> dict[str, object]:
+def measured(job: Job, pairing: Pairing, server_binary: str, subject: str, timeout: float) -> dict[str, object]:
     """One measurement: a fresh nats-server, the job's server side, then its client's result.
 
     Raises:

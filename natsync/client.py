@@ -1,7 +1,7 @@
 """Client: publish, request, subscribe and stream from ordinary blocking code, any number of threads at once.
 
-A Client is a handle on a Connection: it opens it at the first use, makes a new one in a forked child, and closes it when
-it is collected without having been closed.
+A Client is a handle on a Connection: it opens it at the first use, makes a new one in a forked child, and closes it
+when it is collected without having been closed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Connection: what outlives a link. Subscriptions, the answers' inbox, the outbox, counters; one Session at a time.
 
-States are in Status. The supervisor thread dials and does small chores; it exists from open() to close(). The lock
-covers state and tables, never I/O, waiting or user code. Lock order: Connection, then Subscription or Mux, then Session,
-then Outbox.
+States are in Status. The lock covers state and tables, never I/O, waiting or user code. Lock order: Connection, then
+Subscription or Mux, then Session, then Outbox.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import atexit
 import enum
 import itertools
 import logging
-import queue
 import threading
 import weakref
 from collections.abc import Callable
@@ -19,16 +17,14 @@ from typing import Any
 
 from natsync import protocol, timers
 from natsync import subject as _subject
-from natsync.concurrency import Deadline, Signal, fork_generation, join_all
+from natsync.concurrency import Deadline, Signal, fork_generation
 from natsync.dispatcher import CALLBACK_WORKERS, Dispatcher
 from natsync.errors import (
-    AuthorizationError,
     ConnectionClosed,
     ConnectionLost,
     ForkError,
     MaxPayloadExceeded,
     NatsError,
-    NoServersError,
     TimedOut,
 )
 from natsync.headers import Headers
@@ -39,7 +35,8 @@ from natsync.outbox import Outbox, OutboxClosed
 from natsync.servers import ServerList
 from natsync.session import Session
 from natsync.subscription import SubscriptionCore
-from natsync.transport import Transport, dial
+from natsync.supervisor import Supervisor
+from natsync.transport import Transport
 
 log = logging.getLogger("natsync.connection")
 
@@ -63,21 +60,12 @@ class Status(str, enum.Enum):
         return self.value
 
 
-class AccessRefused(NoServersError, AuthorizationError):
-    """Every server that could be reached refused the credentials."""
-
-
 class _Attempt:
     """One walk over the servers, and who waits for its outcome."""
 
     def __init__(self) -> None:
         self.pending = True
         self.error: NatsError | None = None
-
-
-def _no_servers(causes: dict[Server, Exception]) -> NoServersError:
-    refused = bool(causes) and all(isinstance(error, AuthorizationError) for error in causes.values())
-    return (AccessRefused if refused else NoServersError)({str(server): causes[server] for server in causes})
 
 
 _names = itertools.count(1)
@@ -94,18 +82,16 @@ class Connection:
         self.mux = self.add_mux(Mux(f"{options.inbox_prefix}.{_subject.unique()}"))
         self.info: dict[str, Any] = {}
         self.generation = fork_generation()
-        self._servers = ServerList(servers, options)
+        self._supervisor = Supervisor(self.name, ServerList(servers, options), options, self)
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._status = Status.NEW
         self._session: Session | None = None
         self._outbox = Outbox(options.reconnect_buffer_bytes)
         self._attempt: _Attempt | None = None
-        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._supervisor: threading.Thread | None = None
         self._loss: LinkLoss | None = None
         self._close_reason: Exception | None = None
-        self._refused: dict[Server, str] = {}
+        self._draining = False
         self._sessions = 0
         self._past = {"in_bytes": 0, "out_messages": 0}
 
@@ -113,7 +99,7 @@ class Connection:
 
     @property
     def status(self) -> Status:
-        return self._status
+        return Status.DRAINING if self._draining and self._status is not Status.CLOSED else self._status
 
     @property
     def server(self) -> Server | None:
@@ -150,10 +136,7 @@ class Connection:
             if self.options.retry_on_failed_connect:
                 self._status = Status.RECONNECTING
                 self._attempt.pending = False
-            self._tasks.put(self._connect_first)
-            if self._supervisor is None:
-                self._supervisor = threading.Thread(target=self._supervise, name=f"{self.name}-supervisor", daemon=True)
-                self._supervisor.start()
+            self._supervisor.start()
             _open_connections.add(self)
         return self._attempt if self._status is Status.CONNECTING else None
 
@@ -304,7 +287,7 @@ class Connection:
         self.info = {**self.info, **fields}
         urls = fields.get("connect_urls") or []
         if urls:
-            self._tasks.put(lambda: self._discover(urls))
+            self._supervisor.discovered(urls)
         if fields.get("ldm"):
             self.event("lame_duck", {"server": str(self.server)})
 
@@ -328,104 +311,28 @@ class Connection:
             if self._status is Status.CLOSED:
                 return
             self._status = Status.RECONNECTING
+            self.event("disconnected", {"reason": str(reason)})
         log.info("%s: disconnected: %s", self.name, reason)
-        self.event("disconnected", {"reason": str(reason)})
         for mux in self.dispatcher.muxes():
             mux.link_lost(loss)
-        self._tasks.put(lambda: self._reconnect(session, reason))
+        self._supervisor.link_lost(session, reason)
 
     def _remember_locked(self, session: Session, outbox: Outbox) -> None:
         self._past["in_bytes"] += session.received_bytes
         self._past["out_messages"] += outbox.messages
 
-    # -- the supervisor's thread -----------------------------------------------------------------------------------
+    # -- what the supervisor asks and tells --------------------------------------------------------------------------
 
     def in_supervisor(self, task: Callable[[], None]) -> None:
-        """Have a small chore done on the supervisor's thread; safe in a finalizer."""
-        self._tasks.put(task)
+        """Have a brief chore done on the supervisor's thread; safe in a finalizer."""
+        self._supervisor.do(task)
 
-    def _supervise(self) -> None:
-        while self._supervisor is threading.current_thread() and self._chores(Deadline()):
-            pass
+    def wants_link(self) -> bool:
+        return self._status is Status.CONNECTING or self._status is Status.RECONNECTING
 
-    def _chores(self, until: Deadline) -> bool:
-        """Do chores until the deadline, or just the next one if there is none; False when the thread should end."""
-        while True:
-            try:
-                task = self._tasks.get(timeout=until.remaining())
-            except queue.Empty:
-                return True
-            if task is None or self._status is Status.CLOSED:
-                return False
-            try:
-                task()
-            except Exception:
-                log.exception("%s: a chore failed", self.name)
-            if until.at is None:
-                return True
-
-    def _connect_first(self) -> None:
-        if self.options.retry_on_failed_connect:
-            self._reconnect(None, None)
-            return
-        causes = self._walk()
+    def on_link(self, transport: Transport, info: dict[str, Any]) -> bool:
         with self._lock:
-            attempt = self._attempt
-            if attempt is None:
-                return
-            attempt.pending = False
-            if causes is not None and self._status is Status.CONNECTING:
-                attempt.error = _no_servers(causes)
-                self._status = Status.NEW  # the next use tries again, with a new thread
-                self._supervisor = None
-            elif causes is not None:
-                attempt.error = self._closed_error()
-            self._changed.notify_all()
-
-    def _reconnect(self, lost: Session | None, reason: Exception | None) -> None:
-        """Make the next link; waits between walks, exponentially longer."""
-        if lost is not None:
-            lost.join(Deadline.after(self.options.connect_timeout))
-            self._servers.failed(lost.server)
-            if self._same_refusal(lost.server, reason) or not self.options.reconnect:
-                self.close(0, reason)
-                return
-        walks = 0
-        while self._status is Status.RECONNECTING:
-            causes = self._walk()
-            if causes is None:
-                return
-            walks += 1
-            if any(self._same_refusal(server, error) for server, error in causes.items()):
-                self.close(0, next(error for error in causes.values() if isinstance(error, AuthorizationError)))
-                return
-            if 0 <= self.options.max_reconnects <= walks:
-                self.close(0, _no_servers(causes))
-                return
-            if not self._chores(Deadline.after(self._servers.backoff(walks))):
-                self._tasks.put(None)  # for the loop around this
-                return
-
-    def _walk(self) -> dict[Server, Exception] | None:
-        """Try each server once; None once connected, else what each one failed with."""
-        causes: dict[Server, Exception] = {}
-        for server in self._servers:
-            if self._status is Status.CLOSED:
-                break
-            try:
-                transport, info = dial(server, self.options)
-            except NatsError as error:
-                log.info("%s: %s", self.name, error)
-                causes[server] = error
-                self._servers.failed(server)
-                continue
-            if self._attach(transport, info):
-                return None
-        return causes
-
-    def _attach(self, transport: Transport, info: dict[str, Any]) -> bool:
-        with self._lock:
-            if self._status is Status.CLOSED:
+            if not self.wants_link():
                 transport.close()
                 return False
             self.info = info
@@ -436,27 +343,26 @@ class Connection:
             self._session = session
             self._status = Status.CONNECTED
             self._sessions += 1
-            again = self._sessions > 1
+            if self._attempt is not None:
+                self._attempt.pending = False
             session.start()
             self._changed.notify_all()
-        self._refused.clear()
-        self._discover(info.get("connect_urls") or [])
+            self.event("reconnected" if self._sessions > 1 else "connected", {"server": str(transport.server)})
         log.info("%s: connected to %s", self.name, transport.server)
-        self.event("reconnected" if again else "connected", {"server": str(transport.server)})
         if too_large:
             self.event("error", {"error": f"{too_large} waiting messages exceed the new server's max_payload: dropped"})
         return True
 
-    def _discover(self, urls: list[str]) -> None:
-        for server in self._servers.discovered(urls):
-            log.debug("%s: discovered %s", self.name, server)
+    def on_first_walk_failed(self, error: NatsError) -> None:
+        with self._lock:
+            if self._status is Status.CONNECTING and self._attempt is not None:
+                self._attempt.error = error
+                self._attempt.pending = False
+                self._status = Status.NEW  # the next use tries again
+                self._changed.notify_all()
 
-    def _same_refusal(self, server: Server, error: Exception | None) -> bool:
-        """Whether this server has now refused the credentials twice with the same words: that will not change."""
-        if not isinstance(error, AuthorizationError):
-            return False
-        before, self._refused[server] = self._refused.get(server), str(error)
-        return before == str(error)
+    def gave_up(self, reason: Exception) -> None:
+        self.close(0, reason)
 
     # -- events and numbers ----------------------------------------------------------------------------------------
 
@@ -491,6 +397,7 @@ class Connection:
 
     def drain(self, deadline: Deadline) -> list[str]:
         """Stop all intake, have everything that came handled, flush; what was left undone, in words."""
+        self._draining = True
         cores = list(self.dispatcher.subscriptions())
         for core in cores:
             self.stop_intake(core)
@@ -537,7 +444,7 @@ class Connection:
             self.dispatcher.remove(core)
             core.deactivate(reason and error, forget=core.has_callback)
         self.event("closed", {"reason": None if reason is None else str(reason)})
-        self._tasks.put(None)
+        self._supervisor.stop()
         self._join(session, deadline if timeout else Deadline.after(CLOSE_SECONDS))
         _open_connections.discard(self)
 
@@ -548,8 +455,7 @@ class Connection:
     def _join(self, session: Session | None, deadline: Deadline) -> None:
         stuck = session.join(deadline) if session is not None else []
         stuck += self.dispatcher.workers.close(deadline)
-        if self._supervisor is not None:
-            stuck += join_all([self._supervisor], deadline)
+        stuck += self._supervisor.join(deadline)
         if stuck:
             log.warning("%s: still running after close(): %s", self.name, ", ".join(stuck))
         timers.settle()
@@ -562,7 +468,7 @@ class Connection:
 
     def release(self) -> None:
         """The last user's handle was collected: close, unless callbacks or handlers live on. Safe in a finalizer."""
-        self._tasks.put(self._close_unless_needed)
+        self._supervisor.do(self._close_unless_needed)
 
     def _close_unless_needed(self) -> None:
         if not any(core.has_callback for core in self.dispatcher.subscriptions()):

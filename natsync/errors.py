@@ -103,7 +103,7 @@ class MaxPayloadExceeded(NatsError):
         self.size_bytes = size_bytes
         self.limit_bytes = limit_bytes
         super().__init__(
-            f"message of {size_bytes} bytes (headers and payload) exceeds the server's max_payload of {limit_bytes} bytes"
+            f"message of {size_bytes} bytes (headers and payload) exceeds the server's max_payload, {limit_bytes} bytes"
         )
 
 

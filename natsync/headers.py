@@ -1,6 +1,6 @@
 """NATS message headers: a multi-valued mapping that keeps order and case, and its wire form.
 
-Pure values. A header block is `NATS/1.0[ status[ description]]CRLF` and then `Key: value CRLF` lines up to an empty one.
+Pure values. A header block is `NATS/1.0[ status[ description]]CRLF`, then `Key: value CRLF` lines up to an empty one.
 """
 
 from __future__ import annotations

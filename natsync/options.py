@@ -5,6 +5,7 @@ Pure values. Secrets are held so that neither repr() nor an error shows them.
 
 from __future__ import annotations
 
+import itertools
 import os
 import ssl
 from collections.abc import Callable, Iterable
@@ -57,7 +58,8 @@ class Sentinels:
     @property
     def common_start(self) -> bytes:
         """What every payload that ends a stream starts with: one quick test passes ordinary chunks."""
-        return os.path.commonprefix([self.end, self.error_prefix]) or b""
+        pairs = zip(self.end, self.error_prefix, strict=False)
+        return bytes(one for one, other in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
     def forges(self, payload: bytes) -> bool:
         """Whether a chunk with this payload would be taken for the end of its stream."""
@@ -142,10 +144,10 @@ class ConnectOptions:
             check_timeout(getattr(self, name), name)
         if not self.connect_timeout:
             raise InvalidArgument("connect_timeout must be more than 0 s")
-        for name, least in (
-            ("max_pings_outstanding", 1), ("max_reconnects", -1), ("reconnect_buffer_bytes", 0), ("max_message_bytes", 1)
-        ):  # fmt: skip
-            _check_whole(name, getattr(self, name), least)
+        _check_whole("max_pings_outstanding", self.max_pings_outstanding, 1)
+        _check_whole("max_reconnects", self.max_reconnects, -1)
+        _check_whole("reconnect_buffer_bytes", self.reconnect_buffer_bytes, 0)
+        _check_whole("max_message_bytes", self.max_message_bytes, 1)
         if not 0 <= self.reconnect_jitter <= 1:
             raise InvalidArgument(f"reconnect_jitter={self.reconnect_jitter!r}: from 0 to 1")
         _subject.publish_subject(self.inbox_prefix)

@@ -1,6 +1,6 @@
 """Request and reply: wait for the one message that answers.
 
-The caller's thread publishes and waits; the reader's thread hands over the first answer. Later ones are counted as late.
+The caller's thread publishes and waits; the reader's thread hands over the first answer. Later ones count as late.
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ class SubscriptionCore:
         if self._overflow == "error" and self._error is None:
             self._error = SlowConsumerError(
                 f"subscription {self.subject.decode('utf-8', 'replace')!r}: {len(self._pending)} messages "
-                f"({self._pending_bytes} bytes) were waiting when the next one came; take them faster or raise the limits"
+                f"({self._pending_bytes} bytes) were waiting when one more came; take them faster or raise the limits"
             )
 
     def _has_room_locked(self, size: int) -> bool:
@@ -183,7 +183,8 @@ class SubscriptionCore:
 
     def _run(self) -> None:
         """A turn of one worker: hand messages to the callback until none is left or others should go first."""
-        assert self._callback is not None and self._pool is not None
+        assert self._callback is not None
+        assert self._pool is not None
         for _ in range(_TURN):
             with self._lock:
                 if not self._pending:
@@ -244,8 +245,8 @@ class SubscriptionCore:
 class Subscription:
     """Messages of one subject, in the order in which the server sent them.
 
-    Made by Client.subscribe(). Iterate it, call next(), or let its callback be called; each is safe from any thread, and
-    a message goes to one taker. A subscription that is dropped without a callback is unsubscribed when it is collected.
+    Made by Client.subscribe(). Iterate it, call next(), or let its callback be called; each is safe from any thread,
+    and a message goes to one taker. One without a callback that is dropped is unsubscribed when it is collected.
 
     Attributes:
         subject, queue: as subscribed.
@@ -338,7 +339,7 @@ class Subscription:
             self._link.unsubscribe(self._core)
         if self._core.has_callback and not self._core.wait_empty(deadline):
             raise DrainTimeout(
-                f"{self.pending} messages on {self.subject!r} not handled, or a callback still running, after {timeout} s"
+                f"{self.pending} messages on {self.subject!r} not handled or still in the callback after {timeout} s"
             )
 
     def __enter__(self) -> Subscription:

@@ -1,7 +1,7 @@
 """Dialing one server: TCP, INFO, TLS, CONNECT and PONG under one deadline; then bytes in both directions.
 
-The handshake runs on pynats2's client, with its faults mended (docs/pynats2.md lists them). A Transport knows nothing of
-the protocol. One thread may read while another writes; shutdown() may come from any thread and wakes both.
+The handshake runs on pynats2's client, with its faults mended (docs/pynats2.md lists them). A Transport knows nothing
+of the protocol. One thread may read while another writes; shutdown() may come from any thread and wakes both.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ def test_a_url_of_another_protocol_is_a_one_line_error() -> None:
 def test_debug_adds_the_traceback(nowhere: str) -> None:
     result = run(*NATSYNC, "request", "--debug", "-s", nowhere, "x")
     assert result.process.returncode == 1
-    assert result.err[0].startswith("Traceback")
+    assert any(line.startswith("Traceback") for line in result.err)
     assert result.err[-1].startswith("natsync: ")
 
 
@@ -367,6 +367,68 @@ def test_wrong_credentials_are_a_one_line_error_that_does_not_show_them(make_nat
     assert "secret1" not in result.err[0]
 
 
+PERMISSIONS = """
+    authorization { users = [ { user: "ada", password: "engine", permissions: {
+        publish: ["allowed", "_INBOX.>"], subscribe: ["allowed", "_INBOX.>"] } } ] }
+"""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("pub", "secret", "x"),
+        ("request", "secret"),
+        ("stream", "secret"),
+        ("sub", "secret"),
+    ],
+)
+def test_what_the_server_refuses_is_a_one_line_error(make_nats_server, command: tuple[str, ...]) -> None:
+    server = make_nats_server(config=PERMISSIONS)
+    environment = {"NATS_USER": "ada", "NATS_PASSWORD": "engine"}
+    result = run(*NATSYNC, *command, url=server.url, env=environment)
+    assert result.process.returncode == 1, result
+    assert result.err[-1].startswith("natsync: the server says: Permissions Violation"), result
+
+
+def test_sub_outlives_a_restart_of_the_server_and_says_so(make_nats_server) -> None:
+    server = make_nats_server()
+    with child(*NATSYNC, "sub", "cli.lasting", "--count", "1", url=server.url) as command:
+        command.wait_for_err("listening")
+        server.restart()
+        command.wait_for_err("connected again")
+        with natsync.Client(server.url) as client:
+            client.publish("cli.lasting", "still there")
+        assert command.wait() == 0
+    assert command.out == ["still there"]
+    assert any("disconnected" in line for line in command.err)
+
+
+@pytest.fixture
+def certificates(tmp_path: Path) -> dict[str, str]:
+    """Files of an authority, a server's certificate and key, and a client's, all of that authority."""
+    import trustme
+
+    authority = trustme.CA()
+    files = {name: str(tmp_path / f"{name}.pem") for name in ("ca", "server", "server_key", "cert", "key")}
+    authority.cert_pem.write_to_path(files["ca"])
+    for identity, certificate, key in (("127.0.0.1", "server", "server_key"), ("ada@example.org", "cert", "key")):
+        issued = authority.issue_cert(identity)
+        issued.cert_chain_pems[0].write_to_path(files[certificate])
+        issued.private_key_pem.write_to_path(files[key])
+    return files
+
+
+def test_tls_with_a_client_certificate_from_the_environment(make_nats_server, certificates) -> None:
+    config = """
+        tls {{ ca_file: "{ca}", cert_file: "{server}", key_file: "{server_key}", verify: true }}
+    """
+    server = make_nats_server(config=config.format(**certificates))
+    environment = {f"NATS_{name.upper()}": certificates[name] for name in ("ca", "cert", "key")}
+    assert run(*NATSYNC, "pub", "x", url=server.url, env=environment).process.returncode == 0
+    without = {"NATS_CA": certificates["ca"]}
+    assert_one_line_error(run(*NATSYNC, "pub", "x", url=server.url, env=without), 1)
+
+
 def test_a_key_without_a_certificate_is_a_usage_error(url: str, tmp_path: Path) -> None:
     key = tmp_path / "key.pem"
     key.touch()
@@ -454,8 +516,9 @@ def test_serve_says_in_one_line_what_is_wrong_with_its_target(
     assert_one_line_error(run(*NATSYNC, "serve", target, url=url, cwd=tmp_path), 1, words)
 
 
-def test_serve_without_a_server_is_a_one_line_error(nowhere: str, tmp_path: Path, worker: str) -> None:
-    assert_one_line_error(run(*NATSYNC, "serve", "worker", url=nowhere, cwd=tmp_path), 1, "127.0.0.1")
+def test_serve_without_a_server_ends_with_one_line_after_the_log(nowhere: str, tmp_path: Path, worker: str) -> None:
+    result = run(*NATSYNC, "serve", "worker", "--log-level", "error", url=nowhere, cwd=tmp_path)
+    assert_one_line_error(result, 1, nowhere)
 
 
 # -- server --------------------------------------------------------------------------------------------------

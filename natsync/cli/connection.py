@@ -4,8 +4,10 @@ Names and environment variables are those of the `nats` command. An option may s
 of the command; what is written on the command line wins over the environment.
 """
 
+import logging
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import click
@@ -14,25 +16,64 @@ from click.core import ParameterSource
 import natsync
 from natsync.cli.failures import DEBUG
 
+#: Called as notice(name, info) with an event of the connection, see ConnectOptions.on_event.
+Notice = Callable[[str, dict[str, Any]], None]
+
+#: What the server says, in lower case, to something asked of it while it keeps the connection.
+_REFUSALS = ("permissions violation", "maximum subscriptions exceeded", "invalid subject")
+
 _KEY = "natsync.cli.connection."
 _Command = TypeVar("_Command", bound=Callable[..., object])
 
 
 def connection_options(command: _Command) -> _Command:
-    """Add the connection options to a command; `open_client` reads them, the function gets no argument."""
+    """Add the connection options to a command; `connected` reads them, the function gets no argument."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
 
 
-def open_client() -> natsync.Client:
-    """A connected client as the options of the running command say.
+@contextmanager
+def connected(notice: Notice | None = None) -> Iterator[natsync.Client]:
+    """A client as the options of the running command say, closed at the end of the block.
+
+    notice(name, info) is told of the connection's events, on a worker. What the server refuses ends the block: its
+    word is an error of the command, not only a line of the log.
 
     Raises:
         ConnectError: no server could be reached.
         AuthorizationError: the server does not accept the credentials.
+        click.ClickException: the server refused something that was asked of it within the block.
     """
-    return natsync.connect(_given("server"), name="natsync-cli", **_credentials(), **_tls())
+    refusals: list[str] = []
+
+    def listen(name: str, info: dict[str, Any]) -> None:
+        text = str(info.get("error", ""))
+        if name == "error" and any(word in text.lower() for word in _REFUSALS):
+            refusals.append(text)
+            client.close()  # wakes whatever waits for an answer that will not come
+        elif notice is not None:
+            notice(name, info)
+
+    _quieten_log()
+    client = natsync.Client(_given("server"), name="natsync-cli", on_event=listen, **_credentials(), **_tls())
+    try:
+        with client:
+            yield client
+    except natsync.NatsError as error:
+        if not refusals:
+            raise
+        raise click.ClickException(f"the server says: {refusals[0]}") from error
+    if refusals:
+        raise click.ClickException(f"the server says: {refusals[0]}")
+
+
+def _quieten_log() -> None:
+    """Errors are reported by the command; the library's log is shown only with --debug."""
+    if click.get_current_context().meta.get(DEBUG):
+        logging.basicConfig(level=logging.DEBUG)
+    else:
+        logging.getLogger("natsync").addHandler(logging.NullHandler())
 
 
 def server_given() -> str | None:

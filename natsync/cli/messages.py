@@ -1,10 +1,11 @@
 """`natsync request`, `pub` and `sub`: single messages."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import click
 
-from natsync.cli.connection import connection_options, open_client
+from natsync.cli.connection import connected, connection_options
 from natsync.cli.output import PayloadPrinter
 from natsync.cli.parameters import duration, group_headers, header, read_payload
 from natsync.message import Message
@@ -46,7 +47,7 @@ def request(subject: str, payload: str, timeout: float, headers: _Headers, raw: 
     """
     printer = PayloadPrinter(raw=raw, pretty=pretty)
     data = read_payload(payload)
-    with open_client() as client:
+    with connected() as client:
         reply = client.request(subject, data, timeout=timeout, headers=group_headers(headers))
     printer.write(reply.data)
 
@@ -71,12 +72,12 @@ def pub(subject: str, payload: str, reply: str | None, headers: _Headers) -> Non
     PAYLOAD `-` is read from standard input.
     """
     data = read_payload(payload)
-    with open_client() as client:
+    with connected() as client:
         client.publish(subject, data, reply=reply, headers=group_headers(headers))
         client.flush()
 
 
-@click.command()
+@click.command(short_help="Print messages as they come, until Ctrl-C.")
 @click.argument("subject")
 @click.option("--queue", help="Queue group: each message goes to one member.")
 @click.option("--count", type=click.IntRange(min=1), help="Leave after so many messages.")
@@ -90,7 +91,7 @@ def sub(subject: str, queue: str | None, count: int | None, verbose: bool, raw: 
     Says on standard error when the server has the subscription.
     """
     printer = PayloadPrinter(raw=raw, pretty=pretty)
-    with open_client() as client:
+    with connected(_tell) as client:
         subscription = client.subscribe(subject, queue=queue, max_messages=count)
         client.flush()
         click.echo(f"listening on {subject}", err=True)
@@ -99,6 +100,17 @@ def sub(subject: str, queue: str | None, count: int | None, verbose: bool, raw: 
                 for line in _envelope(message):
                     printer.write_line(line)
             printer.write(message.data)
+
+
+def _tell(name: str, info: dict[str, Any]) -> None:
+    """Say on standard error what happens to a subscription while it lasts."""
+    texts = {
+        "disconnected": "disconnected: {reason}",
+        "reconnected": "connected again, to {server}",
+        "slow_consumer": "messages come faster than they are printed: {dropped} lost so far",
+    }
+    if name in texts:
+        click.echo(f"natsync: {texts[name].format(**info)}", err=True)
 
 
 def _envelope(message: Message) -> Iterator[str]:

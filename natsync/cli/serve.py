@@ -20,7 +20,7 @@ DEFAULT_ATTRIBUTE = "subscriber"
 _LEVELS = ("debug", "info", "warning", "error")
 
 
-@click.command()
+@click.command(short_help="Serve the handlers of a module until SIGTERM or Ctrl-C.")
 @click.argument("target", metavar="MODULE[:ATTR]")
 @click.option("--log-level", type=click.Choice(_LEVELS, case_sensitive=False), default="info", show_default=True)
 @click.option(

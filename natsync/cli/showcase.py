@@ -20,7 +20,7 @@ class MissingExtra(click.ClickException):
     exit_code = 2
 
 
-@click.command()
+@click.command(short_help="Watch a slow third party streamed over NATS.")
 @DEBUG_OPTION
 def demo() -> None:
     """Watch a slow third party being streamed over NATS: pieces, an error, a timeout, a cancel.

@@ -2,12 +2,12 @@
 
 import click
 
-from natsync.cli.connection import connection_options, open_client
+from natsync.cli.connection import connected, connection_options
 from natsync.cli.output import PayloadPrinter
 from natsync.cli.parameters import duration, group_headers, header, read_payload
 
 
-@click.command()
+@click.command(short_help="Print the chunks of an answer as they come.")
 @click.argument("subject")
 @click.argument("payload", default="")
 @click.option("--timeout", type=duration, help="Most time for the whole stream, as 30, 250ms or 5m.")
@@ -46,7 +46,7 @@ def stream(
     printer = PayloadPrinter(raw=raw, pretty=pretty)
     data = read_payload(payload)
     with (
-        open_client() as client,
+        connected() as client,
         client.stream(
             subject, data, timeout=timeout, idle_timeout=idle_timeout, headers=group_headers(headers)
         ) as chunks,

@@ -1,8 +1,8 @@
 """The responder's side of a stream: what a handler sends with, from any of its threads.
 
 SenderCore is held by the control inbox (which hears of cancels and vanished requesters) and by the handler's runner;
-users hold a ResponseSender. Chunks, and the end behind them, leave in order: the lock orders the sends of one stream and
-is never held while waiting.
+users hold a ResponseSender. Chunks, and the end behind them, leave in order: the lock orders the sends of one stream
+and is never held while waiting.
 """
 
 from __future__ import annotations
@@ -353,7 +353,8 @@ class ResponseSender:
         core._connection.in_supervisor(core.dropped)  # a finalizer may run anywhere, inside any lock
 
     def __repr__(self) -> str:
-        return f"<ResponseSender for {self._core.subject!r}: {'closed' if self.is_closed() else 'open'}, {self.send_count} sent>"
+        state = "closed" if self.is_closed() else "open"
+        return f"<ResponseSender for {self._core.subject!r}: {state}, {self.send_count} sent>"
 
 
 def describe(error: BaseException | str) -> str:

@@ -141,7 +141,8 @@ class Handle:
 
     def __repr__(self) -> str:
         queue = f", queue={self.queue!r}" if self.queue else ""
-        return f"<Handle {self.subject!r}{queue}: {'stopped' if self.stopped else 'active'}, {len(self._activity)} under way>"
+        state = "stopped" if self.stopped else "active"
+        return f"<Handle {self.subject!r}{queue}: {state}, {len(self._activity)} under way>"
 
 
 class _Counters:
@@ -455,7 +456,9 @@ class Subscriber:
         )
 
     def _sender(self, request: Message, ctx: HandlerContext, natsync_peer: bool) -> SenderCore:
-        assert self._connection is not None and self._control is not None and request.reply is not None
+        assert self._connection is not None
+        assert self._control is not None
+        assert request.reply is not None
         reply = request.reply.encode("utf-8", "surrogateescape")
         return SenderCore(
             self._connection, self._control, reply, ctx, natsync_peer=natsync_peer, subject=request.subject
@@ -660,7 +663,7 @@ class Subscriber:
             return list(self._handles)
 
     def stats(self) -> dict[str, Any]:
-        """received, processed, failed, cancelled, dropped, active over all registrations; streams, threads; connection."""
+        """The numbers of all registrations together (see Handle.stats), and streams, threads, connection."""
         with self._lock:
             totals: dict[str, Any] = {**self._retired, "active": 0}
             handles, streams = list(self._handles), self._streams

@@ -7,6 +7,7 @@ letters take the place of signs. Into a pipe no line is wrapped.
 from typing import NoReturn
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from natsync.cli.failures import OutputClosed
@@ -37,7 +38,8 @@ class Screen:
 
     def __init__(self) -> None:
         self._console = _Console(highlight=False)
-        self._ascii = self._console.options.ascii_only
+        ascii_only = self._console.options.ascii_only
+        self._bar, self._good, self._bad = ("| ", "ok", "FAILED") if ascii_only else ("│ ", "✓", "✗ FAILED")
         self._scenes = 0
         self.passed = 0
         self.failed = 0
@@ -55,34 +57,32 @@ class Screen:
 
     def step(self, who: str, text: str) -> None:
         """What one of those who take part does now."""
-        self._print(Text.assemble((f"  {who:<12} ", _STYLES.get(who, "")), text))
+        self._row(Text(f"  {who:<12} ", _STYLES.get(who, "")), Text(text))
 
     def piece(self, seconds: float, text: str, who: str) -> None:
         """One piece, as it came, so many seconds after the request."""
-        bar = "|" if self._ascii else "│"
         style = _STYLES.get(who, "")
-        self._print(Text.assemble((f"  {seconds:7.3f} s ", "dim"), (f"{bar} ", style), (text, style)))
+        self._row(Text.assemble(_clock(seconds), (self._bar, style)), Text(text, style))
 
     def wire(self, direction: str, text: str) -> None:
-        """One line of the NATS protocol; `<` from the server, `>` to it."""
-        style = "cyan" if direction == ">" else "blue"
-        text = text if len(text) <= _WIRE_WIDTH else text[:_WIRE_WIDTH] + " ..."
-        self._print(Text.assemble((f"  {direction} ", style), text), whole=False)
+        """One line of the NATS protocol; `<` from the server, `>` to it. A long one is cut."""
+        style = _STYLES["client"] if direction == ">" else _STYLES["nats-server"]
+        shown = text if len(text) <= _WIRE_WIDTH else text[:_WIRE_WIDTH] + " ..."
+        self._row(Text(f"  {direction} ", style), Text(shown, no_wrap=True, overflow="ellipsis"))
 
     def error(self, error: BaseException, seconds: float) -> None:
         """An exception that the client got, so many seconds after the request."""
-        kind = type(error).__name__
-        self._print(Text.assemble((f"  {seconds:7.3f} s ", "dim"), (f"{kind}: ", "bold red"), str(error)))
+        kind = f"{type(error).__name__}: "
+        self._row(_clock(seconds), Text.assemble((kind, "bold red"), str(error)))
 
     def check(self, ok: bool, text: str) -> None:
         """Say whether what the text claims is so; a claim that is not makes the demo fail."""
-        good, bad = ("ok", "FAILED") if self._ascii else ("✓", "✗ FAILED")
         if ok:
             self.passed += 1
-            self._print(Text.assemble((f"  {good} ", "bold green"), text))
+            self._row(Text(f"  {self._good} ", "bold green"), Text(text))
         else:
             self.failed += 1
-            self._print(Text.assemble((f"  {bad} ", "bold red"), (text, "red")))
+            self._row(Text(f"  {self._bad} ", "bold red"), Text(text, "red"))
 
     def verdict(self, seconds: float) -> None:
         """The last line."""
@@ -93,10 +93,20 @@ class Screen:
         else:
             self._print(Text(f"{checks}, all passed", style="bold green"))
 
-    def _print(self, text: Text, *, whole: bool = True) -> None:
+    def _row(self, head: Text, text: Text) -> None:
+        """A line whose text, where it must be wrapped, stays right of its head."""
         if not self._console.is_terminal:
-            self._console.print(text, soft_wrap=True)
-        elif whole:
-            self._console.print(text)
-        else:
-            self._console.print(text, no_wrap=True, overflow="ellipsis")
+            self._print(Text.assemble(head, text))
+            return
+        grid = Table.grid()
+        grid.add_column(no_wrap=True)
+        grid.add_column(overflow="fold")
+        grid.add_row(head, text)
+        self._console.print(grid)
+
+    def _print(self, text: Text) -> None:
+        self._console.print(text, soft_wrap=not self._console.is_terminal)
+
+
+def _clock(seconds: float) -> Text:
+    return Text(f"  {seconds:7.3f} s ", "dim")

@@ -1,0 +1,176 @@
+"""Supervisor: the thread of a connection that dials servers, first and again, and does small chores.
+
+It owns the list of servers. What it finds it gives to its Keeper (the connection), which decides; finalizers leave
+their work here, because a queue is all that they may touch.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from natsync.concurrency import Deadline, join_all
+from natsync.errors import AuthorizationError, ConnectError, NatsError, NoServersError
+from natsync.options import ConnectOptions, Server
+from natsync.servers import ServerList
+from natsync.session import Session
+from natsync.transport import Transport, dial
+
+log = logging.getLogger("natsync.connection")
+
+Causes = dict[Server, Exception]
+
+
+class AccessRefused(NoServersError, AuthorizationError):
+    """Every server that could be reached refused the credentials."""
+
+
+def no_servers(causes: Causes) -> NoServersError:
+    """The error of a walk that found no server."""
+    refused = bool(causes) and all(isinstance(error, AuthorizationError) for error in causes.values())
+    return (AccessRefused if refused else NoServersError)({str(server): causes[server] for server in causes})
+
+
+class Keeper(Protocol):
+    """What the supervisor asks and tells. Nothing of it blocks, but for gave_up()."""
+
+    def wants_link(self) -> bool:
+        """Whether there should be a link and is none."""
+
+    def on_link(self, transport: Transport, info: dict[str, Any]) -> bool:
+        """A server was reached; False if nobody wants the link any more."""
+
+    def on_first_walk_failed(self, error: NatsError) -> None:
+        """The first walk over the servers found none."""
+
+    def gave_up(self, reason: Exception) -> None:
+        """There will be no further link."""
+
+
+class Supervisor:
+    """Dials for one connection."""
+
+    def __init__(self, name: str, servers: ServerList, options: ConnectOptions, keeper: Keeper) -> None:
+        self._name = name
+        self._servers = servers
+        self._options = options
+        self._keeper = keeper
+        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._refusals: dict[Server, str] = {}
+
+    def start(self) -> None:
+        """Start the thread, and with it the first walk. Requires the connection's lock."""
+        first = self._persist if self._options.retry_on_failed_connect else self._try_once
+        self._tasks.put(first)
+        self._thread = threading.Thread(target=self._run, name=f"{self._name}-supervisor", daemon=True)
+        self._thread.start()
+
+    def do(self, task: Callable[[], None]) -> None:
+        """Have a brief chore done on the thread; may be called anywhere, finalizers included."""
+        self._tasks.put(task)
+
+    def link_lost(self, session: Session, reason: Exception) -> None:
+        """Clear the session away and make the next link."""
+        self._tasks.put(lambda: self._replace(session, reason))
+
+    def discovered(self, urls: list[str]) -> None:
+        """The cluster told of servers."""
+        self._tasks.put(lambda: self._discover(urls))
+
+    def stop(self) -> None:
+        """Let the thread end after what it is doing."""
+        self._tasks.put(None)
+
+    def join(self, deadline: Deadline) -> list[str]:
+        """Wait for the thread; its name if it did not end in time."""
+        return [] if self._thread is None else join_all([self._thread], deadline)
+
+    # -- the thread ----------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        # A failed first walk ends this thread; the next use of the connection starts another one.
+        while self._thread is threading.current_thread() and self._chores(Deadline()):
+            pass
+
+    def _chores(self, until: Deadline) -> bool:
+        """Do chores until the deadline, or just the next one if there is none; False when the thread should end."""
+        while True:
+            try:
+                task = self._tasks.get(timeout=until.remaining())
+            except queue.Empty:
+                return True
+            if task is None:
+                return False
+            try:
+                task()
+            except Exception:
+                log.exception("%s: a chore failed", self._name)
+            if until.at is None:
+                return True
+
+    def _try_once(self) -> None:
+        causes = self._walk()
+        if causes is not None:
+            self._thread = None
+            self._keeper.on_first_walk_failed(no_servers(causes))
+
+    def _replace(self, lost: Session, reason: Exception) -> None:
+        lost.join(Deadline.after(self._options.connect_timeout))
+        self._servers.failed(lost.server)
+        if self._refused_again(lost.server, reason) or not self._options.reconnect:
+            self._keeper.gave_up(reason)
+        else:
+            self._persist()
+
+    def _persist(self) -> None:
+        """Walk over the servers until one is there; waits between walks, exponentially longer."""
+        walks = 0
+        while self._keeper.wants_link():
+            causes = self._walk()
+            if causes is None:
+                return
+            walks += 1
+            final = [error for server, error in causes.items() if self._refused_again(server, error)]
+            if final:
+                self._keeper.gave_up(final[0])
+            elif 0 <= self._options.max_reconnects <= walks:
+                self._keeper.gave_up(no_servers(causes))
+            elif not self._chores(Deadline.after(self._servers.backoff(walks))):
+                self._tasks.put(None)  # the end was for the loop around this one
+                return
+
+    def _walk(self) -> Causes | None:
+        """Try each server once; None once there is a link, else what each one failed with."""
+        causes: Causes = {}
+        for server in self._servers:
+            if not self._keeper.wants_link():
+                break
+            try:
+                transport, info = dial(server, self._options)
+            except Exception as error:
+                if not isinstance(error, NatsError):
+                    log.exception("%s: dialing %s failed", self._name, server)
+                causes[server] = error if isinstance(error, NatsError) else ConnectError(f"{server}: {error!r}")
+                log.info("%s: %s", self._name, causes[server])
+                self._servers.failed(server)
+                continue
+            if self._keeper.on_link(transport, info):
+                self._refusals.clear()
+                self._discover(info.get("connect_urls") or [])
+                return None
+        return causes
+
+    def _discover(self, urls: list[str]) -> None:
+        for server in self._servers.discovered(urls):
+            log.debug("%s: discovered %s", self._name, server)
+
+    def _refused_again(self, server: Server, error: Exception) -> bool:
+        """Whether this server has now refused the credentials twice with the same words: that will not change."""
+        if not isinstance(error, AuthorizationError):
+            return False
+        before, self._refusals[server] = self._refusals.get(server), str(error)
+        return before == str(error)
