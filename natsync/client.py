@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 from natsync import subject as _subject
-from natsync.concurrency import Deadline, check_timeout, fork_generation
+from natsync.concurrency import Deadline, after_fork_in_child, check_timeout
 from natsync.connection import CLOSE_SECONDS, Connection
 from natsync.context import Context
 from natsync.errors import ConnectionClosed, DrainTimeout, InvalidArgument
@@ -62,9 +63,9 @@ class Client:
         self._servers = parse_servers(servers)
         self._options = connect_options(options)
         self._lock = threading.Lock()
-        self._generation = fork_generation()
         self._closed = False
         self._core: Connection | None = None
+        _clients.add(self)
 
     # -- life ----------------------------------------------------------------------------------------------------
 
@@ -80,22 +81,12 @@ class Client:
         return self
 
     def _connection(self) -> Connection:
-        core = self._core
-        if core is not None and self._generation == fork_generation():
-            return core
-        return self._make_connection()
+        return self._core or self._make_connection()
 
     def _make_connection(self) -> Connection:
-        if self._generation != fork_generation():
-            self._lock = threading.Lock()  # another thread of the parent may have held it at the fork
         with self._lock:
             if self._closed:
                 raise ConnectionClosed("the client is closed")
-            if self._generation != fork_generation():
-                self._generation = fork_generation()
-                if self._core is not None:
-                    self._core.abandon()
-                    self._core = None
             if self._core is None:
                 core = Connection(self._servers, self._options)
                 call.answer_late_chunks(core)
@@ -111,7 +102,7 @@ class Client:
         check_timeout(timeout)
         self._closed = True
         core = self._core
-        if core is not None and self._generation == fork_generation():
+        if core is not None:
             core.close(timeout)
 
     def drain(self, timeout: float | None = DRAIN_SECONDS) -> None:
@@ -124,7 +115,7 @@ class Client:
         """
         deadline = Deadline.after(check_timeout(timeout))
         core = self._core
-        if core is None or core.status == "closed" or self._generation != fork_generation():
+        if core is None or core.status == "closed":
             self._closed = True
             return
         undone = core.drain(deadline)
@@ -142,7 +133,7 @@ class Client:
 
     def __del__(self) -> None:
         core = getattr(self, "_core", None)
-        if core is not None and not self._closed and self._generation == fork_generation():
+        if core is not None and not self._closed:
             core.release()  # a finalizer may run anywhere, inside any lock: the supervisor closes
 
     # -- messages --------------------------------------------------------------------------------------------------
@@ -204,12 +195,12 @@ class Client:
         _subject.publish_subject(subject)
         data = payload_of(payload, json)
         block = Headers(headers).encode() if headers else None
-        deadline = Deadline.after(timeout)
-        return run(
-            lambda attempt: _request(self._connection(), subject, data, block, deadline.remaining(), ctx),
-            retry,
-            ctx if deadline.at is None or retry is None else (ctx or Context()).with_deadline(deadline.at),
-        )
+        if retry is None:
+            return _request(self._connection(), subject, data, block, timeout, ctx)
+        with (ctx or Context()).with_timeout(timeout) as scope:
+            return run(
+                lambda attempt: _request(self._connection(), subject, data, block, scope.remaining(), ctx), retry, scope
+            )
 
     def subscribe(
         self,
@@ -319,7 +310,9 @@ class Client:
             ctx.check()
         core = self._connection()
         core.ensure_open(Deadline(scope.deadline))
-        return Stream(core, self, subject, data, given, scope, idle_timeout, retry)
+        stream = Stream(core, self, subject, data, given, scope, idle_timeout, retry)
+        stream.when_finished(lambda: scope.cancel("the stream is over"))
+        return stream
 
     def stream_request(
         self,
@@ -397,7 +390,7 @@ class Client:
         if self._closed:
             return "closed"
         core = self._core
-        return "new" if core is None or self._generation != fork_generation() else str(core.status)
+        return "new" if core is None else str(core.status)
 
     @property
     def server_info(self) -> dict[str, Any]:
@@ -412,6 +405,19 @@ class Client:
 
     def __repr__(self) -> str:
         return f"<Client {', '.join(map(str, self._servers))}: {self.status}>"
+
+
+_clients: weakref.WeakSet[Client] = weakref.WeakSet()
+
+
+def _renew_in_child() -> None:
+    """In a forked child: every client makes a connection of its own at its next use."""
+    for client in list(_clients):
+        client._lock = threading.Lock()  # another thread of the parent may have held it at the fork
+        client._core = None
+
+
+after_fork_in_child(_renew_in_child)
 
 
 def connect(servers: Servers = None, **options: Any) -> Client:

@@ -19,7 +19,7 @@ _FOREVER = min(threading.TIMEOUT_MAX, 4e7)
 
 
 def check_timeout(value: float | None, name: str = "timeout") -> float | None:
-    """The value if it is None or a number of seconds from 0 up.
+    """The value if it is None or a number of seconds from 0 up; None too for infinity and other endless waits.
 
     Raises:
         InvalidArgument: it is negative or not a number.
@@ -31,7 +31,7 @@ def check_timeout(value: float | None, name: str = "timeout") -> float | None:
         raise TypeError(f"{name} is a number of seconds or None, not {type(value).__name__}")
     if math.isnan(value) or value < 0:
         raise InvalidArgument(f"{name}={value!r}: seconds from 0 up, or None for no limit")
-    return value
+    return None if value > _FOREVER else value
 
 
 class Deadline:
@@ -44,11 +44,11 @@ class Deadline:
 
     @classmethod
     def after(cls, timeout: float | None) -> Deadline:
-        return cls(None if timeout is None else time.monotonic() + timeout)
+        return cls(None if timeout is None or timeout > _FOREVER else time.monotonic() + timeout)
 
     def remaining(self) -> float | None:
         """Seconds left, at least 0; None = no limit."""
-        return None if self.at is None else max(0.0, self.at - time.monotonic())
+        return None if self.at is None else min(max(0.0, self.at - time.monotonic()), _FOREVER)
 
     def wait_time(self) -> float:
         """Seconds left in the form a lock's acquire() takes: -1 = no limit."""
@@ -112,7 +112,7 @@ def run_safely(function: Callable[[], object], what: str) -> None:
     """Call user code from a library's thread: whatever it raises is logged, and the thread goes on."""
     try:
         function()
-    except Exception:
+    except BaseException:  # SystemExit in a callback must not end a thread that others rely on
         log.exception("%s raised", what)
 
 

@@ -11,13 +11,14 @@ import enum
 import itertools
 import logging
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 from natsync import protocol, timers
 from natsync import subject as _subject
-from natsync.concurrency import Deadline, Signal, fork_generation
+from natsync.concurrency import Deadline, Signal, after_fork_in_child, fork_generation
 from natsync.dispatcher import CALLBACK_WORKERS, Dispatcher
 from natsync.errors import (
     ConnectionClosed,
@@ -44,6 +45,8 @@ log = logging.getLogger("natsync.connection")
 EXIT_FLUSH_SECONDS = 2.0
 #: Seconds that close() takes at most, for flushing and for callbacks that are running, unless told otherwise.
 CLOSE_SECONDS = 5.0
+#: Seconds that the connection's own threads get to end, even with close(0).
+LEAVE_SECONDS = 1.0
 
 
 class Status(str, enum.Enum):
@@ -171,13 +174,13 @@ class Connection:
             self.wait_room(deadline or Deadline())
         return position
 
-    def try_put(self, frame: bytes, *, force: bool = False) -> int:
+    def try_put(self, frame: bytes, *, messages: int = 1, force: bool = False) -> int:
         """Queue a frame without waiting; 0 if there is no room. force=True makes room for an END."""
         while True:
             if self._status is not Status.CONNECTED:
                 self._check_open()
             try:
-                return self._outbox.try_put(frame, force=force)
+                return self._outbox.try_put(frame, messages, force)
             except OutboxClosed:
                 with self._lock:  # the link was lost a moment ago: its successor's outbox is there when this is free
                     if self._status is Status.CLOSED:
@@ -384,6 +387,7 @@ class Connection:
             "server": None if session is None else str(session.server),
             "reconnects": max(0, self._sessions - 1),
             "in_bytes": received,
+            "in_messages": self.dispatcher.messages,
             "out_bytes": outbox.taken,
             "out_messages": sent,
             "out_pending_bytes": outbox.size_bytes,
@@ -445,7 +449,7 @@ class Connection:
             core.deactivate(reason and error, forget=core.has_callback)
         self.event("closed", {"reason": None if reason is None else str(reason)})
         self._supervisor.stop()
-        self._join(session, deadline if timeout else Deadline.after(CLOSE_SECONDS))
+        self._join(session, deadline)
         _open_connections.discard(self)
 
     def _is_reader(self) -> bool:
@@ -453,9 +457,11 @@ class Connection:
         return threading.current_thread().name == f"{self.name}-reader"
 
     def _join(self, session: Session | None, deadline: Deadline) -> None:
-        stuck = session.join(deadline) if session is not None else []
+        # Our own threads end in milliseconds, so they get a moment even if user code is to get none.
+        soon = Deadline(None if deadline.at is None else max(deadline.at, time.monotonic() + LEAVE_SECONDS))
+        stuck = session.join(soon) if session is not None else []
         stuck += self.dispatcher.workers.close(deadline)
-        stuck += self._supervisor.join(deadline)
+        stuck += self._supervisor.join(soon)
         if stuck:
             log.warning("%s: still running after close(): %s", self.name, ", ".join(stuck))
         timers.settle()
@@ -463,8 +469,9 @@ class Connection:
     def abandon(self) -> None:
         """In a forked child: let go of the parent's socket without a word on the wire."""
         self._status = Status.CLOSED
-        if self._session is not None:
-            self._session.abandon()
+        session, self._session = self._session, None
+        if session is not None:
+            session.abandon()
 
     def release(self) -> None:
         """The last user's handle was collected: close, unless callbacks or handlers live on. Safe in a finalizer."""
@@ -486,4 +493,11 @@ def _flush_at_exit() -> None:
                 log.warning("%s: not all may have been sent at exit: %s", connection.name, error)
 
 
+def _abandon_in_child() -> None:
+    for connection in list(_open_connections):
+        connection.abandon()
+    _open_connections.clear()
+
+
 atexit.register(_flush_at_exit)
+after_fork_in_child(_abandon_in_child)

@@ -54,7 +54,7 @@ class Context:
         self._event: _Done | None = None
         self._error: Cancelled | DeadlineExceeded | None = None
         self._callbacks: dict[object, _Callback] = {}
-        self._children: weakref.WeakSet[Context] = weakref.WeakSet()
+        self._children: weakref.WeakSet[Context] | None = None
         self._pinned: set[Context] = set()  # children that have callbacks and must live until they ran
         self._timer: timers.Timer | None = None
         inherited: float | None = parent._deadline if parent is not None else None
@@ -220,6 +220,8 @@ class Context:
         with self._lock:
             error = self._error
             if error is None:
+                if self._children is None:
+                    self._children = weakref.WeakSet()
                 self._children.add(child)
         if error is not None:
             child._end(error)
@@ -232,7 +234,8 @@ class Context:
     def _forget(self, child: Context) -> None:
         with self._lock:
             self._pinned.discard(child)
-            self._children.discard(child)
+            if self._children is not None:
+                self._children.discard(child)
 
     def _add(self, callback: Callable[[], object], *, internal: bool) -> Callable[[], None]:
         key = object()
@@ -250,9 +253,12 @@ class Context:
         with self._lock:
             self._callbacks.pop(key, None)
             idle = not self._callbacks and not self._pinned
-        if idle and self._parent is not None:
-            with self._parent._lock:
-                self._parent._pinned.discard(self)
+        child, parent = self, self._parent
+        while idle and parent is not None:
+            with parent._lock:
+                parent._pinned.discard(child)
+                idle = not parent._callbacks and not parent._pinned
+            child, parent = parent, parent._parent
 
     def _pin_upwards(self) -> None:
         child, parent = self, self._parent
@@ -268,7 +274,7 @@ class Context:
             self._error = error
             event, timer = self._event, self._timer
             callbacks = list(self._callbacks.values())
-            children = self._pinned.union(self._children)
+            children = self._pinned.union(self._children or ())
             self._callbacks.clear()
             self._pinned.clear()
             self._timer = None

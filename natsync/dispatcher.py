@@ -28,6 +28,7 @@ class Dispatcher:
     """sid -> who takes its messages."""
 
     def __init__(self, name: str, workers: int = CALLBACK_WORKERS) -> None:
+        self.messages = 0
         self.workers = WorkerPool(f"{name}-worker", workers)
         self._events = Lane(self.workers)
         self._sinks: dict[bytes, Sink] = {}
@@ -37,6 +38,7 @@ class Dispatcher:
 
     def deliver(self, batch: Batch) -> None:
         """Hand a batch on; one for a subscription that was just removed is dropped. Runs on the reader."""
+        self.messages += len(batch.items)
         sink = self._sinks.get(batch.sid)
         if sink is not None:
             sink.deliver(batch)

@@ -31,10 +31,15 @@ class Headers(MutableMapping[str, str]):
         self._fields: list[tuple[str, str]] = []
         if isinstance(fields, Headers):
             self._fields = list(fields._fields)
-        elif fields is not None:
+        elif isinstance(fields, Mapping):
             for key, value in fields.items():
-                for one in (value,) if isinstance(value, str) else value:
-                    self.add(key, one)
+                if isinstance(value, str) or not isinstance(value, Iterable):
+                    self.add(key, value)
+                else:
+                    for one in value:
+                        self.add(key, one)
+        elif fields is not None:
+            raise TypeError(f"headers are a mapping of str to str or several str, not {type(fields).__name__}")
 
     def add(self, key: str, value: str) -> None:
         """Append a field, keeping those of the same key.
@@ -98,12 +103,12 @@ class Headers(MutableMapping[str, str]):
     def encode(self) -> bytes:
         """The header block as it goes on the wire."""
         lines = "".join(f"{key}: {value}\r\n" for key, value in self._fields)
-        return _VERSION + b"\r\n" + lines.encode("utf-8") + b"\r\n"
+        return _VERSION + b"\r\n" + lines.encode("utf-8", "surrogateescape") + b"\r\n"
 
 
 def _checked(key: str, value: str) -> tuple[str, str]:
     if not isinstance(key, str) or not isinstance(value, str):
-        raise TypeError(f"header keys and values are str, not {type(key).__name__} and {type(value).__name__}")
+        raise TypeError(f"header {key!r}: key and value are str, not {type(key).__name__} and {type(value).__name__}")
     if not _KEY.fullmatch(key):
         raise InvalidArgument(f"header key {key!r} must be printable ASCII without spaces and colons")
     if _FORBIDDEN_IN_VALUE.search(value):

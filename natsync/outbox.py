@@ -47,8 +47,10 @@ class Outbox:
 
     # -- publishers --------------------------------------------------------------------------------------------
 
-    def try_put(self, frame: bytes, *, force: bool = False) -> int:
-        """Queue a message if there is room now (or always, with force); returns its position, 0 if there is none.
+    def try_put(self, frame: bytes, messages: int = 1, force: bool = False) -> int:
+        """Queue a message (or several, joined) if there is room now; returns its position, 0 if there is no room.
+
+        With force it is queued in any case, unless the link is gone.
 
         Raises:
             ReconnectBufferFull: there is no link, and no room to wait for one.
@@ -64,7 +66,7 @@ class Outbox:
             self._frames.append(frame)
             self._size += len(frame)
             self.position += len(frame)
-            self.messages += 1
+            self.messages += messages
             if self._writer_waits:
                 self._writer_waits = False
                 self._ready.notify()

@@ -15,8 +15,8 @@ from types import TracebackType
 from typing import Any
 
 from natsync.client import Client
-from natsync.concurrency import Deadline, Signal, check_timeout, fork_generation
-from natsync.errors import ForkError, InvalidArgument, NatsError, PoolClosed, PoolTimeout
+from natsync.concurrency import Deadline, Signal, check_timeout, fork_generation, run_soon
+from natsync.errors import ForkError, InvalidArgument, PoolClosed, PoolTimeout
 from natsync.message import Message, Payload
 from natsync.options import Servers, connect_options, parse_servers
 from natsync.streaming.call import Stream
@@ -66,6 +66,7 @@ class ConnectionPool:
 
     def _forget_all(self) -> None:
         self._lock = threading.Lock()
+        self._returned = threading.Condition(self._lock)
         self._idle: list[Client] = []
         self._leased: set[Client] = set()
         self._dialing = 0
@@ -140,6 +141,8 @@ class ConnectionPool:
         """The wait is over; what was granted at the last moment is still taken."""
         with self._lock:
             if not turn.granted:
+                if self._closed:
+                    raise PoolClosed("the pool is closed")
                 self._turns.remove(turn)
                 self._numbers["timeouts"] += 1
                 state = f"{len(self._leased) + self._dialing} of {self._max_size} leased, {len(self._turns)} waiting"
@@ -199,6 +202,7 @@ class ConnectionPool:
             if keep:
                 self._idle.append(client)
             self._serve_locked()
+            self._returned.notify_all()
         if not keep:
             client.close()
 
@@ -226,12 +230,15 @@ class ConnectionPool:
         return stream
 
     def _return_soon(self, client: Client) -> None:
-        """putconn() from whichever thread ended a stream; a client of a closed pool is closed on its supervisor."""
-        with contextlib.suppress(NatsError):
-            with self._lock:
-                open_still = not self._closed
-            if open_still:
-                self.putconn(client)
+        """putconn() from whichever thread ended a stream: that may be one that must not block, so close elsewhere."""
+        if client.status == "closed" or self._closed:
+            run_soon(lambda: self._give_back(client), "giving a connection back")
+        else:
+            self._give_back(client)
+
+    def _give_back(self, client: Client) -> None:
+        with contextlib.suppress(InvalidArgument, ForkError):  # close() has taken it from its holder
+            self.putconn(client)
 
     def stream_request(
         self, subject: str, payload: Payload, processor: Callable[[Message], object], **arguments: Any
@@ -264,16 +271,21 @@ class ConnectionPool:
             return
         with self._lock:
             self._closed = True
-            clients = [*self._idle, *self._leased]
-            self._idle.clear()
+            idle, self._idle = self._idle, []
             turns = list(self._turns)
             self._turns.clear()
             for turn in turns:
                 turn.granted = False
         for turn in turns:
             turn.signal.set()
-        for client in clients:
+        for client in idle:
             client.close(deadline.remaining())
+        with self._lock:
+            while self._leased and not deadline.expired:
+                self._returned.wait(deadline.remaining())
+            overdue, self._leased = self._leased, set()
+        for client in overdue:
+            client.close()
 
     def __enter__(self) -> ConnectionPool:
         return self

@@ -98,12 +98,12 @@ class SubscriptionCore:
             if self.max_messages is not None:
                 items = items[: self.max_messages - self.received]
             self.received += len(items)
-            complete = self.received == self.max_messages
             dropped = self._admit_locked(batch.subject, items)
             episode = dropped > 0 and not self._slow
             self._slow = self._slow or dropped > 0
+            over = self.received == self.max_messages or self._error is not None
             self._wake_locked()
-        if complete:
+        if over:
             self._link.unsubscribe(self)
         if episode:
             self._link.slow_consumer(self.subject.decode("utf-8", "replace"), self.dropped)
@@ -122,6 +122,9 @@ class SubscriptionCore:
 
     def _admit_one_locked(self, subject: bytes, item: Item) -> None:
         size = len(item[2])
+        if self._error is not None:
+            self.dropped += 1
+            return
         if not self._has_room_locked(size) and self._overflow == "drop_old":
             while self._pending and not self._has_room_locked(size):
                 self._pending_bytes -= len(self._pending.popleft()[1][2])
@@ -131,7 +134,7 @@ class SubscriptionCore:
             self._pending_bytes += size
             return
         self.dropped += 1
-        if self._overflow == "error" and self._error is None:
+        if self._overflow == "error":
             self._error = SlowConsumerError(
                 f"subscription {self.subject.decode('utf-8', 'replace')!r}: {len(self._pending)} messages "
                 f"({self._pending_bytes} bytes) were waiting when one more came; take them faster or raise the limits"
@@ -194,7 +197,7 @@ class SubscriptionCore:
                 message = self._pop_locked()
             try:
                 self._callback(message)
-            except Exception:
+            except BaseException:  # SystemExit in a callback must not leave the subscription stuck
                 self.failed += 1
                 log.exception("the callback for %r raised", message.subject)
             del message

@@ -76,7 +76,7 @@ class WorkerPool:
             while (task := self._next()) is not None:
                 try:
                     task()
-                except Exception:
+                except BaseException:  # SystemExit in user code must not cost the pool a thread
                     log.exception("a task failed")
                 del task  # an idle worker must not keep its last handler's objects alive
         finally:
@@ -126,5 +126,5 @@ class Lane:
                 task = self._tasks.popleft()
             try:
                 task()
-            except Exception:
+            except BaseException:
                 log.exception("a task failed")

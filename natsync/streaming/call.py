@@ -19,6 +19,7 @@ from natsync.concurrency import Deadline, Signal, check_timeout, fork_generation
 from natsync.connection import Connection
 from natsync.context import Context
 from natsync.errors import (
+    Cancelled,
     Code,
     DeadlineExceeded,
     ForkError,
@@ -68,12 +69,12 @@ class Call:
         self.complete = False
         self._connection = connection
         self._sentinels = sentinels
-        self._special = sentinels.common_start
+        self.special = sentinels.common_start
         self._idle_timeout = idle_timeout
         self._lock = threading.Lock()
         self._taking = threading.Lock()  # one consumer waits at a time
         self._signal = Signal()
-        self._batch = _NOTHING
+        self.batch = _NOTHING
         self._queue: list[list[Item]] = []
         self._waiting_chunks = 0
         self._waiting_bytes = 0
@@ -153,9 +154,9 @@ class Call:
     def next_chunk(self, deadline: Deadline) -> bytes:
         """The next chunk. Raises StreamEnded, TimedOut, or what ended the stream."""
         while True:
-            for item in self._batch:
+            for item in self.batch:
                 payload = item[2]
-                if item[1] is None and not payload.startswith(self._special):
+                if item[1] is None and not payload.startswith(self.special):
                     self.chunks += 1
                     self.bytes += len(payload)
                     return payload
@@ -167,19 +168,25 @@ class Call:
     def next_message(self, deadline: Deadline) -> Message:
         """The next message in the seed's form: chunk, END or ERROR, as a Message."""
         while True:
-            for item in self._batch:
+            for item in self.batch:
                 message = Message.received(self.inbox, item, self._connection.publish_answer)
                 try:
                     chunk = self._judge(item)
                 except StreamEnded:
                     message.is_end = True
                     return message
-                except (HandlerError, StreamRefused, DeadlineExceeded) as error:
-                    message.error = error.message
-                    return message
+                except StreamError as error:
+                    if isinstance(error, HandlerError) or item[2].startswith(self._sentinels.error_prefix):
+                        message.error = error.message
+                        return message
+                    raise
                 if chunk is not None:
                     return message
             self._refill(deadline)
+
+    def put_back(self, item: Item) -> None:
+        """Have next_chunk() look at an item that was taken off the batch."""
+        self.batch = chain((item,), self.batch)
 
     def _judge(self, item: Item) -> bytes | None:
         """What an item means: a chunk, None for a note; raises for an end."""
@@ -193,6 +200,7 @@ class Call:
         if payload == self._sentinels.end:
             self.trailers = _decode(block)
             self.complete = True
+            self._error = None  # whatever went wrong behind the end, the stream is complete
             self._finish()
             raise StreamEnded(f"stream {self.subject!r} is complete: {self.chunks} chunks")
         if payload.startswith(self._sentinels.error_prefix):
@@ -237,12 +245,12 @@ class Call:
     def _take(self) -> bool:
         with self._lock:
             if self._error is not None and self._at_once:
-                self._batch = _NOTHING
+                self.batch = _NOTHING
                 self._queue.clear()
             elif self._queue:
                 batches, self._queue = self._queue, []
                 self._waiting_chunks = self._waiting_bytes = 0
-                self._batch = iter(batches[0]) if len(batches) == 1 else chain.from_iterable(batches)
+                self.batch = iter(batches[0]) if len(batches) == 1 else chain.from_iterable(batches)
                 return True
             error = self._error
             if error is None and not self._over:
@@ -283,7 +291,7 @@ class Call:
                 return
             self._error, self._at_once = error, at_once
             if at_once:
-                self._batch = _NOTHING
+                self.batch = _NOTHING
             ended = bool(self._queue) and self._is_end(self._queue[-1][-1])
             control = self._control if tell and not ended else None
         self._finish()
@@ -294,7 +302,9 @@ class Call:
             self._connection.withdraw(self._frame)
 
     def _is_end(self, item: Item) -> bool:
-        return item[2] == self._sentinels.end or item[2].startswith(self._sentinels.error_prefix)
+        if item[1] is not None and _headers.status_of(item[1]) is not None:
+            return False
+        return self._sentinels.forges(item[2])
 
     def _finish(self) -> None:
         """Nothing more will come: let go of the token, and tell who wants to know."""
@@ -340,11 +350,11 @@ def _decode(block: bytes | None) -> Headers:
 def _reported(text: str, headers: Headers) -> StreamError:
     """The error that a responder ended the stream with."""
     status = frames.decode_status(headers)
-    if status.retry_after is not None or status.code == Code.RESOURCE_EXHAUSTED:
+    if status.reason == frames.REFUSED:
         return StreamRefused(text, retry_after=status.retry_after, code=status.code)
-    if status.code == Code.UNAVAILABLE:
+    if status.reason == frames.LOST:
         return ServerLost(text)
-    if status.code == Code.DEADLINE_EXCEEDED:
+    if status.reason == frames.DEADLINE:
         return DeadlineExceeded(text)
     return HandlerError(text, code=status.code, details=status.details)
 
@@ -432,6 +442,15 @@ class Stream(Closable[bytes]):
         return self
 
     def __next__(self) -> bytes:
+        call = self._call
+        for item in call.batch:  # what next_chunk() does for an ordinary chunk, without two calls
+            payload = item[2]
+            if item[1] is None and not payload.startswith(call.special):
+                call.chunks += 1
+                call.bytes += len(payload)
+                return payload
+            call.put_back(item)
+            break
         try:
             return self._next(_NO_DEADLINE)
         except StreamEnded:
@@ -470,6 +489,9 @@ class Stream(Closable[bytes]):
 
         try:
             outcome = run(attempt, policy, self._ctx)
+        except Cancelled as error:  # while it waited for another try
+            self._attach_hooks()
+            raise StreamCancelled(error.reason) from None
         except BaseException:
             self._attach_hooks()
             raise
@@ -493,7 +515,7 @@ class Stream(Closable[bytes]):
         A thread that waits for a chunk gets StreamCancelled. No effect on a stream that has ended.
         """
         if self._generation == fork_generation():
-            self._retry = None
+            self._ctx.cancel(reason)  # ends the attempt in hand, and keeps a retry from making another
             self._call.cancel(reason)
             self._attach_hooks()
 

@@ -24,6 +24,9 @@ TIMEOUT_HEADER = "Natsync-Timeout"
 ATTEMPT_HEADER = "Natsync-Attempt"
 #: Error end: "<number> <name>" of the status code.
 STATUS_HEADER = "Natsync-Status"
+#: Error end: what the library itself found: REFUSED, LOST or DEADLINE; absent if the handler failed.
+REASON_HEADER = "Natsync-Reason"
+REFUSED, LOST, DEADLINE = "refused", "lost", "deadline"
 #: Error end: the details, as JSON.
 DETAILS_HEADER = "Natsync-Details"
 #: Refusal: seconds after which a retry may succeed.
@@ -107,14 +110,17 @@ def decode_opening(headers: Headers) -> Opening:
     )
 
 
-def encode_status(code: int, details: Any = None, retry_after: float | None = None) -> bytes:
+def encode_status(status: Status) -> bytes:
     """The header block of a message that ends a stream with an error."""
+    code = status.code or Code.UNKNOWN
     name = Code(code).name if code in Code._value2member_map_ else "CODE"
     headers = Headers({STATUS_HEADER: f"{int(code)} {name}"})
-    if details is not None:
-        headers[DETAILS_HEADER] = json.dumps(details, default=str)
-    if retry_after is not None:
-        headers[RETRY_AFTER_HEADER] = f"{retry_after:g}"
+    if status.reason is not None:
+        headers[REASON_HEADER] = status.reason
+    if status.details is not None:
+        headers[DETAILS_HEADER] = json.dumps(status.details, default=str)
+    if status.retry_after is not None:
+        headers[RETRY_AFTER_HEADER] = f"{status.retry_after:g}"
     return headers.encode()
 
 
@@ -122,9 +128,10 @@ def encode_status(code: int, details: Any = None, retry_after: float | None = No
 class Status:
     """How a stream ended, beyond its text."""
 
-    code: int | None
-    details: Any
-    retry_after: float | None
+    code: int | None = None
+    details: Any = None
+    reason: str | None = None
+    retry_after: float | None = None
 
 
 def decode_status(headers: Headers) -> Status:
@@ -138,7 +145,7 @@ def decode_status(headers: Headers) -> Status:
         retry_after = float(headers[RETRY_AFTER_HEADER])
     except (KeyError, ValueError):
         retry_after = None
-    return Status(int(number) if _is_number(number) else None, details, retry_after)
+    return Status(int(number) if _is_number(number) else None, details, headers.get(REASON_HEADER), retry_after)
 
 
 def _is_number(text: str) -> bool:

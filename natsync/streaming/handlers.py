@@ -17,6 +17,7 @@ from natsync.context import Context
 from natsync.errors import Cancelled, Code, DeadlineExceeded, StreamClosed, StreamError
 from natsync.headers import Headers
 from natsync.message import Message, to_bytes
+from natsync.streaming.frames import Status
 from natsync.streaming.sender import ResponseSender, SenderCore, describe
 
 log = logging.getLogger("natsync.streaming")
@@ -141,7 +142,7 @@ def _guarded(run: Runner) -> Runner:
                 log.debug("handler of %r stopped after its stream was over: %r", request.subject, error)
                 return
             log.exception("handler of %r raised", request.subject)
-            core.fail(describe(error), code_of(error), getattr(error, "details", None))
+            core.fail(describe(error), Status(code_of(error), getattr(error, "details", None)))
 
     return guarded
 

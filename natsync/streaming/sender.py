@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from natsync import headers as _headers
@@ -37,6 +38,10 @@ from natsync.protocol import encode_pub
 from natsync.streaming import frames
 
 log = logging.getLogger("natsync.streaming")
+
+#: Bytes of chunks that send_many() queues as one piece, so that they leave in one write.
+GROUP_BYTES = 64 << 10
+_FAILED = frames.Status(Code.UNKNOWN)
 
 
 class SenderCore:
@@ -66,6 +71,7 @@ class SenderCore:
         self._internal: list[Callable[[], object]] = []
         self._token, self._inbox = control.register(self)
         self._prefix = b"PUB %b %b " % (reply, self._inbox)
+        self._stop_watching: Callable[[], None] = lambda: None  # until on_end() returns, which may call us at once
         self._stop_watching = ctx.on_end(self._context_ended)
 
     def accept(self) -> None:
@@ -96,8 +102,20 @@ class SenderCore:
     def send_many(self, chunks: list[bytes], deadline: Deadline) -> int:
         """Queue chunks behind each other, so that they leave in as few writes as possible."""
         number = self.count
-        for chunk in chunks:
-            number = self.send(chunk, deadline)
+        group: list[bytes] = []
+        size = 0
+        for frame in [self._frame(chunk) for chunk in chunks]:  # all are checked before the first is queued
+            group.append(frame)
+            size += len(frame)
+            if size >= GROUP_BYTES:
+                number = self._send_group(group, deadline)
+                group, size = [], 0
+        return self._send_group(group, deadline) if group else number
+
+    def _send_group(self, frames_: list[bytes], deadline: Deadline) -> int:
+        joined = b"".join(frames_)
+        while not (number := self._try(joined, len(frames_))):
+            self._connection.wait_room(deadline)
         return number
 
     def _frame(self, data: bytes) -> bytes:
@@ -114,14 +132,14 @@ class SenderCore:
             return self._connection.encode(self._reply, self._inbox, headers.encode(), data)
         return b"%b%d\r\n%b\r\n" % (self._prefix, len(data), data)
 
-    def _try(self, frame: bytes) -> int:
+    def _try(self, frame: bytes, chunks: int = 1) -> int:
         with self._lock:
             if self._error is not None:
                 raise self._closed_error()
-            mark = self._connection.try_put(frame)
+            mark = self._connection.try_put(frame, messages=chunks)
             if not mark:
                 return 0
-            self.count += 1
+            self.count += chunks
             self._last_mark = mark
             if not self._first_mark:
                 self._first_mark = mark
@@ -146,17 +164,29 @@ class SenderCore:
 
     def end(self, trailers: Headers | None = None) -> bool:
         """Send END, once; False if the stream was over for another reason."""
-        block = trailers.encode() if trailers is not None and trailers and self.peer_is_natsync else None
+        block = trailers.encode() if trailers and self.peer_is_natsync else None
+        limit = self._connection.info.get("max_payload")
+        size = len(block or b"") + len(self._sentinels.end)
+        if limit is not None and size > limit:
+            raise MaxPayloadExceeded(size, limit)
         reason = StreamClosed("the stream was ended", code=Code.OK)
         self._close(reason, self._ending(block, self._sentinels.end))
         return self._ended
 
-    def fail(self, text: str, code: int = Code.UNKNOWN, details: Any = None, retry_after: float | None = None) -> bool:
-        """Send an error, which ends the stream; False if it was over already."""
-        block = frames.encode_status(code, details, retry_after) if self.peer_is_natsync else None
+    def fail(self, text: str, status: frames.Status = _FAILED, error: StreamClosed | None = None) -> bool:
+        """Send an error, which ends the stream; False if it was over already. error: what later sends raise here."""
+        closed = error or StreamClosed(f"the stream was ended with an error: {text}")
+        return self._close(closed, self._error_frame(text, status))
+
+    def _error_frame(self, text: str, status: frames.Status) -> bytes:
+        """The frame of an error; what does not fit into max_payload is left out: details first, then the text's end."""
         payload = self._sentinels.error_prefix + text.encode("utf-8", "replace")
-        payload = payload[: self._connection.info.get("max_payload", len(payload)) - len(block or b"")]
-        return self._close(StreamClosed(f"the stream was ended with an error: {text}"), self._ending(block, payload))
+        limit = self._connection.info.get("max_payload")
+        block = frames.encode_status(status) if self.peer_is_natsync else None
+        if limit is not None and block is not None and len(block) + len(payload) > limit:
+            block = frames.encode_status(replace(status, details=None))
+        room = len(payload) if limit is None else max(0, limit - len(block or b""))
+        return encode_pub(self._reply, self._inbox, block, payload[:room])
 
     def _ending(self, block: bytes | None, payload: bytes) -> bytes:
         return encode_pub(self._reply, self._inbox, block, payload)
@@ -170,10 +200,11 @@ class SenderCore:
             self._ended = isinstance(error, StreamError) and error.code == Code.OK
             internal, self._internal = self._internal, []
             users, self._callbacks = self._callbacks, []
-            for callback in internal:
-                callback()
-            if last_frame is not None:
-                self._put_last(last_frame)
+        # From here on nobody sends: every chunk that was sent is queued, and the end goes behind it.
+        for callback in internal:
+            callback()
+        if last_frame is not None:
+            self._put_last(last_frame)
         self.closed.set()
         self._stop_watching()
         if not self._ended:
@@ -203,7 +234,7 @@ class SenderCore:
         self._run_user(callback)
 
     def when_closed(self, callback: Callable[[], object]) -> None:
-        """on_close() for the library: brief, non-blocking, takes no stream's lock; runs before the END is queued."""
+        """on_close() for the library's own brief functions: in whichever thread ends it, before the END is sent."""
         with self._lock:
             if self._error is None:
                 self._internal.append(callback)
@@ -227,7 +258,8 @@ class SenderCore:
         """Chunks that the server has not confirmed may be lost; then the stream must not seem complete."""
         if not self._last_mark or self._last_mark <= loss.confirmed or self._first_mark > loss.taken:
             return
-        self.fail(f"the responder's link broke in mid-stream, chunks may be missing: {loss.reason}", Code.UNAVAILABLE)
+        text = f"the responder's link broke in mid-stream, chunks may be missing: {loss.reason}"
+        self.fail(text, frames.Status(Code.UNAVAILABLE, reason=frames.LOST), StreamClosed(text, code=Code.UNAVAILABLE))
 
     def connection_closed(self, reason: Exception) -> None:
         self._close(StreamClosed(str(reason), code=Code.UNAVAILABLE), None)
@@ -235,17 +267,15 @@ class SenderCore:
     def _context_ended(self) -> None:
         error = self.ctx.error()
         if isinstance(error, DeadlineExceeded):
-            block = frames.encode_status(Code.DEADLINE_EXCEEDED) if self.peer_is_natsync else None
-            payload = self._sentinels.error_prefix + b"deadline exceeded"
-            self._close(DeadlineExceeded("the request's deadline has passed"), self._ending(block, payload))
+            status = frames.Status(Code.DEADLINE_EXCEEDED, reason=frames.DEADLINE)
+            self.fail("deadline exceeded", status, DeadlineExceeded("the request's deadline has passed"))
         else:
-            block = frames.encode_status(Code.CANCELLED) if self.peer_is_natsync else None
-            payload = self._sentinels.error_prefix + str(error).encode("utf-8", "replace")
-            self._close(StreamCancelled(str(error)), self._ending(block, payload))
+            status = frames.Status(Code.UNAVAILABLE, reason=frames.LOST)
+            self.fail(str(error), status, StreamCancelled(str(error)))
 
     def dropped(self) -> None:
         """The handler let go of its sender without ending the stream."""
-        if self.fail("the handler dropped its sender without ending the stream", Code.INTERNAL):
+        if self.fail("the handler dropped its sender without ending the stream", frames.Status(Code.INTERNAL)):
             log.error("a handler of %r dropped its sender without end(): the requester got an error", self.subject)
 
 
@@ -302,7 +332,7 @@ class ResponseSender:
         """
         self._check_process()
         own = error.code if isinstance(error, StreamError) else Code.UNKNOWN
-        self._core.fail(describe(error), own if code is None else code, details)
+        self._core.fail(describe(error), frames.Status(own if code is None else code, details))
 
     def end(self, *, wait: float = 0, trailers: _headers.HeaderInput = None) -> bool:
         """End the stream; whether it is complete (False: it was over before, by an error, a cancel or a loss).

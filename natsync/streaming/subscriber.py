@@ -56,6 +56,8 @@ MAX_STREAMS = 1024
 CLOSE_SECONDS = 30.0
 #: Seconds that cancelled handlers get to leave.
 LEAVE_SECONDS = 2.0
+#: Seconds after which a refused requester may try again.
+RETRY_AFTER = 1.0
 #: The code in Nats-Service-Error-Code for a handler that raised; HTTP's, by convention of NATS services.
 _FAILED = 500
 _COUNTED = ("received", "processed", "failed", "cancelled", "dropped")
@@ -78,12 +80,11 @@ class Handle:
         self._activity = activity
         self._counters = counters
         self._stopped = threading.Event()
-        self.ctx.on_end(self._context_ended)
 
     @property
     def stopped(self) -> bool:
         """Whether new requests are taken no more."""
-        return self._stopped.is_set()
+        return self._stopped.is_set() or not self._core.active
 
     @property
     def stats(self) -> dict[str, int]:
@@ -119,7 +120,7 @@ class Handle:
             return
         connection.stop_intake(self._core)
         try:
-            if not self._owner._in_handler():
+            if connection.status is Status.CONNECTED and not self._owner._in_handler():
                 connection.flush(deadline)
         except NatsError as error:
             log.debug("the end of %r was not confirmed: %s", self.subject, error)
@@ -170,7 +171,10 @@ class _StreamIntake(SubscriptionCore):
     def deliver(self, batch: Batch) -> None:
         for item in batch.items:
             self.received += 1
-            self.start(Message.received(batch.subject, item, self._link.publish_answer))
+            try:
+                self.start(Message.received(batch.subject, item, self._link.publish_answer))
+            except Exception:  # a fault with one request must not end the link of all
+                log.exception("a request on %r could not be started", _subject.decode(batch.subject))
 
 
 class Subscriber:
@@ -356,6 +360,7 @@ class Subscriber:
         **limits: Any,
     ) -> Handle:
         """Subscribe, and return when the server knows."""
+        counters.ctx.check()
         name = None if queue is None else _subject.queue_name(queue)
         wanted = _subject.subscribe_subject(subject)
         connection = self._opened()
@@ -368,6 +373,7 @@ class Subscriber:
         with self._lock:
             self._handles.append(handle)
         connection.subscribe(core)
+        counters.ctx.on_end(handle._context_ended)
         if connection.status is Status.CONNECTED:
             try:
                 connection.flush(Deadline.after(self._options.connect_timeout))
@@ -389,13 +395,14 @@ class Subscriber:
         core = self._sender(request, ctx, opening.natsync)
         if not self._take_slot():
             counters.add("dropped")
-            core.fail(f"too many streams: all {self._max_streams} are in use", Code.RESOURCE_EXHAUSTED, None, 1.0)
+            status = frames.Status(Code.RESOURCE_EXHAUSTED, reason=frames.REFUSED, retry_after=RETRY_AFTER)
+            core.fail(f"too many streams: all {self._max_streams} are in use", status)
             return
         core.when_closed(self._free_slot)
         activity.begin(ctx)
         pool = self._streams_pool
         if pool is None or not pool.submit(lambda: self._run_stream(request, runner, ctx, core, counters, activity)):
-            core.fail("the responder is shutting down", Code.UNAVAILABLE)
+            core.fail("the responder is shutting down", frames.Status(Code.UNAVAILABLE, reason=frames.REFUSED))
             activity.end(ctx)
 
     def _run_stream(
@@ -409,6 +416,7 @@ class Subscriber:
     ) -> None:
         def finished() -> None:
             counters.add(core.outcome)
+            ctx.cancel_soon(Cancelled("the stream is over"))
             activity.end(ctx)
 
         core.accept()

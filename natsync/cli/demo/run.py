@@ -28,8 +28,8 @@ def run() -> int:
         for scene in SCENES:
             scene(stage)
     screen.scene("The end")
-    left = _threads_left(before)
-    screen.check(not left, f"everything is stopped{': but ' + ', '.join(left) if left else ', no thread is left'}")
+    left = _threads_left(before) + (["nats-server"] if stage.server.running else [])
+    screen.check(not left, f"everything is stopped; threads and processes left: {', '.join(left) or 'none'}")
     screen.verdict(time.monotonic() - begin)
     return 1 if screen.failed else 0
 
@@ -56,4 +56,4 @@ def _stage(screen: Screen) -> Iterator[Stage]:
             with subscriber, natsync.Client(server.url, name="demo-client") as client:
                 screen.step("subscriber", "serves demo.relay and demo.ticker on worker threads")
                 screen.step("client", "one connection for all that follows")
-                yield Stage(screen, client, service, journal, log, server.url)
+                yield Stage(screen, client, service, journal, log, server)

@@ -13,6 +13,7 @@ from natsync.cli.demo.handlers import TICK, Journal
 from natsync.cli.demo.log import CaughtLog
 from natsync.cli.demo.screen import Screen
 from natsync.cli.demo.third_party import ThirdParty
+from natsync.testing import NatsServer
 
 #: Seconds that no scene comes near; a hang becomes an error.
 LIMIT = 10.0
@@ -33,7 +34,7 @@ class Stage:
     service: ThirdParty
     journal: Journal
     log: CaughtLog
-    server_url: str
+    server: NatsServer
 
 
 @dataclass
@@ -212,7 +213,7 @@ def plain_client(stage: Stage) -> None:
     screen = stage.screen
     screen.scene("A plain NATS client: nothing but a socket")
     screen.step("client", "sends three lines of the NATS protocol; any client of any language can")
-    chunks = wire.read_stream(stage.server_url, "demo.ticker", "3", screen.wire)
+    chunks = wire.read_stream(stage.server.url, "demo.ticker", "3", screen.wire)
     numbers = [json.loads(chunk)["tick"] for chunk in chunks]
     screen.check(numbers == [1, 2, 3], f"3 chunks as they were sent, then {wire.END.decode()}")
 
