@@ -51,8 +51,9 @@ from natsync.pool import ConnectionPool
 from natsync.retry import Retry
 from natsync.streaming.call import Stream
 from natsync.streaming.handlers import HandlerContext
+from natsync.streaming.registration import Handle
 from natsync.streaming.sender import ResponseSender
-from natsync.streaming.subscriber import Handle, Subscriber
+from natsync.streaming.subscriber import Subscriber
 from natsync.subscription import Subscription
 
 __all__ = [

@@ -341,7 +341,7 @@ def _quoted(raw: bytes) -> str:
 def _json_object(raw: bytes, what: str) -> dict[str, Any]:
     try:
         fields = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ProtocolError(f"{what} is not JSON: {raw[:80]!r}") from error
     if not isinstance(fields, dict):
         raise ProtocolError(f"{what} is not a JSON object: {raw[:80]!r}")

@@ -10,7 +10,7 @@ from natsync import subject as _subject
 from natsync.concurrency import Deadline, Signal
 from natsync.connection import Connection
 from natsync.context import Context
-from natsync.errors import ConnectionLost, HandlerError, NoRespondersError, RequestTimeout
+from natsync.errors import ConnectionLost, HandlerError, NoRespondersError, RequestTimeout, TimedOut
 from natsync.message import Item, Message
 from natsync.mux import LinkLoss
 
@@ -62,12 +62,15 @@ def request(
         deadline = deadline.or_sooner(ctx.remaining())
     waiter = _Reply()
     to = _subject.publish_subject(subject)
-    connection.ensure_open(deadline)
+    _open(connection, deadline, subject)
     token, inbox = connection.mux.register(waiter)
     remove = ctx.on_end(waiter.signal.set) if ctx is not None else None
     try:
         waiter.frame = connection.encode(to, inbox, block, payload)
-        waiter.mark = connection.put(waiter.frame, deadline)
+        try:
+            waiter.mark = connection.put(waiter.frame, deadline)
+        except TimedOut as error:
+            raise RequestTimeout(f"the request on {subject!r} was not sent: {error}", sent=False) from error
         loss = connection.loss_of(waiter.frame, waiter.mark)
         if loss is not None:
             waiter.link_lost(loss)
@@ -82,6 +85,13 @@ def request(
     return _reply(connection, inbox, waiter.item, subject)
 
 
+def _open(connection: Connection, deadline: Deadline, subject: str) -> None:
+    try:
+        connection.ensure_open(deadline)
+    except TimedOut as error:
+        raise RequestTimeout(f"the request on {subject!r} was not sent: {error}", sent=False) from error
+
+
 def _give_up(
     connection: Connection, waiter: _Reply, subject: str, timeout: float | None, ctx: Context | None, woken: bool
 ) -> None:
@@ -93,7 +103,8 @@ def _give_up(
         ctx.check()
     assert not woken
     what = "may have run" if sent else "was not sent: there was no link"
-    raise RequestTimeout(f"no reply on {subject!r} within {timeout} s; the request {what}", sent=sent)
+    within = "" if timeout is None else f" within {timeout:.4g} s"
+    raise RequestTimeout(f"no reply on {subject!r}{within}; the request {what}", sent=sent)
 
 
 def _reply(connection: Connection, inbox: bytes, item: Item, subject: str) -> Message:

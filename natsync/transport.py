@@ -180,7 +180,7 @@ class _Handshake(_pynats2.NATSNoSubscribeClient):
 
     def connect(self) -> None:
         host, port = self._server.host, self._server.port
-        self._raw = socket.create_connection((host, port), timeout=_left(self._deadline, "connecting"))
+        self._raw = _connect(host, port, self._deadline)
         self._raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket = self._raw
         self._await(_pynats2.INFO_RE)
@@ -269,7 +269,7 @@ class _Handshake(_pynats2.NATSNoSubscribeClient):
     def _take_info(self, line: bytes) -> None:
         try:
             info = json.loads(line[4:])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ProtocolError(f"{self._server} sent an INFO that is not JSON: {line[:60]!r}") from error
         if not isinstance(info, dict):
             raise ProtocolError(f"{self._server} sent an INFO that is no object: {line[:60]!r}")
@@ -300,6 +300,23 @@ class _Handshake(_pynats2.NATSNoSubscribeClient):
         assert self._raw is not None
         self._raw.settimeout(_left(self._deadline, "the handshake"))
         self._raw.sendall(data if self._tls is None else self._tls.encrypt(data))
+
+
+def _connect(host: str, port: int, deadline: Deadline) -> socket.socket:
+    """A TCP connection to the first address of the host that answers; a deaf one leaves time for those behind it."""
+    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    failure: OSError = OSError(f"{host} has no address")
+    for tried, (family, kind, protocol, _, address) in enumerate(addresses):
+        left = _left(deadline, "connecting")
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.settimeout(None if left is None else left / (len(addresses) - tried))
+            sock.connect(address)
+            return sock
+        except OSError as error:
+            sock.close()
+            failure = error
+    raise failure
 
 
 def _left(deadline: Deadline, what: str) -> float | None:

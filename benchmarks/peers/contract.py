@@ -41,7 +41,22 @@ class Stream:
 
     chunks: list[bytes] = field(default_factory=list)
     ended: str = "no end"
-    seconds: float = 0.0  # from the request to the last thing received
+    finished: float = 0.0  # time.perf_counter() at the last thing received
+
+
+@dataclass
+class Streams:
+    """Streams read at once. One clock for all of them: streams that start late must not run on clocks of their own,
+    or those that in truth ran one after another would seem to have run at the same time.
+    """
+
+    streams: list[Stream]
+    started: float  # time.perf_counter() before the first request
+    mode: str | None = "plain"
+
+    @property
+    def seconds(self) -> float:
+        return max(stream.finished for stream in self.streams) - self.started
 
 
 @dataclass
@@ -106,13 +121,13 @@ def percentile(sorted_values: list[float], share: float) -> float:
     return sorted_values[int(share * (len(sorted_values) - 1))] if sorted_values else 0.0
 
 
-def _report_streams(streams: list[Stream], mode: str | None) -> dict[str, object]:
+def _report_streams(result: Streams) -> dict[str, object]:
     return {
-        "seconds": max(stream.seconds for stream in streams),
-        "mode": mode,
+        "seconds": max(result.seconds, 0.0),
+        "mode": result.mode,
         "streams": [
             {"chunks": len(stream.chunks), "ended": stream.ended, "wrong": misplaced(stream.chunks)}
-            for stream in streams
+            for stream in result.streams
         ],
     }
 
@@ -151,7 +166,7 @@ def main(
     *,
     serve: Callable[[str, str, list[bytes]], None],
     echo: Callable[[str, str], None],
-    stream: Callable[[str, str, int, bool], tuple[list[Stream], str | None]],
+    stream: Callable[[str, str, int, bool], Streams],
     request: Callable[[str, str, bytes, int, int], Requests],
     publish: Callable[[str, str, bytes, int], float],
 ) -> None:
@@ -163,7 +178,7 @@ def main(
     elif arguments.mode == "echo":
         echo(url, arguments.subject)
     elif arguments.mode == "stream":
-        result = _report_streams(*stream(url, arguments.subject, arguments.streams, arguments.callback))
+        result = _report_streams(stream(url, arguments.subject, arguments.streams, arguments.callback))
         print(json.dumps(result), flush=True)
     elif arguments.mode == "request":
         payload = b"x" * arguments.size

@@ -57,21 +57,21 @@ async def _stay(connection: Any) -> None:
     await connection.close()
 
 
-def stream(url: str, subject: str, streams: int, callback: bool) -> tuple[list[contract.Stream], str]:
-    return asyncio.run(_streams(url, subject, streams, callback)), "plain"
+def stream(url: str, subject: str, streams: int, callback: bool) -> contract.Streams:
+    return asyncio.run(_streams(url, subject, streams, callback))
 
 
-async def _streams(url: str, subject: str, streams: int, callback: bool) -> list[contract.Stream]:
+async def _streams(url: str, subject: str, streams: int, callback: bool) -> contract.Streams:
     connection = await nats.connect(url)
     read = _read_by_callback if callback else _read_by_iterator
+    started = time.perf_counter()
     results = await asyncio.gather(*(read(connection, subject) for _ in range(streams)))
     await connection.close()
-    return results
+    return contract.Streams(results, started)
 
 
 async def _read_by_iterator(connection: Any, subject: str) -> contract.Stream:
     result = contract.Stream()
-    start = time.perf_counter()
     inbox = connection.new_inbox()
     subscription = await connection.subscribe(inbox)
     await connection.publish(subject, b"", reply=inbox)
@@ -80,7 +80,7 @@ async def _read_by_iterator(connection: Any, subject: str) -> contract.Stream:
             result.ended = "end"
             break
         result.chunks.append(message.data)
-    result.seconds = time.perf_counter() - start
+    result.finished = time.perf_counter()
     await subscription.unsubscribe()
     return result
 
@@ -96,12 +96,11 @@ async def _read_by_callback(connection: Any, subject: str) -> contract.Stream:
         else:
             result.chunks.append(message.data)
 
-    start = time.perf_counter()
     inbox = connection.new_inbox()
     subscription = await connection.subscribe(inbox, cb=on_message)
     await connection.publish(subject, b"", reply=inbox)
     await ended.wait()
-    result.seconds = time.perf_counter() - start
+    result.finished = time.perf_counter()
     await subscription.unsubscribe()
     return result
 

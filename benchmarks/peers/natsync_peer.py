@@ -35,23 +35,23 @@ def echo(url: str, subject: str) -> None:
         contract.ready_until_stdin_closes()
 
 
-def stream(url: str, subject: str, streams: int, callback: bool) -> tuple[list[contract.Stream], str | None]:
+def stream(url: str, subject: str, streams: int, callback: bool) -> contract.Streams:
     results = [contract.Stream() for _ in range(streams)]
     modes: list[str | None] = [None] * streams
     read = _read_by_processor if callback else _read_by_iterator
     with natsync.connect(url) as client:
 
         def work(number: int) -> None:
-            start = time.perf_counter()
             try:
                 modes[number] = read(client, subject, results[number])
                 results[number].ended = "end"
             except natsync.NatsError as error:
                 results[number].ended = f"failed: {error!r}"
-            results[number].seconds = time.perf_counter() - start
+            results[number].finished = time.perf_counter()
 
+        started = time.perf_counter()
         contract.in_threads(streams, work)
-    return results, modes[0]
+    return contract.Streams(results, started, modes[0])
 
 
 def _read_by_iterator(client: natsync.Client, subject: str, result: contract.Stream) -> str | None:

@@ -60,19 +60,18 @@ def _confirm(client: NATSClient) -> None:
         raise TimeoutError("the server did not confirm within 60 s")
 
 
-def stream(url: str, subject: str, streams: int, callback: bool) -> tuple[list[contract.Stream], str]:
+def stream(url: str, subject: str, streams: int, callback: bool) -> contract.Streams:
     client = _connect(url)
     results = [contract.Stream() for _ in range(streams)]
-    heard = [time.perf_counter()]
+    started = time.perf_counter()
+    heard = [started]
 
     def read(number: int) -> None:
         result = results[number]
-        start = time.perf_counter()
         ended = threading.Event()
 
         def on_message(message: Any) -> None:
-            heard[0] = now = time.perf_counter()
-            result.seconds = now - start
+            heard[0] = result.finished = time.perf_counter()
             if message.payload == contract.END:
                 result.ended = "end"
                 ended.set()
@@ -86,7 +85,7 @@ def stream(url: str, subject: str, streams: int, callback: bool) -> tuple[list[c
             pass
 
     contract.in_threads(streams, read)
-    return results, "plain"
+    return contract.Streams(results, started)
 
 
 def request(url: str, subject: str, payload: bytes, count: int, threads: int) -> contract.Requests:

@@ -201,15 +201,14 @@ class SenderCore:
             internal, self._internal = self._internal, []
             users, self._callbacks = self._callbacks, []
         # From here on nobody sends: every chunk that was sent is queued, and the end goes behind it.
+        self.closed.set()
+        self._stop_watching()
+        if not self._ended:
+            self.ctx.cancel_soon(Cancelled(str(error)))
         for callback in internal:
             callback()
         if last_frame is not None:
             self._put_last(last_frame)
-        self.closed.set()
-        self._stop_watching()
-        if not self._ended:
-            reason = error.message if isinstance(error, StreamError) else str(error)
-            self.ctx.cancel_soon(Cancelled(reason))
         for callback in users:
             self._run_user(callback)
         self._control.unregister(self._token)
@@ -337,8 +336,10 @@ class ResponseSender:
     def end(self, *, wait: float = 0, trailers: _headers.HeaderInput = None) -> bool:
         """End the stream; whether it is complete (False: it was over before, by an error, a cancel or a loss).
 
-        Idempotent. With wait, blocks up to that many seconds until the server confirms that it has everything, and
-        returns False if it does not. Trailers reach natsync requesters only.
+        Idempotent. In a `finally` it ends the stream of a failing handler too, as if it were complete: call
+        send_error() in an `except` first, or let a generator handler end by itself. With wait, blocks up to that many
+        seconds until the server confirms that it has everything, and returns False if it does not. Trailers reach
+        natsync requesters only.
         """
         self._check_process()
         check_timeout(wait, "wait")

@@ -1,0 +1,107 @@
+"""Handle: one registration of a handler, to wait for and to stop."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+from natsync import subject as _subject
+from natsync.concurrency import Deadline, check_timeout
+from natsync.connection import Status
+from natsync.errors import Cancelled, NatsError
+from natsync.streaming.responder import Responder
+from natsync.streaming.work import Work
+from natsync.subscription import SubscriptionCore
+
+log = logging.getLogger("natsync.streaming")
+
+#: Seconds that cancelled handlers get to leave.
+LEAVE_SECONDS = 2.0
+
+
+class Handle:
+    """One registration, in force until it is stopped or its context ends.
+
+    Attributes:
+        subject, queue: as registered.
+        ctx: the parent of every request's context; cancelling it stops the registration and everything under way.
+    """
+
+    def __init__(
+        self, responder: Responder, core: SubscriptionCore, work: Work, forget: Callable[[Handle], None]
+    ) -> None:
+        self.subject = _subject.decode(core.subject)
+        self.queue = None if core.queue is None else core.queue.decode()
+        self.ctx = work.ctx
+        self._responder = responder
+        self._core = core
+        self._work = work
+        self._forget = forget
+        self._stopped = threading.Event()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether new requests are taken no more."""
+        return self._stopped.is_set() or not self._core.active
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """received, processed, failed, cancelled, dropped (refused or over the pending limits), active."""
+        numbers = self._work.numbers()
+        numbers["dropped"] += self._core.dropped
+        numbers["failed"] += self._core.failed
+        return numbers
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block until the registration is stopped, up to timeout seconds (None = no limit); whether it is."""
+        return self._stopped.wait(check_timeout(timeout))
+
+    def stop(self, timeout: float | None = None) -> None:
+        """Take no more requests, and let those under way finish.
+
+        Blocks until they have, up to timeout seconds (None = no limit, 0 = do not wait); what is still running then
+        is cancelled. Idempotent; from a handler it does not wait.
+        """
+        deadline = Deadline.after(check_timeout(timeout))
+        self.leave(deadline)
+        if not self._responder.in_handler() and not self.wait_idle(deadline):
+            self.ctx.cancel_soon(Cancelled(f"the registration of {self.subject!r} was stopped"))
+            self._work.wait_idle(Deadline.after(LEAVE_SECONDS if timeout else 0))
+
+    def in_force(self) -> None:
+        """The subscription is in place: from now on the end of the context ends it."""
+        self.ctx.on_end(lambda: self._responder.connection.in_supervisor(self._end))
+
+    def leave(self, deadline: Deadline) -> None:
+        """Have the server send no more, and take what was on its way."""
+        connection = self._responder.connection
+        if self._stopped.is_set():
+            return
+        connection.stop_intake(self._core)
+        try:
+            if connection.status is Status.CONNECTED and not self._responder.in_handler():
+                connection.flush(deadline)
+        except NatsError as error:
+            log.debug("the end of %r was not confirmed: %s", self.subject, error)
+        self._end()
+
+    def wait_idle(self, deadline: Deadline) -> bool:
+        """Block until nothing waits and nothing is under way; False if the deadline came first."""
+        return self._core.wait_empty(deadline) and self._work.wait_idle(deadline)
+
+    def cancel(self, reason: str) -> int:
+        """Cancel what is under way; how many requests that were."""
+        count = len(self._work)
+        self._work.cancel(reason)
+        return count
+
+    def _end(self) -> None:
+        self._responder.connection.unsubscribe(self._core)
+        self._forget(self)
+        self._stopped.set()
+
+    def __repr__(self) -> str:
+        queue = f", queue={self.queue!r}" if self.queue else ""
+        state = "stopped" if self.stopped else "active"
+        return f"<Handle {self.subject!r}{queue}: {state}, {len(self._work)} under way>"

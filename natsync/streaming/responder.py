@@ -1,0 +1,192 @@
+"""Responder: takes requests as they come and has their handlers run, each with its context and its answer.
+
+Streams have a thread pool of their own with a slot for each, so that one that lasts for hours takes no worker from
+short requests, and one too many is refused at once instead of waiting unheard. start_stream() runs on the reader's
+thread and never waits; the handlers run on workers.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from natsync import subject as _subject
+from natsync.concurrency import Deadline
+from natsync.connection import Connection
+from natsync.errors import Code, NatsError
+from natsync.headers import Headers
+from natsync.message import Message
+from natsync.mux import Mux
+from natsync.protocol import Batch
+from natsync.reply import ERROR_CODE_HEADER, ERROR_HEADER
+from natsync.streaming import frames, handlers
+from natsync.streaming.handlers import Handler, HandlerContext, Runner
+from natsync.streaming.sender import SenderCore, describe
+from natsync.streaming.work import Work
+from natsync.subscription import SubscriptionCore
+from natsync.workers import WorkerPool
+
+log = logging.getLogger("natsync.streaming")
+
+#: Seconds after which a refused requester may try again.
+RETRY_AFTER = 1.0
+#: The code in Nats-Service-Error-Code for a handler that raised; HTTP's, by convention of NATS services.
+_HANDLER_FAILED = 500
+#: Characters of an error's text that fit into a header.
+_ERROR_TEXT = 1000
+
+
+class StreamIntake(SubscriptionCore):
+    """A subscription whose messages each start a stream: they do not wait, they run or are refused."""
+
+    start: Callable[[Message], None]
+
+    def deliver(self, batch: Batch) -> None:
+        for item in batch.items:
+            self.received += 1
+            try:
+                self.start(Message.received(batch.subject, item, self._link.publish_answer))
+            except Exception:  # a fault with one request must not end the link of all
+                log.exception("a request on %r could not be started", _subject.decode(batch.subject))
+
+
+class Responder:
+    """Runs the handlers of one connection.
+
+    Attributes:
+        draining: whether handlers are asked to finish soon.
+    """
+
+    def __init__(self, connection: Connection, max_streams: int) -> None:
+        self.connection = connection
+        self.draining = False
+        self._max_streams = max_streams
+        self._control = connection.add_mux(
+            Mux(frames.control_inbox(connection.options.inbox_prefix, _subject.unique()))
+        )
+        # Threads of streams that have ended, and freed their slot, may take a moment to leave.
+        self._pool = WorkerPool(f"{connection.name}-stream-worker", 2 * max_streams)
+        self._lock = threading.Lock()
+        self._streams = 0
+
+    @property
+    def streams(self) -> int:
+        """Streams open now."""
+        return self._streams
+
+    @property
+    def threads(self) -> int:
+        """Threads that run handlers and callbacks, or wait for the next one."""
+        return self._pool.threads + self.connection.dispatcher.workers.threads
+
+    def in_handler(self) -> bool:
+        """Whether the calling thread runs a handler, which must not wait for itself."""
+        return self._pool.is_own_thread() or self.connection.dispatcher.workers.is_own_thread()
+
+    def close(self, deadline: Deadline) -> None:
+        """Close the connection, and let the stream threads leave."""
+        self.connection.close()
+        stuck = self._pool.close(deadline)
+        if stuck:
+            log.warning("handlers still running after close(): %s", ", ".join(stuck))
+
+    # -- streams -------------------------------------------------------------------------------------------------
+
+    def start_stream(self, request: Message, runner: Runner, work: Work) -> None:
+        """Give a request a slot and a thread, or refuse it."""
+        work.count("received")
+        if not _wants_answer(request, work):
+            return
+        opening = frames.decode_opening(request.headers)
+        ctx = self._context(opening, work)
+        core = self._sender(request, ctx, opening)
+        if not self._take_slot():
+            work.count("dropped")
+            status = frames.Status(Code.RESOURCE_EXHAUSTED, reason=frames.REFUSED, retry_after=RETRY_AFTER)
+            core.fail(f"too many streams: all {self._max_streams} are in use", status)
+            return
+        core.when_closed(self._free_slot)
+        work.begin(ctx)
+        if not self._pool.submit(lambda: _run_stream(request, runner, ctx, core, work)):
+            core.fail("the responder is shutting down", frames.Status(Code.UNAVAILABLE, reason=frames.REFUSED))
+            work.end(ctx, "dropped")
+
+    def _sender(self, request: Message, ctx: HandlerContext, opening: frames.Opening) -> SenderCore:
+        assert request.reply is not None
+        return SenderCore(
+            self.connection,
+            self._control,
+            request.reply.encode("utf-8", "surrogateescape"),
+            ctx,
+            natsync_peer=opening.natsync,
+            subject=request.subject,
+        )
+
+    def _take_slot(self) -> bool:
+        with self._lock:
+            if self._streams >= self._max_streams:
+                return False
+            self._streams += 1
+            return True
+
+    def _free_slot(self) -> None:
+        with self._lock:
+            self._streams -= 1
+
+    # -- request and reply ---------------------------------------------------------------------------------------
+
+    def answer(self, request: Message, function: Handler, single: Runner, work: Work) -> None:
+        """Run a request/reply handler and publish what it returned or raised; as a stream, if one is asked for."""
+        if frames.STREAM_HEADER in request.headers:
+            self.start_stream(request, single, work)
+            return
+        work.count("received")
+        if not _wants_answer(request, work):
+            return
+        ctx = self._context(frames.decode_opening(request.headers), work)
+        work.begin(ctx)
+        outcome = "failed"
+        try:
+            request.respond(handlers.reply_bytes(function(ctx, request)))
+            outcome = "processed"
+        except BaseException as error:  # SystemExit in a handler must not leave its requester waiting
+            log.exception("handler of %r raised", request.subject)
+            _respond_error(request, error)
+        finally:
+            work.end(ctx, outcome)
+
+    def _context(self, opening: frames.Opening, work: Work) -> HandlerContext:
+        return HandlerContext(
+            work.ctx,
+            deadline=None if opening.timeout is None else time.monotonic() + opening.timeout,
+            metadata=opening.metadata,
+            attempt=opening.attempt,
+            is_draining=lambda: self.draining,
+        )
+
+
+def _wants_answer(request: Message, work: Work) -> bool:
+    if request.reply is not None:
+        return True
+    log.warning("request on %r without a reply subject: ignored, nobody waits for an answer", request.subject)
+    work.count("dropped")
+    return False
+
+
+def _run_stream(request: Message, runner: Runner, ctx: HandlerContext, core: SenderCore, work: Work) -> None:
+    """The whole of a stream's handler; the request is over when it has returned and the stream is closed."""
+    core.accept()
+    runner(ctx, request, core)
+    core.when_closed(lambda: work.end(ctx, core.outcome))
+
+
+def _respond_error(request: Message, error: BaseException) -> None:
+    code = getattr(error, "code", None)
+    text = " ".join(describe(error).replace("\0", "").split())[:_ERROR_TEXT]
+    number = code if isinstance(code, int) else _HANDLER_FAILED
+    try:
+        request.respond(b"", headers=Headers({ERROR_HEADER: text, ERROR_CODE_HEADER: str(int(number))}))
+    except NatsError as failure:
+        log.warning("the error of a handler of %r could not be sent: %s", request.subject, failure)

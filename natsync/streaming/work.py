@@ -1,0 +1,66 @@
+"""Work: the requests of one registration: which are under way, how many there were, and the context they run under."""
+
+from __future__ import annotations
+
+import threading
+
+from natsync.concurrency import Deadline
+from natsync.context import Context
+from natsync.errors import Cancelled
+
+#: What is counted. received = the other four and those under way.
+COUNTED = ("received", "processed", "failed", "cancelled", "dropped")
+
+
+class Work:
+    """What stop() and close() wait for, and cancel in the end.
+
+    Attributes:
+        ctx: the parent of every request's context.
+    """
+
+    def __init__(self, ctx: Context) -> None:
+        self.ctx = ctx
+        self._changed = threading.Condition(threading.Lock())
+        self._under_way: set[Context] = set()
+        self._numbers = dict.fromkeys(COUNTED, 0)
+
+    def count(self, what: str) -> None:
+        with self._changed:
+            self._numbers[what] += 1
+
+    def begin(self, ctx: Context) -> None:
+        with self._changed:
+            self._under_way.add(ctx)
+
+    def end(self, ctx: Context, outcome: str) -> None:
+        """The request is over: counted, its context ended, and whoever waits for the last one told."""
+        ctx.cancel_soon(Cancelled("the request is over"))
+        with self._changed:
+            self._numbers[outcome] += 1
+            self._under_way.discard(ctx)
+            if not self._under_way:
+                self._changed.notify_all()
+
+    def __len__(self) -> int:
+        return len(self._under_way)
+
+    def numbers(self) -> dict[str, int]:
+        """The counters, and active: how many are under way."""
+        with self._changed:
+            return {**self._numbers, "active": len(self._under_way)}
+
+    def wait_idle(self, deadline: Deadline) -> bool:
+        """Block until nothing is under way; False if the deadline came first."""
+        with self._changed:
+            while self._under_way:
+                if deadline.expired or not self._changed.wait(deadline.remaining()):
+                    return not self._under_way
+        return True
+
+    def cancel(self, reason: str) -> None:
+        """End the context of everything under way."""
+        with self._changed:
+            contexts = list(self._under_way)
+        for ctx in contexts:
+            ctx.cancel_soon(Cancelled(reason))

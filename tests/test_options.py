@@ -1,0 +1,305 @@
+"""natsync.options: options and server URLs, checked before anything is dialed."""
+
+from __future__ import annotations
+
+import ssl
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from natsync import _pynats2
+from natsync.errors import InvalidArgument, InvalidURL
+from natsync.options import (
+    DEFAULT_PORT,
+    ConnectOptions,
+    Sentinels,
+    Server,
+    connect_options,
+    parse_server,
+    parse_servers,
+)
+
+# -- URLs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "server"),
+    [
+        ("nats://h:1", Server("h", 1)),
+        ("nats://h", Server("h", DEFAULT_PORT)),
+        ("nats://h/", Server("h", DEFAULT_PORT)),
+        ("h", Server("h", DEFAULT_PORT)),
+        ("h:65535", Server("h", 65535)),
+        ("127.0.0.1:1", Server("127.0.0.1", 1)),
+        ("tls://h:1", Server("h", 1, tls=True)),
+        ("NATS://H:1", Server("h", 1)),
+        ("nats://[::1]:1", Server("::1", 1)),
+        ("[::1]", Server("::1", DEFAULT_PORT)),
+        ("nats://u:p@h:1", Server("h", 1, user="u", password="p")),
+        ("u:p@h", Server("h", DEFAULT_PORT, user="u", password="p")),
+        ("nats://u:@h", Server("h", DEFAULT_PORT, user="u", password="")),
+        ("nats://t@h", Server("h", DEFAULT_PORT, token="t")),
+        ("nats://u%40x:p%2F%3A@h", Server("h", DEFAULT_PORT, user="u@x", password="p/:")),
+        ("nats://u:p@ss@h", Server("h", DEFAULT_PORT, user="u", password="p@ss")),
+        ("nats://@h", Server("h", DEFAULT_PORT)),
+    ],
+)
+def test_a_url_names_a_server(url: str, server: Server) -> None:
+    assert parse_server(url) == server
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://h", "ws://h", "x://h", "://h", "nats://", "nats:///", "nats://:4222", "nats://u:p@", "nats://h:port",
+        "nats://h:99999", "nats://h:-1", "nats://h:0", "nats://h:1.5", "nats://h/path", "nats://h?a=1", "nats://h#x", "nats://[::1",
+        "nats://a b", "nats://a\tb:1 2",
+    ],
+)  # fmt: skip
+def test_a_url_that_cannot_be_used_is_refused(url: str) -> None:
+    with pytest.raises(InvalidURL):
+        parse_server(url)
+
+
+def test_a_refused_url_is_also_what_pynats2_and_plain_code_would_catch() -> None:
+    with pytest.raises(InvalidURL) as caught:
+        parse_server("http://h")
+    for kind in (InvalidArgument, ValueError, _pynats2.NATSInvalidUrlError, _pynats2.NATSInvalidSchemeError):
+        assert isinstance(caught.value, kind)
+    assert "http" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "nats://user:hunter2@h:port", "nats://user:hunter2@h:99999", "nats://user:hunter2@h/path", "nats://user:hunter2@",
+        "ftp://user:hunter2@h", "nats://user:hun/hunter2@h", "nats://user:[hunter2@h", "nats://hunter2/x@h",
+        "nats://hunter2#x@h:4222", "nats://hunter2?x@h", "nats://user:x#hunter2@h", "hunter2/x@h",
+    ],
+)  # fmt: skip
+def test_a_refusal_never_shows_credentials(url: str) -> None:
+    with pytest.raises(InvalidURL) as caught:
+        parse_server(url)
+    shown = f"{caught.value!s} {caught.value!r} {caught.value.line} {caught.value.__cause__} {caught.value.args}"
+    assert "hunter2" not in shown
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None  # nor a chained traceback
+
+
+def test_a_server_shows_neither_user_nor_password_nor_token() -> None:
+    server = parse_server("nats://user:hunter2@h:1")
+    assert "hunter2" not in f"{server} {server!r}"
+    assert "user" not in str(server)
+    assert "hunter2" not in repr(parse_server("nats://hunter2@h"))
+
+
+@pytest.mark.parametrize(
+    ("server", "text"),
+    [
+        (Server("h", 1), "nats://h:1"),
+        (Server("h", 1, tls=True), "tls://h:1"),
+        (Server("::1", 1), "nats://[::1]:1"),
+        (Server("h", 1, user="u", password="p"), "nats://h:1"),
+    ],
+)
+def test_a_server_reads_as_a_url(server: Server, text: str) -> None:
+    assert str(server) == text
+
+
+@given(st.sampled_from(["h", "a.example", "10.0.0.1", "::1"]), st.integers(1, 65535), st.booleans())
+def test_what_a_server_reads_as_parses_to_it(host: str, port: int, tls: bool) -> None:
+    server = Server(host, port, tls)
+    assert parse_server(str(server)) == server
+
+
+@given(st.text(max_size=30))
+def test_any_text_is_a_server_or_refused(text: str) -> None:
+    try:
+        server = parse_server(text)
+    except InvalidURL:
+        return
+    assert server.host
+    assert 0 < server.port < 65536
+
+
+# -- several URLs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "servers",
+    ["nats://a:1,nats://b:2", " nats://a:1 , nats://b:2 ,", ["nats://a:1", "b:2"], ("a:1,b:2",), iter(["a:1", "b:2"])],
+    ids=repr,
+)
+def test_servers_are_a_url_or_several(servers: Any) -> None:
+    assert parse_servers(servers) == [Server("a", 1), Server("b", 2)]
+
+
+@pytest.mark.parametrize("servers", ["", " , ", [], [""], [" "]])
+def test_no_server_at_all_is_refused(servers: Any) -> None:
+    with pytest.raises(InvalidURL, match="no server URL"):
+        parse_servers(servers)
+
+
+@pytest.mark.parametrize("servers", [5, b"nats://h", [b"nats://h"], [None], ["h", 5]])
+def test_servers_that_are_no_text_are_a_type_error(servers: Any) -> None:
+    with pytest.raises(TypeError):
+        parse_servers(servers)
+
+
+def test_one_bad_url_among_several_is_refused() -> None:
+    with pytest.raises(InvalidURL):
+        parse_servers("nats://a,http://b")
+
+
+def test_the_environment_names_the_servers_if_nobody_else_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NATS_URL", "nats://env:7,other")
+    assert parse_servers(None) == [Server("env", 7), Server("other", DEFAULT_PORT)]
+    assert parse_servers("h") == [Server("h", DEFAULT_PORT)]
+
+
+@pytest.mark.parametrize("value", [None, ""])
+def test_without_any_word_the_server_is_here(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NATS_URL", raising=False)
+    if value is not None:
+        monkeypatch.setenv("NATS_URL", value)
+    assert parse_servers(None) == [Server("127.0.0.1", 4222)]
+
+
+# -- options ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_defaults_are_valid_and_bounded() -> None:
+    options = connect_options({})
+    assert options == ConnectOptions()
+    assert (options.reconnect_buffer_bytes, options.max_message_bytes) == (8 << 20, 64 << 20)
+
+
+def test_an_unknown_option_is_refused_by_name() -> None:
+    with pytest.raises(TypeError, match=r"unknown option colour, pasword; options are .*password"):
+        connect_options({"pasword": "x", "colour": "red", "name": "n"})
+
+
+@pytest.mark.parametrize("name", ["connect_timeout", "ping_interval", "write_timeout", "reconnect_wait", "reconnect_wait_max"])
+@pytest.mark.parametrize("value", [-1, -0.001, float("nan")])
+def test_a_negative_time_is_refused_by_name(name: str, value: float) -> None:
+    with pytest.raises(InvalidArgument, match=name):
+        connect_options({name: value})
+
+
+@pytest.mark.parametrize("name", ["connect_timeout", "ping_interval", "write_timeout", "reconnect_wait", "reconnect_wait_max"])
+@pytest.mark.parametrize("value", ["5", True, [1]])
+def test_a_time_that_is_no_number_is_a_type_error(name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=name):
+        connect_options({name: value})
+
+
+@pytest.mark.parametrize("value", [0, 0.0, None])
+def test_connecting_needs_some_time_and_a_limit(value: float | None) -> None:
+    with pytest.raises(InvalidArgument, match="connect_timeout"):
+        connect_options({"connect_timeout": value})
+
+
+@pytest.mark.parametrize("name", ["reconnect_wait", "reconnect_wait_max"])
+def test_a_wait_between_walks_has_a_length(name: str) -> None:
+    with pytest.raises((InvalidArgument, TypeError), match=name):
+        connect_options({name: None})
+
+
+@pytest.mark.parametrize("name", ["ping_interval", "write_timeout"])
+def test_pings_and_the_write_limit_can_be_switched_off(name: str) -> None:
+    assert getattr(connect_options({name: None}), name) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [("max_pings_outstanding", 1), ("max_reconnects", -1), ("reconnect_buffer_bytes", 0), ("max_message_bytes", 1)],
+)
+def test_a_number_has_a_least_value(name: str, least: int) -> None:
+    assert getattr(connect_options({name: least}), name) == least
+    with pytest.raises(InvalidArgument, match=f"{name}.*at least {least}"):
+        connect_options({name: least - 1})
+    for value in (1.5, True, "1", None):
+        with pytest.raises(TypeError, match=name):
+            connect_options({name: value})
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
+def test_jitter_is_a_part_of_one(value: float) -> None:
+    with pytest.raises(InvalidArgument, match="jitter"):
+        connect_options({"reconnect_jitter": value})
+
+
+@pytest.mark.parametrize("value", ["", "a b", "a.*", "a.", "a\r\nPUB x 0"])
+def test_an_inbox_prefix_must_be_a_subject(value: str) -> None:
+    with pytest.raises(InvalidArgument):
+        connect_options({"inbox_prefix": value})
+
+
+@pytest.mark.parametrize("value", [True, False, None, ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)])
+def test_tls_is_a_context_or_a_choice(value: Any) -> None:
+    assert connect_options({"tls": value}).tls is value
+
+
+@pytest.mark.parametrize("value", [1, "yes", {}, object()])
+def test_another_tls_is_a_type_error(value: Any) -> None:
+    with pytest.raises(TypeError, match="tls"):
+        connect_options({"tls": value})
+
+
+def test_options_do_not_show_secrets() -> None:
+    options = connect_options({"user": "hunter1", "password": "hunter2", "token": "hunter3", "name": "shown"})
+    assert "hunter" not in repr(options)
+    assert "shown" in repr(options)
+
+
+def test_options_cannot_be_changed_afterwards() -> None:
+    with pytest.raises(AttributeError):
+        ConnectOptions().name = "x"  # type: ignore[misc]
+
+
+# -- sentinels -------------------------------------------------------------------------------------------------------
+
+
+def test_the_default_sentinels_are_those_of_the_go_system() -> None:
+    assert (Sentinels().end, Sentinels().error_prefix) == (b"__STREAM_END__", b"__STREAM_ERROR__:")
+
+
+@pytest.mark.parametrize(
+    ("payload", "forged"),
+    [
+        (b"__STREAM_END__", True),
+        (b"__STREAM_END__ ", False),
+        (b" __STREAM_END__", False),
+        (b"__STREAM_END_", False),
+        (b"__STREAM_ERROR__:", True),
+        (b"__STREAM_ERROR__: boom", True),
+        (b"__STREAM_ERROR__", False),
+        (b"", False),
+    ],
+)
+def test_a_chunk_that_looks_like_an_end_is_known(payload: bytes, forged: bool) -> None:
+    assert Sentinels().forges(payload) is forged
+
+
+def test_with_empty_sentinels_only_the_empty_chunk_and_errors_are_forged() -> None:
+    assert Sentinels.EMPTY.end == b""
+    assert Sentinels.EMPTY.forges(b"")
+    assert Sentinels.EMPTY.forges(b"__STREAM_ERROR__:x")
+    assert not Sentinels.EMPTY.forges(b"__STREAM_END__")
+
+
+@given(st.binary(max_size=6), st.binary(min_size=1, max_size=6), st.binary(max_size=8))
+def test_everything_that_ends_a_stream_begins_with_the_common_start(end: bytes, prefix: bytes, rest: bytes) -> None:
+    if end.startswith(prefix):
+        with pytest.raises(InvalidArgument):
+            Sentinels(end, prefix)
+        return
+    sentinels = Sentinels(end, prefix)
+    for payload in (end, prefix + rest, rest):
+        assert payload.startswith(sentinels.common_start) or not sentinels.forges(payload)
+
+
+def test_an_empty_error_prefix_is_refused() -> None:
+    with pytest.raises(InvalidArgument):
+        Sentinels(error_prefix=b"")
