@@ -192,7 +192,7 @@ class Connection:
 
     def put_now(self, frame: bytes) -> bool:
         """Queue a small frame without ever waiting; False (and nothing sent) if there is no link."""
-        return self._outbox.put_now(frame)
+        return self._outbox.put_now(frame) > 0
 
     def _check_open(self) -> None:
         if self._status is Status.CLOSED:

@@ -87,16 +87,16 @@ class Outbox:
             finally:
                 self._publishers_wait -= 1
 
-    def put_now(self, frame: bytes) -> bool:
-        """Queue a protocol frame behind the messages without ever waiting; False if there is no link."""
+    def put_now(self, frame: bytes) -> int:
+        """Queue a protocol frame behind the messages without ever waiting; its position, 0 if there is no link."""
         with self._lock:
             if not self._attached or self._closed:
-                return False
+                return 0
             self._frames.append(frame)
             self._size += len(frame)
             self.position += len(frame)
             self._wake_locked()
-            return True
+            return self.position
 
     def put_first(self, frame: bytes) -> None:
         """Queue a control frame ahead of everything; dropped if there is no link."""

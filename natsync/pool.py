@@ -21,6 +21,8 @@ from natsync.message import Message, Payload
 from natsync.options import Servers, connect_options, parse_servers
 from natsync.streaming.call import Stream
 
+#: Connections that wait() makes. Default of the Go system (MinIdlePerServer).
+MIN_SIZE = 4
 #: Connections at most. Default of the Go system (MaxConnections).
 MAX_SIZE = 128
 #: Seconds to wait for a free connection. Default of the Go system (AcquireTimeout).
@@ -44,16 +46,25 @@ class ConnectionPool:
 
     Args:
         servers: as for Client.
+        min_size: connections that wait() makes.
         max_size: connections at most.
         timeout: seconds to wait for a free one; None = no limit.
         options: those of ConnectOptions.
     """
 
     def __init__(
-        self, servers: Servers = None, *, max_size: int = MAX_SIZE, timeout: float | None = TIMEOUT, **options: Any
+        self,
+        servers: Servers = None,
+        *,
+        min_size: int = MIN_SIZE,
+        max_size: int = MAX_SIZE,
+        timeout: float | None = TIMEOUT,
+        **options: Any,
     ) -> None:
-        if isinstance(max_size, bool) or not isinstance(max_size, int) or max_size < 1:
-            raise InvalidArgument(f"max_size={max_size!r}: a whole number from 1 up")
+        for name, value, least in (("max_size", max_size, 1), ("min_size", min_size, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InvalidArgument(f"{name}={value!r}: a whole number from {least} up")
+        self._min_size = min(min_size, max_size)
         parse_servers(servers)
         connect_options(options)
         self._servers = servers
@@ -246,6 +257,23 @@ class ConnectionPool:
         """Client.stream_request() on a borrowed connection, which is held until it returns."""
         with self.connection() as client:
             client.stream_request(subject, payload, processor, **arguments)
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Make connections until there are min_size, so that the first callers need not wait for dialing.
+
+        Blocks up to timeout seconds (None = the pool's own timeout). Raises as connection() does.
+        """
+        limit = self._timeout if check_timeout(timeout) is None else timeout
+        deadline = Deadline.after(limit)
+        with self._lock:
+            wanted = self._min_size - len(self._leased)
+        clients: list[Client] = []
+        try:
+            while len(clients) < wanted:
+                clients.append(self.getconn(deadline.remaining()))
+        finally:
+            for client in clients:
+                self.putconn(client)
 
     # -- life ------------------------------------------------------------------------------------------------------
 

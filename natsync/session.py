@@ -71,11 +71,10 @@ class Session:
     def ping(self, callback: PongCallback | None = None) -> bool:
         """Send a PING behind everything queued so far; callback gets its answer. False if the link has ended."""
         with self._lock:  # the order of _pings is the order on the wire
-            if self._ended or not self.outbox.put_now(PING):
-                return False
-            self._pings.append((self.outbox.position, callback))
-            self._unanswered += 1
-            return True
+            position = 0 if self._ended else self.outbox.put_now(PING)
+            if position:
+                self._pings.append((position, callback))
+            return position > 0
 
     def end(self, reason: Exception) -> None:
         """End the link, once: threads leave, the owner is told. Does not wait."""
@@ -125,7 +124,8 @@ class Session:
                 self._handle(event)
             reason = error
         except OSError as error:
-            reason = ConnectError(f"the link to {self.server} broke: {error.strerror or error}")
+            broke = ConnectError(f"the link to {self.server} broke: {error.strerror or error}")
+            reason = self._end_of_link() if self._last_error else broke  # a reset may follow the server's last words
         except Exception as error:  # a fault of this library: the link must not stay half alive
             log.exception("the reader of %s failed", self._name)
             reason = ConnectError(f"the reader failed: {error!r}")
@@ -186,6 +186,7 @@ class Session:
         if self._unanswered >= self._options.max_pings_outstanding:
             self.end(ConnectError(f"{self.server} has not answered {self._unanswered} PINGs: the link is stale"))
             return
+        self._unanswered += 1  # those of flush() do not count: several may be on their way on a healthy link
         self.ping()
         self._schedule_ping()
 

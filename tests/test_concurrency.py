@@ -1,0 +1,282 @@
+"""natsync.concurrency: deadlines, signals, named threads, user code on a worker, news of a fork."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from natsync import concurrency
+from natsync.concurrency import Deadline, Signal, check_timeout, join_all, run_safely, run_soon, spawn
+from natsync.errors import InvalidArgument
+from natsync.testing import eventually
+from support import natsync_threads, run_python
+
+#: Timeouts that mean "as good as no limit", and that a lock does not take.
+HUGE = [float("inf"), 1e300, threading.TIMEOUT_MAX * 2]
+
+
+# -- timeouts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [None, 0, 0.0, 1, 2.5, math.inf])
+def test_a_timeout_is_none_or_a_number_from_zero_up(value: float | None) -> None:
+    assert check_timeout(value) == value
+
+
+@pytest.mark.parametrize("value", [-1, -0.001, math.nan, -math.inf])
+def test_a_negative_timeout_is_refused_by_name(value: float) -> None:
+    with pytest.raises(InvalidArgument, match="patience="):
+        check_timeout(value, "patience")
+
+
+@pytest.mark.parametrize("value", ["5", True, False, [1], 1j])
+def test_a_timeout_that_is_no_number_is_a_type_error(value: Any) -> None:
+    with pytest.raises(TypeError, match="patience"):
+        check_timeout(value, "patience")
+
+
+# -- Deadline --------------------------------------------------------------------------------------------------------
+
+
+def test_no_deadline_never_expires() -> None:
+    for deadline in (Deadline(), Deadline.after(None)):
+        assert (deadline.remaining(), deadline.wait_time(), deadline.expired) == (None, -1, False)
+
+
+def test_a_deadline_counts_down_to_zero_and_not_below(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    deadline = Deadline.after(2)
+    assert (deadline.at, deadline.remaining(), deadline.wait_time(), deadline.expired) == (102.0, 2.0, 2.0, False)
+    now = 101.5
+    assert (deadline.remaining(), deadline.expired) == (0.5, False)
+    now = 102.0
+    assert (deadline.remaining(), deadline.wait_time(), deadline.expired) == (0.0, 0.0, True)
+    now = 200.0
+    assert (deadline.remaining(), deadline.wait_time()) == (0.0, 0.0)
+
+
+def test_a_timeout_of_zero_has_expired_at_once() -> None:
+    assert Deadline.after(0).expired
+    assert Deadline.after(0).remaining() == 0
+
+
+def test_the_sooner_of_two_deadlines_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "monotonic", lambda: 100.0)
+    deadline = Deadline(105.0)
+    assert deadline.or_sooner(None) is deadline
+    assert deadline.or_sooner(2).at == 102.0
+    assert deadline.or_sooner(20).at == 105.0
+    assert Deadline().or_sooner(2).at == 102.0
+    assert Deadline().or_sooner(None).at is None
+
+
+@pytest.mark.parametrize("timeout", HUGE)
+@pytest.mark.parametrize("wait", [threading.Condition.wait, threading.Event.wait], ids=["Condition", "Event"])
+def test_a_huge_timeout_can_be_waited_for(timeout: float, wait: Callable[..., bool]) -> None:
+    waiting: Any = threading.Condition() if wait is threading.Condition.wait else threading.Event()
+    timer = threading.Timer(0.02, lambda: _wake(waiting))
+    timer.start()
+    try:
+        if isinstance(waiting, threading.Condition):
+            with waiting:
+                assert waiting.wait(Deadline.after(timeout).remaining())
+        else:
+            assert waiting.wait(Deadline.after(timeout).remaining())
+    finally:
+        timer.join()
+
+
+def _wake(waiting: threading.Condition | threading.Event) -> None:
+    if isinstance(waiting, threading.Event):
+        waiting.set()
+        return
+    with waiting:
+        waiting.notify_all()
+
+
+@pytest.mark.parametrize("timeout", HUGE)
+def test_threads_can_be_joined_with_a_huge_timeout(timeout: float) -> None:
+    release = threading.Event()
+    thread = spawn(release.wait, "natsync-test")  # type: ignore[arg-type]
+    threading.Timer(0.02, release.set).start()
+    assert join_all([thread], Deadline.after(timeout)) == []
+
+
+# -- Signal ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_signal_set_before_the_wait_is_not_lost() -> None:
+    signal = Signal()
+    signal.set()
+    assert signal.wait(Deadline.after(0))
+
+
+def test_several_sets_count_as_one() -> None:
+    signal = Signal()
+    for _ in range(3):
+        signal.set()
+    assert signal.wait(Deadline.after(0))
+    assert not signal.wait(Deadline.after(0))
+
+
+def test_a_signal_that_nobody_sets_ends_with_the_deadline() -> None:
+    started = time.monotonic()
+    assert not Signal().wait(Deadline.after(0.05))
+    assert time.monotonic() - started >= 0.049
+
+
+@pytest.mark.parametrize("timeout", [None, 10.0, *HUGE])
+def test_setting_a_signal_wakes_the_waiter(timeout: float | None) -> None:
+    signal, woken = Signal(), []
+    thread = spawn(lambda: woken.append(signal.wait(Deadline.after(timeout))), "natsync-test")
+    signal.set()
+    thread.join(5)
+    assert woken == [True]
+
+
+# -- threads ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_spawned_thread_is_named_and_does_not_keep_the_interpreter() -> None:
+    seen: list[threading.Thread] = []
+    spawn(lambda: seen.append(threading.current_thread()), "natsync-test").join(5)
+    assert (seen[0].name, seen[0].daemon) == ("natsync-test", True)
+
+
+def test_joining_names_the_threads_that_are_stuck_and_waits_no_longer_than_told() -> None:
+    release = threading.Event()
+    stuck = [spawn(release.wait, f"natsync-stuck-{n}") for n in range(2)]  # type: ignore[arg-type]
+    quick = spawn(lambda: None, "natsync-quick")
+    started = time.monotonic()
+    try:
+        assert join_all([stuck[0], quick, stuck[1]], Deadline.after(0.1)) == ["natsync-stuck-0", "natsync-stuck-1"]
+        assert time.monotonic() - started < 2  # one deadline for all of them
+    finally:
+        release.set()
+    assert join_all([*stuck, quick], Deadline.after(5)) == []
+
+
+def test_a_thread_that_joins_itself_is_passed_over() -> None:
+    names: list[list[str]] = []
+    thread = spawn(lambda: names.append(join_all([threading.current_thread()], Deadline.after(5))), "natsync-test")
+    thread.join(5)
+    assert names == [[]]
+
+
+# -- user code -------------------------------------------------------------------------------------------------------
+
+
+def test_what_user_code_raises_is_logged_with_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    def boom() -> None:
+        raise RuntimeError("boom")
+
+    with caplog.at_level(logging.ERROR, "natsync"):
+        run_safely(boom, "the test's callback")
+    assert "the test's callback raised" in caplog.text
+    assert "RuntimeError: boom" in caplog.text
+
+
+def test_callbacks_run_in_order_on_a_worker_that_leaves() -> None:
+    ran: list[tuple[int, str]] = []
+    for number in range(100):
+        run_soon(lambda number=number: ran.append((number, threading.current_thread().name)), "a callback")
+    eventually(lambda: len(ran) == 100)
+    assert [number for number, _ in ran] == list(range(100))
+    assert {name for _, name in ran} == {"natsync-callbacks-worker"}
+    eventually(lambda: not any("callbacks" in thread.name for thread in natsync_threads()))
+
+
+def test_two_callbacks_do_not_run_at_once() -> None:
+    running, most, ran = [0], [0], [0]
+    turn = threading.Event()
+
+    def callback() -> None:
+        running[0] += 1
+        most[0] = max(most[0], running[0])
+        turn.wait(0.01)
+        running[0] -= 1
+        ran[0] += 1
+
+    threads = [spawn(lambda: run_soon(callback, "a callback"), "natsync-test") for _ in range(10)]
+    join_all(threads, Deadline.after(5))
+    eventually(lambda: ran[0] == 10)
+    assert most == [1]
+
+
+def test_no_callback_is_lost_when_it_comes_as_the_worker_leaves() -> None:
+    ran: list[int] = []
+    for number in range(300):
+        done = threading.Event()
+        run_soon(lambda number=number, done=done: (ran.append(number), done.set()), "a callback")
+        if number % 3:  # the worker is just about to leave now
+            assert done.wait(5)
+    eventually(lambda: len(ran) == 300)
+    assert ran == list(range(300))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("boom"), SystemExit(1), KeyboardInterrupt()], ids=repr)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_callback_that_raises_does_not_keep_others_from_running(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(concurrency, "_background", concurrency._Background())  # should it die, it dies alone
+    ran = threading.Event()
+
+    def fail() -> None:
+        raise error
+
+    run_soon(fail, "a callback")
+    run_soon(ran.set, "a callback")
+    assert ran.wait(2)
+
+
+# -- forks -----------------------------------------------------------------------------------------------------------
+
+FORK = """
+import os, sys, threading
+from natsync import concurrency
+concurrency.after_fork_in_child(lambda: print("callback", concurrency.fork_generation(), flush=True))
+print("parent", concurrency.fork_generation(), flush=True)
+child = os.fork()
+if child == 0:
+    done = threading.Event()
+    concurrency.run_soon(done.set, "a callback")
+    print("child", concurrency.fork_generation(), done.wait(5), flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
+print("parent", concurrency.fork_generation(), flush=True)
+"""
+
+
+def test_a_forked_child_knows_that_it_is_another_process() -> None:
+    done = run_python(FORK)
+    assert done.stdout.splitlines() == ["parent 0", "callback 1", "child 1 True", "parent 0"], done.stderr
+
+
+FORK_WHILE_LOCKED = """
+import os, threading
+from natsync import concurrency, timers
+held = [concurrency._background._lock, timers._timers._changed]
+for lock in held:
+    lock.acquire()
+child = os.fork()
+if child == 0:
+    done, due = threading.Event(), threading.Event()
+    concurrency.run_soon(done.set, "a callback")
+    timers.schedule_after(0.01, due.set)
+    print(done.wait(5), due.wait(5), flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
+"""
+
+
+def test_locks_that_were_held_at_the_fork_do_not_block_the_child() -> None:
+    done = run_python(FORK_WHILE_LOCKED)
+    assert done.stdout.split() == ["True", "True"], done.stderr

@@ -1,0 +1,1192 @@
+"""What outlives a link: reconnecting, what is sent again and what is not, who is told, and how everything ends."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import natsync
+from natsync.errors import (
+    AuthorizationError,
+    ConnectionClosed,
+    ConnectionLost,
+    MaxPayloadExceeded,
+    NoServersError,
+    ReconnectBufferFull,
+    RequestTimeout,
+    TimedOut,
+)
+from natsync.outbox import HIGH_WATER_BYTES
+from natsync.protocol import Op, Pub, Request, RequestParser, Sub, Unsub
+from natsync.testing import NatsServer, PeerConnection, ScriptedPeer, eventually
+
+#: Seconds by which a deadline may be overrun on a busy machine.
+SLACK = 1.0
+#: Options of tests in which reconnecting is waited for.
+QUICK: dict[str, Any] = {"reconnect_wait": 0.02, "reconnect_wait_max": 0.05, "reconnect_jitter": 0.0}
+
+Script = Callable[[PeerConnection], object]
+
+
+def next_request(peer: PeerConnection) -> Request:
+    """The next thing that the client says."""
+    line = peer.recv_line()
+    words = line.split()
+    body = peer.recv_exactly(int(words[-1]) + 2) if words[0] in (b"PUB", b"HPUB") else b""
+    (request,) = RequestParser().feed(line + b"\r\n" + body)
+    return request
+
+
+class Broker:
+    """A script that plays an orderly server and records what each of its clients said, PINGs left out.
+
+    `scripts` are played instead for the first connections, one each.
+    """
+
+    def __init__(self, *scripts: Script, pongs: bool = True, **info: Any) -> None:
+        self.links: list[PeerConnection] = []
+        self.said: list[list[Request]] = []
+        self._scripts = scripts
+        self._pongs = pongs
+        self._info = info
+
+    def __call__(self, peer: PeerConnection) -> None:
+        if peer.index < len(self._scripts):
+            self._scripts[peer.index](peer)
+            return
+        peer.handshake(**self._info)
+        said: list[Request] = []
+        self.links.append(peer)
+        self.said.append(said)
+        while True:
+            request = next_request(peer)
+            if request is not Op.PING:
+                said.append(request)
+            elif self._pongs:
+                peer.send(b"PONG\r\n")
+
+    @property
+    def newest(self) -> PeerConnection:
+        return self.links[-1]
+
+    def drop(self) -> None:
+        """End the newest link, as a server does that is stopped."""
+        self.newest.sock.shutdown(socket.SHUT_RDWR)
+
+    def published(self, link: int = -1) -> list[Pub]:
+        return [request for request in self.said[link] if isinstance(request, Pub)] if self.said else []
+
+    def subscribed(self, link: int = -1) -> list[Sub]:
+        """The SUBs of a link, but for those of inboxes."""
+        subs = [request for request in self.said[link] if isinstance(request, Sub)] if self.said else []
+        return [sub for sub in subs if not sub.subject.startswith(b"_INBOX.")]
+
+
+def refuse(peer: PeerConnection) -> None:
+    """Accept and close."""
+
+
+class Gate:
+    """A script that refuses clients until it is opened, and is a broker from then on."""
+
+    def __init__(self, broker: Broker) -> None:
+        self.broker = broker
+        self.open = threading.Event()
+
+    def __call__(self, peer: PeerConnection) -> None:
+        if not self.broker.links or self.open.is_set():
+            self.broker(peer)
+
+
+class Events:
+    """An on_event that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.all: list[tuple[str, dict[str, Any]]] = []
+
+    def __call__(self, name: str, info: dict[str, Any]) -> None:
+        self.all.append((name, info))
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _ in self.all]
+
+    def wait(self, name: str, count: int = 1) -> dict[str, Any]:
+        """The details of the count-th event of this name, waited for."""
+        eventually(lambda: self.names.count(name) >= count, message=f"no {name!r} among {self.all}")
+        return [info for one, info in self.all if one == name][count - 1]
+
+
+class Outcome:
+    """What a call on a thread of its own came to."""
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        self.value: object = None
+        self.error: BaseException | None = None
+        self._function = function
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.value = self._function()
+        except BaseException as error:
+            self.error = error
+
+    @property
+    def running(self) -> bool:
+        return self._thread.is_alive()
+
+    def within(self, seconds: float) -> BaseException | None:
+        """The error, or None; the call must end in time."""
+        self._thread.join(seconds)
+        assert not self.running, f"still running after {seconds:g} s"
+        return self.error
+
+
+def opened(peer: ScriptedPeer, **options: Any) -> natsync.Client:
+    return natsync.connect(peer.url, **{**QUICK, **options})
+
+
+def open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+# -- the first connection --------------------------------------------------------------------------------------------------
+
+
+def test_open_tries_each_server_once_and_says_what_each_one_did() -> None:
+    with ScriptedPeer(refuse) as closing, ScriptedPeer(lambda peer: peer.send(b"HTTP/1.1 400 no\r\n")) as wrong:
+        with pytest.raises(NoServersError) as raised:
+            natsync.connect([closing.url, wrong.url])
+        assert (closing.accepted, wrong.accepted) == (1, 1)
+    assert set(raised.value.causes) == {closing.url, wrong.url}
+    assert isinstance(raised.value.causes[wrong.url], natsync.ProtocolError)
+
+
+def test_open_goes_on_to_the_next_server() -> None:
+    broker = Broker()
+    with ScriptedPeer(refuse) as first, ScriptedPeer(broker) as second:
+        with natsync.connect([first.url, second.url], randomize=False) as client:
+            assert client.server_info["port"] == second.port
+
+
+def test_open_is_refused_with_an_authorization_error_if_credentials_are_all_that_is_wrong() -> None:
+    def script(peer: PeerConnection) -> None:
+        peer.send_info()
+        peer.recv_line()
+        peer.send(b"-ERR 'Authorization Violation'\r\n")
+
+    with ScriptedPeer(script) as peer:
+        with pytest.raises(AuthorizationError) as raised:
+            natsync.connect(peer.url)
+        assert isinstance(raised.value, NoServersError)
+
+
+def test_a_failed_open_leaves_no_thread_and_no_descriptor_and_may_be_repeated() -> None:
+    broker = Broker(refuse, refuse)
+    with ScriptedPeer(broker) as peer:
+        client = natsync.Client(peer.url)
+        before = open_descriptors()
+        for _ in range(2):
+            with pytest.raises(NoServersError):
+                client.open()
+        eventually(lambda: open_descriptors() <= before)
+        eventually(lambda: not [one for one in threading.enumerate() if one.name.endswith("-supervisor")])
+        client.open()
+        client.flush()
+        client.close()
+
+
+def test_threads_that_open_at_once_share_one_connection() -> None:
+    broker = Broker()
+    with ScriptedPeer(broker) as peer:
+        client = natsync.Client(peer.url)
+        outcomes = [Outcome(client.open) for _ in range(16)]
+        assert [outcome.within(5) for outcome in outcomes] == [None] * 16
+        client.close()
+        assert peer.accepted == 1
+
+
+def test_retry_on_failed_connect_opens_at_once_and_connects_when_it_can() -> None:
+    events = Events()
+    ready = threading.Event()
+    broker = Broker()
+    with ScriptedPeer(lambda peer: broker(peer) if ready.is_set() else None) as peer:
+        begin = time.monotonic()
+        client = opened(peer, retry_on_failed_connect=True, on_event=events)
+        assert time.monotonic() - begin < SLACK
+        client.publish("early", b"1")
+        eventually(lambda: peer.accepted > 3)
+        assert events.names == []
+        ready.set()
+        events.wait("connected")
+        client.publish("early", b"2")
+        client.flush()
+        client.close()
+        assert [pub.payload for pub in broker.published()] == [b"1", b"2"]
+
+
+def test_a_client_may_be_opened_while_nothing_listens_yet_and_a_real_server_comes(nats_server: NatsServer) -> None:
+    with NatsServer() as gone:
+        port = gone.port
+    with natsync.connect(f"nats://127.0.0.1:{port}", retry_on_failed_connect=True, **QUICK) as client:
+        got = client.subscribe("late")
+        client.publish("late", b"sent before there was a server")
+        with NatsServer(port=port):
+            assert got.next(timeout=5).data == b"sent before there was a server"
+
+
+# -- a link that is lost -----------------------------------------------------------------------------------------------------
+
+
+def test_a_lost_link_is_made_again_with_its_subscriptions() -> None:
+    broker = Broker()
+    with ScriptedPeer(broker) as peer, opened(peer) as client:
+        plain, grouped = client.subscribe("plain"), client.subscribe("grouped.*", queue="workers")
+        client.flush()
+        broker.drop()
+        eventually(lambda: len(broker.subscribed(1)) == 2 if len(broker.said) == 2 else False)
+        assert broker.subscribed(1) == broker.subscribed(0)
+        sids = {sub.subject: sub.sid for sub in broker.subscribed(1)}
+        broker.newest.send(b"MSG plain %b 1\r\nx\r\nMSG grouped.a %b 1\r\ny\r\n" % (sids[b"plain"], sids[b"grouped.*"]))
+        assert plain.next(timeout=5).data == b"x"
+        assert grouped.next(timeout=5).data == b"y"
+
+
+def test_events_tell_the_story_in_order() -> None:
+    events = Events()
+    broker = Broker()
+    with ScriptedPeer(broker) as peer:
+        with opened(peer, on_event=events) as client:
+            broker.drop()
+            events.wait("reconnected")
+            assert client.stats()["reconnects"] == 1
+        eventually(lambda: "closed" in events.names)
+    assert events.names == ["connected", "disconnected", "reconnected", "closed"]
+
+
+def test_a_subscription_is_made_again_for_the_rest_of_its_messages_only() -> None:
+    broker = Broker()
+    with ScriptedPeer(broker) as peer, opened(peer) as client:
+        got = client.subscribe("s", max_messages=5)
+        client.flush()
+        sid = broker.subscribed()[0].sid
+        broker.newest.send(b"MSG s %b 1\r\n1\r\nMSG s %b 1\r\n2\r\n" % (sid, sid))
+        assert [got.next(timeout=5).data for _ in range(2)] == [b"1", b"2"]
+        broker.drop()
+        eventually(lambda: len(broker.said) == 2 and Unsub(sid, 3) in broker.said[1])
+        broker.newest.send(b"".join(b"MSG s %b 1\r\n%d\r\n" % (sid, number) for number in (3, 4, 5)))
+        assert [message.data for message in got] == [b"3", b"4", b"5"]
+
+
+def test_a_subscription_that_was_ended_is_not_made_again() -> None:
+    broker = Broker()
+    gate = Gate(broker)
+    with ScriptedPeer(gate) as peer, opened(peer) as client:
+        before, during = client.subscribe("before"), client.subscribe("during")
+        client.subscribe("kept", lambda message: None)
+        before.unsubscribe()
+        client.flush()
+        broker.drop()
+        eventually(lambda: client.status == "reconnecting")
+        during.unsubscribe()
+        gate.open.set()
+        client.flush()
+        assert [sub.subject for sub in broker.subscribed(1)] == [b"kept"]
+
+
+def test_a_subscription_made_while_there_is_no_link_is_there_on_the_next_one() -> None:
+    broker = Broker()
+    gate = Gate(broker)
+    with ScriptedPeer(gate) as peer, opened(peer) as client:
+        broker.drop()
+        eventually(lambda: client.status == "reconnecting")
+        client.subscribe("new", lambda message: None)
+        gate.open.set()
+        client.flush()
+        assert [sub.subject for sub in broker.subscribed(1)] == [b"new"]
+
+
+def test_what_was_published_meanwhile_arrives_whole_and_in_order_after_the_subscriptions() -> None:
+    broker = Broker()
+    gate = Gate(broker)
+    with ScriptedPeer(gate) as peer, opened(peer) as client:
+        client.subscribe("s", lambda message: None)
+        client.flush()
+        broker.drop()
+        eventually(lambda: client.status == "reconnecting")
+        payloads = [b"%d" % number + b"x" * (number * 37 % 5000) for number in range(1000)]
+        for number, payload in enumerate(payloads):
+            client.publish("p", payload, headers={"N": str(number)} if number % 3 == 0 else None)
+        gate.open.set()
+        client.flush()
+        assert [pub.payload for pub in broker.published(1)] == payloads
+        assert isinstance(broker.said[1][0], Sub)
+        kinds = [type(request) for request in broker.said[1]]
+        assert kinds.index(Pub) > max(index for index, kind in enumerate(kinds) if kind is Sub)
+
+
+class Cutter:
+    """A script that reads so many bytes of what a client says, then resets the link; the last client is heard out."""
+
+    def __init__(self, *cuts: int) -> None:
+        self.cuts = cuts
+        self.heard: list[bytearray] = []
+
+    def __call__(self, peer: PeerConnection) -> None:
+        peer.handshake()
+        heard = bytearray()
+        self.heard.append(heard)
+        limit = self.cuts[peer.index] if peer.index < len(self.cuts) else None
+        pings = RequestParser()
+        while limit is None or len(heard) < limit:
+            data = peer.sock.recv(4096 if limit is None else min(4096, limit - len(heard)))
+            if not data:
+                return
+            heard += data
+            for request in pings.feed(data):
+                if request is Op.PING:
+                    peer.send(b"PONG\r\n")
+        peer.reset()
+
+    def published(self) -> list[Pub]:
+        """All that was published on all links; fails if a link begins within a frame, or a frame is torn inside."""
+        requests = [request for heard in self.heard for request in RequestParser().feed(bytes(heard))]
+        return [request for request in requests if isinstance(request, Pub)]
+
+
+def test_threads_that_publish_through_lost_links_double_nothing_tear_nothing_and_keep_their_order() -> None:
+    count, senders = 3000, 4
+    cutter = Cutter(50_001, 100_002, 200_003, 300_007)
+    with ScriptedPeer(cutter) as peer, opened(peer) as client:
+
+        def publish(sender: int) -> None:
+            for number in range(count):
+                client.publish(f"s.{sender}", b"%d " % number + b"x" * (number * 31 % 700))
+
+        outcomes = [Outcome(lambda sender=sender: publish(sender)) for sender in range(senders)]  # type: ignore[misc]
+        assert [outcome.within(30) for outcome in outcomes] == [None] * senders
+        eventually(lambda: peer.accepted == len(cutter.cuts) + 1, 10)
+        client.flush()
+        lost = senders * count
+        for sender in range(senders):
+            mine = [pub for pub in cutter.published() if pub.subject == b"s.%d" % sender]
+            numbers = [int(pub.payload.split()[0]) for pub in mine]
+            assert numbers == sorted(set(numbers))
+            assert all(pub.payload.endswith(b"x" * (int(pub.payload.split()[0]) * 31 % 700)) for pub in mine)
+            assert numbers[-1] == count - 1
+            lost -= len(numbers)
+        # Only what was under way when a link broke may be missing: a few socket buffers, not what waited behind it.
+        assert lost < senders * count / 2
+
+
+def test_garbage_from_the_server_is_told_and_the_link_made_again() -> None:
+    events = Events()
+
+    def garbage(peer: PeerConnection) -> None:
+        peer.handshake()
+        peer.send(b"GARBAGE\r\n")
+        peer.recv_until_eof()
+
+    with ScriptedPeer(Broker(garbage)) as peer, opened(peer, on_event=events) as client:
+        assert "GARBAGE" in events.wait("disconnected")["reason"]
+        events.wait("reconnected")
+        client.flush()
+
+
+def test_a_reset_in_mid_payload_is_survived() -> None:
+    events = Events()
+
+    def cut(peer: PeerConnection) -> None:
+        peer.handshake()
+        sid = b""
+        while not sid:
+            request = next_request(peer)
+            if isinstance(request, Sub) and request.subject == b"s":
+                sid = request.sid
+        peer.send(b"MSG s %b 5\r\nwhole\r\nMSG s %b 1000\r\nhalf" % (sid, sid))
+        eventually(lambda: got.delivered == 1)
+        peer.reset()
+
+    broker = Broker(cut)
+    with ScriptedPeer(broker) as peer, opened(peer, on_event=events) as client:
+        got = client.subscribe("s")
+        assert got.next(timeout=5).data == b"whole"
+        events.wait("reconnected")
+        client.flush()
+        broker.newest.send(b"MSG s %b 5\r\nafter\r\n" % broker.subscribed()[0].sid)
+        assert got.next(timeout=5).data == b"after"
+        assert got.pending == 0
+
+
+def test_a_server_that_stops_answering_is_left() -> None:
+    events = Events()
+
+    def frozen(peer: PeerConnection) -> None:
+        peer.handshake()
+        peer.hold()
+
+    broker = Broker(frozen)
+    with ScriptedPeer(broker) as peer, opened(peer, on_event=events, ping_interval=0.1) as client:
+        assert "PING" in events.wait("disconnected")["reason"]
+        events.wait("reconnected")
+        client.flush()
+
+
+def test_a_write_that_is_blocked_ends_the_link_at_write_timeout() -> None:
+    events = Events()
+
+    def deaf(peer: PeerConnection) -> None:
+        peer.handshake(max_payload=64 << 20)
+        peer.hold()
+
+    with ScriptedPeer(Broker(deaf, max_payload=64 << 20)) as peer:
+        client = opened(peer, on_event=events, write_timeout=0.3, reconnect_buffer_bytes=64 << 20)
+        begin = time.monotonic()
+        client.publish("s", b"x" * (32 << 20))
+        assert "write" in events.wait("disconnected")["reason"]
+        assert 0.3 <= time.monotonic() - begin < 0.3 + 2 * SLACK
+        events.wait("reconnected")
+        client.flush()
+        client.close()
+
+
+def test_a_frozen_server_is_left_and_found_again(make_nats_server: Callable[..., NatsServer]) -> None:
+    events = Events()
+    server = make_nats_server()
+    options = {**QUICK, "ping_interval": 0.1, "connect_timeout": 0.3}
+    with natsync.connect(server.url, on_event=events, **options) as client:
+        got = client.subscribe("s")
+        server.pause()
+        events.wait("disconnected")
+        client.publish("s", b"kept for later")
+        server.resume()
+        events.wait("reconnected")
+        assert got.next(timeout=5).data == b"kept for later"
+
+
+def test_a_killed_server_is_found_again_with_everything_in_place(make_nats_server: Callable[..., NatsServer]) -> None:
+    events = Events()
+    server = make_nats_server()
+    with natsync.connect(server.url, on_event=events, **QUICK) as client:
+        client.subscribe("double", lambda message: message.respond(message.data * 2))
+        assert client.request("double", b"ab").data == b"abab"
+        server.kill()
+        events.wait("disconnected")
+        pending = Outcome(lambda: client.request("double", b"cd", timeout=10))
+        server.restart()
+        assert pending.within(10) is None
+        assert isinstance(pending.value, natsync.Message)
+        assert pending.value.data == b"cdcd"
+
+
+# -- how often -------------------------------------------------------------------------------------------------------------
+
+
+def test_attempts_are_spaced_while_the_server_refuses() -> None:
+    gate = Gate(Broker())
+    with ScriptedPeer(gate) as peer:
+        client = opened(peer, reconnect_wait=0.1, reconnect_wait_max=0.1)
+        gate.broker.drop()
+        eventually(lambda: peer.accepted >= 2)
+        before, begin = peer.accepted, time.monotonic()
+        eventually(lambda: peer.accepted >= before + 4)
+        assert time.monotonic() - begin >= 0.29
+        client.close()
+
+
+def test_attempts_are_spaced_while_the_server_greets_and_then_hangs_up() -> None:
+    with ScriptedPeer(PeerConnection.handshake) as peer:
+        client = opened(peer, reconnect_wait=0.1, reconnect_wait_max=0.1)
+        begin = time.monotonic()
+        eventually(lambda: peer.accepted >= 7)
+        # The first attempt after a loss may come at once; those after a link that never served must not.
+        assert time.monotonic() - begin >= 0.4
+        client.close()
+
+
+def test_waits_between_attempts_grow() -> None:
+    times: list[float] = []
+
+    def script(peer: PeerConnection) -> None:
+        times.append(time.monotonic())
+
+    with ScriptedPeer(script) as peer:
+        client = opened(
+            peer, retry_on_failed_connect=True, reconnect_wait=0.05, reconnect_wait_max=0.2, reconnect_jitter=0
+        )
+        eventually(lambda: len(times) >= 6)
+        client.close()
+    waits = [after - before for before, after in zip(times, times[1:], strict=False)]
+    for wait, planned in zip(waits, (0.05, 0.1, 0.2, 0.2, 0.2), strict=False):
+        assert planned - 0.01 <= wait < planned + SLACK
+
+
+def test_max_reconnects_closes_for_good() -> None:
+    events = Events()
+    gate = Gate(Broker())
+    with ScriptedPeer(gate) as peer:
+        client = opened(peer, max_reconnects=3, on_event=events)
+        gate.broker.drop()
+        events.wait("closed")
+        assert client.status == "closed"
+        assert peer.accepted == 1 + 3
+        with pytest.raises(ConnectionClosed) as raised:
+            client.publish("s", b"")
+        assert isinstance(raised.value.__cause__, NoServersError)
+        client.close()
+
+
+def test_reconnect_false_closes_with_the_link() -> None:
+    events = Events()
+    broker = Broker()
+    with ScriptedPeer(broker) as peer:
+        client = opened(peer, reconnect=False, on_event=events)
+        got = client.subscribe("s")
+        client.flush()
+        broker.drop()
+        with pytest.raises((ConnectionClosed, natsync.ConnectError)):
+            got.next(timeout=5)
+        events.wait("closed")
+        assert client.status == "closed"
+        assert peer.accepted == 1
+        client.close()
+
+
+def refuse_credentials(peer: PeerConnection) -> None:
+    peer.send_info()
+    peer.recv_line()
+    peer.send(b"-ERR 'Authorization Violation'\r\n")
+
+
+def test_the_same_refusal_of_credentials_twice_closes_for_good() -> None:
+    events = Events()
+    broker = Broker()
+    with ScriptedPeer(lambda peer: refuse_credentials(peer) if peer.index else broker(peer)) as peer:
+        client = opened(peer, on_event=events)
+        broker.drop()
+        events.wait("closed")
+        assert peer.accepted == 1 + 2
+        with pytest.raises(ConnectionClosed) as raised:
+            client.flush()
+        assert isinstance(raised.value.__cause__, AuthorizationError)
+        client.close()
+
+
+def test_credentials_that_are_accepted_again_are_forgiven() -> None:
+    events = Events()
+
+    def serve_once(peer: PeerConnection) -> None:
+        peer.handshake()
+
+    with ScriptedPeer(Broker(serve_once, refuse_credentials)) as peer, opened(peer, on_event=events) as client:
+        events.wait("reconnected")
+        client.flush()
+
+
+def test_an_authorization_that_expires_is_told_and_the_next_link_made() -> None:
+    events = Events()
+
+    def expire(peer: PeerConnection) -> None:
+        peer.handshake()
+        peer.send(b"-ERR 'User Authentication Expired'\r\n")
+
+    with ScriptedPeer(Broker(expire)) as peer, opened(peer, on_event=events) as client:
+        assert events.wait("error")["error"] == "User Authentication Expired"
+        assert "User Authentication Expired" in events.wait("disconnected")["reason"]
+        events.wait("reconnected")
+        client.flush()
+
+
+# -- who waits while a link is lost ------------------------------------------------------------------------------------------
+
+
+def test_a_request_under_way_is_told_that_it_may_have_run() -> None:
+    broker = Broker()
+    with ScriptedPeer(broker) as peer, opened(peer) as client:
+        pending = Outcome(lambda: client.request("slow", b"", timeout=10))
+        eventually(broker.published)
+        broker.drop()
+        error = pending.within(5)
+        assert isinstance(error, ConnectionLost)
+        assert error.sent is True
+
+
+def test_a_stream_under_way_is_told_that_chunks_may_be_missing() -> None:
+    broker = Broker()
+    with ScriptedPeer(broker) as peer, opened(peer) as client:
+        stream = client.stream("slow", b"")
+        eventually(broker.published)
+        inbox = broker.published()[0].reply
+        mux = next(sub for sub in broker.said[0] if isinstance(sub, Sub))
+        broker.newest.send(b"MSG %b %b 5\r\nchunk\r\n" % (inbox, mux.sid))
+        assert stream.next(timeout=5) == b"chunk"
+        broker.drop()
+        with pytest.raises(natsync.ServerLost) as raised:
+            stream.next(timeout=5)
+        assert raised.value.last_seq == 1
+
+
+def test_a_request_made_while_there_is_no_link_is_answered_on_the_next_one() -> None:
+    broker = Broker()
+    gate = Gate(broker)
+    with ScriptedPeer(gate) as peer, opened(peer) as client:
+        broker.drop()
+        eventually(lambda: client.status == "reconnecting")
+        pending = Outcome(lambda: client.request("s", b"q", timeout=10))
+        gate.open.set()
+        eventually(lambda: len(broker.said) == 2 and broker.published(1))
+        mux = next(sub for sub in broker.said[1] if isinstance(sub, Sub))
+        broker.newest.send(b"MSG %b %b 1\r\na\r\n" % (broker.published(1)[0].reply, mux.sid))
+        assert pending.within(5) is None
+        assert isinstance(pending.value, natsync.Message)
+        assert pending.value.data == b"a"
+
+
+def test_a_request_that_times_out_without_a_link_never_leaves() -> None:
+    broker = Broker()
+    gate = Gate(broker)
+    with ScriptedPeer(gate) as peer, opened(peer) as client:
+        broker.drop()
+        eventually(lambda: client.status == "reconnecting")
+        client.publish("before", b"")
+        with pytest.raises(RequestTimeout) as raised:
+            client.request("never", b"", timeout=0.1)
+        assert raised.value.sent is False
+        client.publish("after", b"")
+        gate.open.set()
+        client.flush()
+        assert [pub.subject for pub in broker.published(1)] == [b"before", b"after"]
+
+
+def test_a_request_that_times_out_on_a_link_may_have_run() -> None:
+    broker = Broker()
+    with ScriptedPeer(broker) as peer, opened(peer) as client:
+        with pytest.raises(RequestTimeout) as raised:
+            client.request("slow", b"", timeout=0.2)
+        assert raised.value.sent is True
+
+
+def test_a_request_that_times_out_while_connecting_was_surely_not_sent() -> None:
+    with ScriptedPeer(PeerConnection.hold) as peer:
+        client = natsync.Client(peer.url, connect_timeout=0.5)
+        with pytest.raises(RequestTimeout) as raised:
+            client.request("s", b"", timeout=0.1)
+        assert raised.value.sent is False
+        client.close()
+
+
+def test_a_request_that_times_out_behind_a_blocked_link_was_surely_not_sent() -> None:
+    def deaf(peer: PeerConnection) -> None:
+        peer.handshake()
+        peer.hold()
+
+    with ScriptedPeer(deaf) as peer:
+        client = opened(peer, write_timeout=None)
+        fill(client)
+        with pytest.raises(RequestTimeout) as raised:
+            client.request("s", b"", timeout=0.1)
+        assert raised.value.sent is False
+        client.close(timeout=0.1)
+
+
+def test_a_flush_under_way_is_told_that_the_link_broke() -> None:
+    broker = Broker(pongs=False)
+    with ScriptedPeer(broker) as peer:
+        client = opened(peer)
+        pending = Outcome(lambda: client.flush(timeout=10))
+        client.publish("marker", b"")
+        eventually(broker.published)
+        broker.drop()
+        assert isinstance(pending.within(5), ConnectionLost)
+        client.close(timeout=0.1)
+
+
+def test_a_flush_waits_for_the_next_link() -> None:
+    broker = Broker()
+    gate = Gate(broker)
+    with ScriptedPeer(gate) as peer, opened(peer) as client:
+        broker.drop()
+        eventually(lambda: client.status == "reconnecting")
+        client.publish("s", b"x")
+        pending = Outcome(lambda: client.flush(timeout=10))
+        gate.open.set()
+        assert pending.within(5) is None
+        assert len(broker.published(1)) == 1
+
+
+def test_a_flush_gives_up_at_its_timeout() -> None:
+    with ScriptedPeer(Broker(pongs=False)) as peer:
+        client = opened(peer)
+        begin = time.monotonic()
+        with pytest.raises(TimedOut):
+            client.flush(timeout=0.2)
+        assert 0.2 <= time.monotonic() - begin < 0.2 + SLACK
+        client.close(timeout=0.1)
+
+
+def test_flush_returns_once_the_server_has_everything() -> None:
+    broker = Broker()
+    with ScriptedPeer(broker) as peer, opened(peer) as client:
+        for number in range(5000):
+            client.publish("s", b"%d" % number)
+        client.flush()
+        assert len(broker.published()) == 5000
+
+
+# -- bounds ------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_buffer_for_the_next_link_is_bounded_and_what_it_took_arrives() -> None:
+    broker = Broker()
+    gate = Gate(broker)
+    with ScriptedPeer(gate) as peer, opened(peer, reconnect_buffer_bytes=10_000) as client:
+        broker.drop()
+        eventually(lambda: client.status == "reconnecting")
+        taken = 0
+        with pytest.raises(ReconnectBufferFull):
+            for _ in range(100):
+                client.publish("s", b"%d" % taken + b"x" * 500)
+                taken += 1
+        assert 10 < taken < 21
+        gate.open.set()
+        client.flush()
+        assert len(broker.published(1)) == taken
+
+
+def test_without_a_buffer_nothing_is_taken_without_a_link() -> None:
+    broker = Broker()
+    gate = Gate(broker)
+    with ScriptedPeer(gate) as peer, opened(peer, reconnect_buffer_bytes=0) as client:
+        broker.drop()
+        eventually(lambda: client.status == "reconnecting")
+        with pytest.raises(ReconnectBufferFull):
+            client.publish("s", b"")
+        gate.open.set()
+        client.flush()
+        client.publish("s", b"")
+
+
+def fill(client: natsync.Client) -> None:
+    """Publish to a server that does not read until publishers have to wait."""
+    payload = b"x" * 100_000
+    full = Outcome(lambda: [client.publish("filler", payload) for _ in range(1000)])
+    eventually(lambda: client.stats()["out_pending_bytes"] >= HIGH_WATER_BYTES)
+    assert full.running
+
+
+class DeafUntil:
+    """A script that shakes hands, then reads nothing until it is told to."""
+
+    def __init__(self) -> None:
+        self.read = threading.Event()
+        self.links: list[PeerConnection] = []
+        self.heard = 0
+
+    def __call__(self, peer: PeerConnection) -> None:
+        peer.handshake()
+        self.links.append(peer)
+        while not self.read.wait(0.02):
+            if peer.sock.fileno() < 0 or peer._stopping.is_set():
+                return
+        while data := peer.sock.recv(1 << 20):
+            self.heard += len(data)
+            if b"PING\r\n" in data:
+                peer.send(b"PONG\r\n")
+
+
+def publisher_that_waits(client: natsync.Client) -> Outcome:
+    """One that publishes 20 MB, and has come to wait for room."""
+    payload = b"x" * 100_000
+    waiting = Outcome(lambda: [client.publish("s", payload) for _ in range(200)])
+    eventually(lambda: client.stats()["out_pending_bytes"] >= HIGH_WATER_BYTES)
+    return waiting
+
+
+def test_publishers_wait_for_a_link_that_is_far_behind() -> None:
+    deaf = DeafUntil()
+    with ScriptedPeer(deaf) as peer:
+        client = opened(peer)
+        waiting = publisher_that_waits(client)
+        assert client.stats()["out_pending_bytes"] < HIGH_WATER_BYTES + 200_000
+        assert waiting.running
+        deaf.read.set()
+        assert waiting.within(10) is None
+        client.close()
+
+
+def test_publishers_that_wait_are_woken_when_the_link_is_lost() -> None:
+    deaf = DeafUntil()
+    with ScriptedPeer(deaf) as peer:
+        client = opened(peer, reconnect_buffer_bytes=64 << 20)
+        waiting = publisher_that_waits(client)
+        deaf.read.set()
+        deaf.links[0].sock.shutdown(socket.SHUT_RDWR)
+        assert waiting.within(10) is None
+        client.close()
+
+
+def test_publishers_that_wait_are_woken_by_close() -> None:
+    with ScriptedPeer(DeafUntil()) as peer:
+        client = opened(peer)
+        waiting = publisher_that_waits(client)
+        client.close(timeout=0.1)
+        assert isinstance(waiting.within(2), ConnectionClosed)
+
+
+# -- what the server tells ---------------------------------------------------------------------------------------------------
+
+
+def test_a_message_waiting_for_a_link_is_dropped_with_an_event_if_the_next_server_takes_less() -> None:
+    events = Events()
+    broker = Broker()
+    state = {"max_payload": 1000}
+
+    def script(peer: PeerConnection) -> None:
+        if peer.index == 0 or ready.is_set():
+            broker._info = dict(state)
+            broker(peer)
+
+    ready = threading.Event()
+    with ScriptedPeer(script) as peer, opened(peer, on_event=events) as client:
+        broker.drop()
+        eventually(lambda: client.status == "reconnecting")
+        client.publish("s", b"small 1")
+        client.publish("s", b"x" * 900)
+        client.publish("s", b"y" * 90, headers={"Large": "z" * 100})
+        client.publish("s", b"small 2")
+        state["max_payload"] = 100
+        ready.set()
+        client.flush()
+        assert [pub.payload for pub in broker.published(1)] == [b"small 1", b"small 2"]
+        assert "2 " in events.wait("error")["error"]
+        with pytest.raises(MaxPayloadExceeded) as raised:
+            client.publish("s", b"x" * 101)
+        assert (raised.value.size_bytes, raised.value.limit_bytes) == (101, 100)
+
+
+def test_an_info_in_between_updates_the_limits() -> None:
+    broker = Broker()
+    with ScriptedPeer(broker) as peer, opened(peer) as client:
+        broker.newest.send(b'INFO {"max_payload":10}\r\n')
+        eventually(lambda: client.server_info["max_payload"] == 10)
+        assert client.server_info["server_id"] == "SCRIPTEDPEER"
+        with pytest.raises(MaxPayloadExceeded):
+            client.publish("s", b"x" * 11)
+        client.publish("s", b"x" * 10)
+        client.flush()
+        assert len(broker.published()) == 1
+
+
+def test_headers_count_against_the_limit() -> None:
+    with ScriptedPeer(Broker(max_payload=100)) as peer, opened(peer) as client:
+        client.publish("s", b"x" * 60)
+        with pytest.raises(MaxPayloadExceeded):
+            client.publish("s", b"x" * 60, headers={"Key": "v" * 30})
+
+
+@pytest.mark.parametrize("told", ["in the first INFO", "later"])
+def test_servers_that_the_cluster_tells_of_are_used(told: str) -> None:
+    first, second = Broker(), Broker()
+    with ScriptedPeer(second) as other:
+        urls = [f"127.0.0.1:{other.port}"]
+        if told == "in the first INFO":
+            first = Broker(connect_urls=urls)
+        with ScriptedPeer(lambda peer: first(peer) if peer.index == 0 else None) as peer, opened(peer) as client:
+            if told == "later":
+                first.newest.send(b'INFO {"connect_urls":["127.0.0.1:%d"]}\r\n' % other.port)
+                client.flush()
+            first.drop()
+            client.flush()
+            assert client.server_info["port"] == other.port
+            assert other.accepted == 1
+
+
+def test_an_empty_list_of_servers_forgets_none() -> None:
+    first, second = Broker(), Broker()
+    with ScriptedPeer(second) as other, ScriptedPeer(lambda peer: first(peer) if peer.index == 0 else None) as peer:
+        with natsync.connect([peer.url, other.url], randomize=False, **QUICK) as client:
+            first.newest.send(b'INFO {"connect_urls":[]}\r\n')
+            client.flush()
+            first.drop()
+            client.flush()
+            assert client.server_info["port"] == other.port
+
+
+def test_discover_false_stays_with_the_servers_given() -> None:
+    events = Events()
+    with ScriptedPeer(Broker()) as other:
+        first = Broker(connect_urls=[f"127.0.0.1:{other.port}"])
+        with ScriptedPeer(first) as peer, opened(peer, discover=False, on_event=events) as client:
+            first.drop()
+            events.wait("reconnected")
+            client.flush()
+            assert other.accepted == 0
+
+
+def test_a_discovered_server_gets_the_credentials_of_the_first() -> None:
+    connects: list[dict[str, Any]] = []
+
+    def record(peer: PeerConnection) -> None:
+        connects.append(peer.handshake())
+        peer.recv_until_eof()
+
+    with ScriptedPeer(record) as other:
+        first = Broker(connect_urls=[f"127.0.0.1:{other.port}"])
+        with ScriptedPeer(lambda peer: first(peer) if peer.index == 0 else None) as peer:
+            url = f"nats://ada:pw@127.0.0.1:{peer.port}"
+            client = natsync.connect(url, **QUICK)
+            first.drop()
+            eventually(lambda: connects)
+            client.close(timeout=0.1)
+    assert (connects[0]["user"], connects[0]["pass"]) == ("ada", "pw")
+
+
+def test_a_lame_duck_is_announced() -> None:
+    events = Events()
+    broker = Broker()
+    with ScriptedPeer(broker) as peer, opened(peer, on_event=events) as client:
+        broker.newest.send(b'INFO {"ldm":true}\r\n')
+        assert events.wait("lame_duck")["server"] == peer.url
+        client.flush()
+
+
+def test_errors_that_do_not_close_are_events_and_nothing_more() -> None:
+    events = Events()
+    broker = Broker()
+    with ScriptedPeer(broker) as peer, opened(peer, on_event=events) as client:
+        broker.newest.send(b"-ERR 'Permissions Violation for Publish to \"x\"'\r\n-ERR 'whatever'\r\n")
+        assert events.wait("error", 2)["error"] == "whatever"
+        client.flush()
+        assert "disconnected" not in events.names
+
+
+def test_an_on_event_that_raises_harms_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    def bad(name: str, info: dict[str, Any]) -> None:
+        raise ZeroDivisionError("a fault of the user's")
+
+    broker = Broker()
+    with ScriptedPeer(broker) as peer, opened(peer, on_event=bad) as client:
+        broker.drop()
+        eventually(lambda: len(broker.links) == 2)
+        client.flush()
+        eventually(lambda: caplog.text.count("ZeroDivisionError: a fault of the user's") >= 3)
+
+
+# -- closing -------------------------------------------------------------------------------------------------------------------
+
+
+def waits_for_a_reply(client: natsync.Client) -> object:
+    return client.request("s", b"", timeout=30)
+
+
+def waits_for_a_chunk(client: natsync.Client) -> object:
+    return client.stream("s", b"").next(timeout=30)
+
+
+def waits_for_a_message(client: natsync.Client) -> object:
+    return client.subscribe("s").next(timeout=30)
+
+
+def waits_for_the_server(client: natsync.Client) -> object:
+    return client.flush(timeout=30)
+
+
+WAITS = [waits_for_a_reply, waits_for_a_chunk, waits_for_a_message, waits_for_the_server]
+
+
+@pytest.mark.parametrize("wait", WAITS)
+def test_close_wakes_what_waits(wait: Callable[[natsync.Client], object]) -> None:
+    broker = Broker(pongs=False)
+    with ScriptedPeer(broker) as peer:
+        client = opened(peer)
+        pending = Outcome(lambda: wait(client))
+        # Each of them says something before it waits; the marker behind it shows that it has.
+        eventually(lambda: broker.said[0] or pending.running)
+        client.publish("marker", b"")
+        eventually(broker.published)
+        begin = time.monotonic()
+        client.close(timeout=0.1)
+        assert isinstance(pending.within(2), ConnectionClosed)
+        assert time.monotonic() - begin < 0.1 + SLACK
+
+
+@pytest.mark.parametrize("wait", WAITS)
+def test_close_wakes_what_waits_for_a_link(wait: Callable[[natsync.Client], object]) -> None:
+    gate = Gate(Broker())
+    with ScriptedPeer(gate) as peer:
+        client = opened(peer, reconnect_wait=30, reconnect_wait_max=30)
+        gate.broker.drop()
+        eventually(lambda: client.status == "reconnecting" and peer.accepted == 2)
+        pending = Outcome(lambda: wait(client))
+        pending._thread.join(0.05)
+        begin = time.monotonic()
+        client.close()
+        assert isinstance(pending.within(2), ConnectionClosed)
+        assert time.monotonic() - begin < SLACK
+
+
+def test_a_loop_over_a_subscription_ends_with_close() -> None:
+    with ScriptedPeer(Broker()) as peer:
+        client = opened(peer)
+        loop = Outcome(lambda: list(client.subscribe("s")))
+        client.close()
+        assert loop.within(2) is None or isinstance(loop.error, ConnectionClosed)
+
+
+def test_close_while_waiting_to_reconnect_returns_promptly() -> None:
+    gate = Gate(Broker())
+    with ScriptedPeer(gate) as peer:
+        client = opened(peer, reconnect_wait=30, reconnect_wait_max=30)
+        gate.broker.drop()
+        eventually(lambda: peer.accepted == 2)
+        begin = time.monotonic()
+        client.close()
+        assert time.monotonic() - begin < SLACK
+        assert client.status == "closed"
+
+
+def test_close_while_a_silent_server_is_dialed_again_returns_promptly() -> None:
+    broker = Broker()
+    with ScriptedPeer(lambda peer: peer.hold() if peer.index else broker(peer)) as peer:
+        client = opened(peer, connect_timeout=20)
+        broker.drop()
+        eventually(lambda: peer.accepted == 2)
+        begin = time.monotonic()
+        client.close()
+        assert time.monotonic() - begin < SLACK
+
+
+def test_close_while_connecting_ends_the_open_of_another_thread() -> None:
+    with ScriptedPeer(PeerConnection.hold) as peer:
+        client = natsync.Client(peer.url, connect_timeout=20)
+        opening = Outcome(client.open)
+        eventually(lambda: peer.accepted == 1)
+        begin = time.monotonic()
+        client.close()
+        assert time.monotonic() - begin < SLACK
+        assert isinstance(opening.within(SLACK), ConnectionClosed)
+
+
+def test_close_frees_the_socket_of_a_server_that_does_not_answer() -> None:
+    with ScriptedPeer(Broker(pongs=False)) as peer:
+        before = open_descriptors()
+        client = opened(peer)
+        eventually(lambda: open_descriptors() == before + 2)  # ours and the peer's
+        client.close(timeout=0.1)
+        # In the end the peer closes its end too, having read the end of ours.
+        eventually(lambda: open_descriptors() == before, message="close() left a descriptor open")
+
+
+def test_close_sends_what_was_published_before() -> None:
+    broker = Broker()
+    with ScriptedPeer(broker) as peer:
+        client = opened(peer)
+        for number in range(2000):
+            client.publish("s", b"%d" % number)
+        client.close()
+        assert len(broker.published()) == 2000
+
+
+def test_close_is_idempotent_and_may_come_from_many_threads() -> None:
+    with ScriptedPeer(Broker()) as peer:
+        client = opened(peer)
+        outcomes = [Outcome(client.close) for _ in range(8)]
+        assert [outcome.within(5) for outcome in outcomes] == [None] * 8
+        client.close()
+        assert client.status == "closed"
+
+
+def test_close_may_come_from_a_callback() -> None:
+    broker = Broker()
+    closed = threading.Event()
+    with ScriptedPeer(broker) as peer:
+        client = opened(peer)
+
+        def callback(message: natsync.Message) -> None:
+            client.close()
+            closed.set()
+
+        client.subscribe("s", callback)
+        client.flush()
+        broker.newest.send(b"MSG s %b 0\r\n\r\n" % broker.subscribed()[0].sid)
+        assert closed.wait(2)
+        assert client.status == "closed"
+
+
+def test_close_may_come_from_an_event() -> None:
+    broker = Broker()
+    closed = threading.Event()
+
+    def on_event(name: str, info: dict[str, Any]) -> None:
+        if name == "disconnected":
+            client.close()
+            closed.set()
+
+    with ScriptedPeer(broker) as peer:
+        client = opened(peer, on_event=on_event)
+        broker.drop()
+        assert closed.wait(3)
+        assert client.status == "closed"
+
+
+@pytest.mark.parametrize("use", ["publish", "request", "subscribe", "stream", "flush", "open"])
+def test_a_closed_client_says_so(use: str) -> None:
+    with ScriptedPeer(Broker()) as peer:
+        client = opened(peer)
+        client.close()
+        arguments = () if use in ("flush", "open") else ("s",)
+        with pytest.raises(ConnectionClosed):
+            getattr(client, use)(*arguments)
+
+
+def test_a_client_that_was_never_used_closes_without_a_word() -> None:
+    with ScriptedPeer(refuse) as peer:
+        natsync.Client(peer.url).close()
+        assert peer.accepted == 0
+
+
+@pytest.mark.slow
+def test_a_hundred_clients_leave_no_thread_and_no_descriptor(nats_server: NatsServer) -> None:
+    with natsync.connect(nats_server.url):
+        pass
+    threads, descriptors = threading.active_count(), open_descriptors()
+    for _ in range(100):
+        with natsync.connect(nats_server.url) as client:
+            client.subscribe("s", lambda message: None)
+            client.publish("s", b"x")
+            client.flush()
+    eventually(lambda: threading.active_count() <= threads)
+    eventually(lambda: open_descriptors() <= descriptors)
+
+
+def test_an_idle_client_uses_no_processor_time(nats_server: NatsServer) -> None:
+    with natsync.connect(nats_server.url) as client:
+        client.subscribe("s", lambda message: None)
+        client.flush()
+        used = []
+        for _ in range(3):  # other things of this process may run in one of them
+            begin = time.process_time()
+            threading.Event().wait(0.3)
+            used.append(time.process_time() - begin)
+        assert min(used) < 0.01
+
+
+# -- hooks for the whole module ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _no_descriptor_left_behind(nats_server: NatsServer) -> Iterator[None]:
+    before = Counter(os.listdir("/proc/self/fd"))
+    yield
+    eventually(
+        lambda: len(os.listdir("/proc/self/fd")) <= before.total(), 3, "the test leaves more descriptors than it found"
+    )

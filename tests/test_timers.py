@@ -1,0 +1,297 @@
+"""natsync.timers: one thread that sleeps until something is due, and is gone when nothing is."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from natsync import timers
+from natsync.testing import eventually
+from natsync.timers import schedule, schedule_after, settle
+
+FAR = 3600.0
+
+
+def timer_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "natsync-timer"]
+
+
+@pytest.fixture
+def own_timers(monkeypatch: pytest.MonkeyPatch) -> timers._Timers:
+    """Timers that nobody else uses, so that their heap can be counted."""
+    own = timers._Timers()
+    monkeypatch.setattr(timers, "_timers", own)
+    return own
+
+
+@pytest.fixture
+def ran() -> Iterator[list[Any]]:
+    """What callbacks append to; the timer thread is gone when the test is over."""
+    yield []
+    eventually(lambda: not timer_threads())
+
+
+def test_a_callback_runs_on_the_timer_thread_once_it_is_due(ran: list[Any]) -> None:
+    due = time.monotonic() + 0.05
+    schedule(due, lambda: ran.append((time.monotonic(), threading.current_thread().name)))
+    eventually(lambda: ran)
+    at, name = ran[0]
+    assert at >= due
+    assert name == "natsync-timer"
+
+
+def test_what_is_overdue_runs_at_once(ran: list[Any]) -> None:
+    schedule(time.monotonic() - 5, lambda: ran.append("overdue"))
+    eventually(lambda: ran == ["overdue"])
+
+
+def test_callbacks_run_in_the_order_of_their_times_whatever_the_order_of_scheduling(ran: list[Any]) -> None:
+    start = time.monotonic() + 0.05
+    for number in (3, 1, 4, 0, 2):
+        schedule(start + number / 1000, lambda number=number: ran.append(number))
+    eventually(lambda: len(ran) == 5)
+    assert ran == [0, 1, 2, 3, 4]
+
+
+def test_callbacks_of_one_time_run_in_the_order_of_scheduling(ran: list[Any]) -> None:
+    at = time.monotonic() + 0.02
+    for number in range(20):
+        schedule(at, lambda number=number: ran.append(number))
+    eventually(lambda: len(ran) == 20)
+    assert ran == list(range(20))
+
+
+def test_an_earlier_time_wakes_a_thread_that_sleeps_for_a_later_one(ran: list[Any]) -> None:
+    late = schedule_after(FAR, lambda: ran.append("late"))
+    try:
+        schedule_after(0.02, lambda: ran.append("early"))
+        eventually(lambda: ran == ["early"], 5)
+    finally:
+        late.cancel()
+
+
+def test_a_cancelled_callback_does_not_run(ran: list[Any]) -> None:
+    cancelled = schedule_after(0.03, lambda: ran.append("cancelled"))
+    schedule_after(0.06, lambda: ran.append("kept"))
+    cancelled.cancel()
+    cancelled.cancel()
+    eventually(lambda: "kept" in ran)
+    assert ran == ["kept"]
+
+
+def test_cancelling_what_has_run_changes_nothing(ran: list[Any], own_timers: timers._Timers) -> None:
+    done = schedule_after(0, lambda: ran.append("done"))
+    eventually(lambda: ran)
+    kept = schedule_after(FAR, lambda: None)
+    done.cancel()
+    assert own_timers._cancelled == 0
+    kept.cancel()
+
+
+def test_a_callback_may_schedule_and_cancel(ran: list[Any]) -> None:
+    other = schedule_after(0.05, lambda: ran.append("other"))
+
+    def first() -> None:
+        other.cancel()
+        schedule_after(0.01, lambda: ran.append("second"))
+
+    schedule_after(0, first)
+    eventually(lambda: ran == ["second"])
+
+
+def test_a_callback_that_raises_is_logged_and_others_run(ran: list[Any], caplog: pytest.LogCaptureFixture) -> None:
+    def boom() -> None:
+        raise RuntimeError("boom")
+
+    with caplog.at_level(logging.ERROR, "natsync.timers"):
+        schedule_after(0, boom)
+        schedule_after(0.02, lambda: ran.append("next"))
+        eventually(lambda: ran == ["next"])
+    assert "RuntimeError: boom" in caplog.text
+
+
+# -- the thread ------------------------------------------------------------------------------------------------------
+
+
+def test_there_is_one_thread_for_all(ran: list[Any]) -> None:
+    handles = [schedule_after(FAR, lambda: None) for _ in range(50)]
+    assert len(timer_threads()) == 1
+    for handle in handles:
+        handle.cancel()
+
+
+def test_the_thread_does_not_keep_the_interpreter(ran: list[Any]) -> None:
+    handle = schedule_after(FAR, lambda: None)
+    assert timer_threads()[0].daemon
+    handle.cancel()
+
+
+def test_the_thread_is_gone_when_the_last_callback_has_run(ran: list[Any]) -> None:
+    schedule_after(0.02, lambda: ran.append(1))
+    eventually(lambda: ran)
+    eventually(lambda: not timer_threads())
+
+
+@pytest.mark.parametrize("count", [1, 3, 200])
+def test_the_thread_is_gone_when_all_is_cancelled(count: int, ran: list[Any]) -> None:
+    for handle in [schedule_after(FAR, lambda: None) for _ in range(count)]:
+        handle.cancel()
+    settle()
+    assert not timer_threads()
+
+
+def test_settling_does_not_wait_for_what_is_still_scheduled(ran: list[Any]) -> None:
+    handle = schedule_after(FAR, lambda: None)
+    started = time.monotonic()
+    settle()
+    assert time.monotonic() - started < 0.5
+    assert timer_threads()
+    handle.cancel()
+
+
+def test_settling_on_the_timer_thread_does_not_wait_for_itself(ran: list[Any]) -> None:
+    def callback() -> None:
+        started = time.monotonic()
+        settle()
+        ran.append(time.monotonic() - started)
+
+    schedule_after(0, callback)
+    eventually(lambda: ran)
+    assert ran[0] < 0.5
+
+
+def test_a_new_thread_comes_when_the_old_one_has_gone(ran: list[Any]) -> None:
+    for number in range(20):
+        schedule_after(0, lambda number=number: ran.append(number))
+        eventually(lambda number=number: number in ran)
+        if number % 2:
+            settle()
+    assert ran == list(range(20))
+
+
+def test_nothing_is_lost_when_it_is_scheduled_as_the_thread_leaves(ran: list[Any]) -> None:
+    """Each round meets the thread on its way out, at another point of it."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for number in range(300):
+            due = threading.Event()
+            schedule_after(0, lambda number=number, due=due: (ran.append(number), due.set()))
+            assert due.wait(5), number
+    finally:
+        sys.setswitchinterval(interval)
+    assert ran == list(range(300))
+
+
+# -- cost ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_thread_sleeps_and_does_not_poll(monkeypatch: pytest.MonkeyPatch, ran: list[Any]) -> None:
+    sleeps: list[float | None] = []
+    wait = threading.Condition.wait
+
+    def counting(condition: threading.Condition, timeout: float | None = None) -> bool:
+        if threading.current_thread().name == "natsync-timer":
+            sleeps.append(timeout)
+        return wait(condition, timeout)
+
+    monkeypatch.setattr(threading.Condition, "wait", counting)
+    far = schedule_after(FAR, lambda: None)
+    schedule_after(0.3, lambda: ran.append(1))
+    eventually(lambda: ran, 5)
+    eventually(lambda: len(sleeps) == 3)  # for the far one, for the near one, for the far one again
+    far.cancel()
+    settle()
+    assert len(sleeps) == 3
+    assert [timeout is not None and timeout > 3000 for timeout in sleeps] == [True, False, True]
+
+
+def test_a_later_time_does_not_wake_the_thread(monkeypatch: pytest.MonkeyPatch, ran: list[Any]) -> None:
+    first = schedule_after(FAR, lambda: None)
+    woken: list[int] = []
+    monkeypatch.setattr(threading.Condition, "notify", lambda condition, n=1: woken.append(n))
+    others = [schedule_after(FAR + n, lambda: None) for n in range(1, 20)]
+    assert woken == []
+    monkeypatch.undo()
+    for handle in (first, *others):
+        handle.cancel()
+
+
+def test_ten_thousand_cancelled_timers_leave_nothing(own_timers: timers._Timers, ran: list[Any]) -> None:
+    class Payload:
+        def __call__(self) -> None:
+            raise AssertionError("it was cancelled")
+
+    keep = schedule_after(FAR, lambda: None)
+    callbacks = [Payload() for _ in range(10_000)]
+    alive = [weakref.ref(callback) for callback in callbacks]
+    handles = [schedule_after(FAR + n, callback) for n, callback in enumerate(callbacks)]
+    for handle in handles:
+        handle.cancel()
+    del callbacks, handles, handle
+    gc.collect()
+    assert sum(one() is not None for one in alive) == 0
+    assert len(own_timers._heap) <= 1 + timers._SWEEP_FROM
+    keep.cancel()
+    assert own_timers._heap == []
+
+
+def test_scheduling_and_cancelling_one_by_one_does_not_grow(own_timers: timers._Timers, ran: list[Any]) -> None:
+    keep = [schedule_after(FAR, lambda: None) for _ in range(10)]
+    largest = 0
+    for _ in range(5_000):
+        schedule_after(FAR, lambda: None).cancel()
+        largest = max(largest, len(own_timers._heap))
+    assert largest <= 2 * timers._SWEEP_FROM + len(keep)
+    for handle in keep:
+        handle.cancel()
+    assert own_timers._heap == []
+
+
+def test_cancelled_ones_that_come_due_are_passed_over(own_timers: timers._Timers, ran: list[Any]) -> None:
+    at = time.monotonic() + 0.03
+    handles = [schedule(at + n / 1000, lambda n=n: ran.append(n)) for n in range(20)]
+    for handle in handles[:19:2]:
+        handle.cancel()
+    eventually(lambda: len(ran) == 10)
+    assert ran == list(range(1, 20, 2))
+    eventually(lambda: own_timers._thread is None)
+    assert (own_timers._heap, own_timers._cancelled) == ([], 0)
+
+
+def test_a_time_in_the_far_future_is_no_error(ran: list[Any]) -> None:
+    handles = [schedule_after(seconds, lambda: None) for seconds in (float("inf"), 1e300, threading.TIMEOUT_MAX)]
+    schedule_after(0.01, lambda: ran.append("near"))
+    eventually(lambda: ran == ["near"])
+    assert len(timer_threads()) == 1
+    for handle in handles:
+        handle.cancel()
+
+
+def test_many_threads_may_schedule_and_cancel_at_once(own_timers: timers._Timers, ran: list[Any]) -> None:
+    def work(seed: int) -> None:
+        for number in range(200):
+            handle = schedule_after(0.001 * (number % 7), lambda: ran.append(1))
+            if (seed + number) % 2:
+                handle.cancel()
+            else:
+                kept.append(1)
+
+    kept: list[int] = []
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    eventually(lambda: own_timers._thread is None)
+    assert (own_timers._heap, own_timers._cancelled) == ([], 0)
+    assert len(kept) == 800
+    assert 800 <= len(ran) <= 1600  # a cancel may come too late for one that is due at once
