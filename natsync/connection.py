@@ -10,6 +10,7 @@ import atexit
 import enum
 import itertools
 import logging
+import re
 import threading
 import time
 import weakref
@@ -26,6 +27,7 @@ from natsync.errors import (
     ForkError,
     MaxPayloadExceeded,
     NatsError,
+    PermissionDenied,
     TimedOut,
 )
 from natsync.headers import Headers
@@ -70,6 +72,9 @@ class _Attempt:
         self.pending = True
         self.error: NatsError | None = None
 
+
+#: What the server says of a message or subscription that the user's permissions do not allow; the link stays.
+_DENIED = re.compile(r'permissions violation for (?P<what>publish|subscription) to "(?P<subject>[^"]+)"', re.IGNORECASE)
 
 _names = itertools.count(1)
 _open_connections: weakref.WeakSet[Connection] = weakref.WeakSet()
@@ -266,10 +271,10 @@ class Connection:
         """Tell the server to send no more; what is on its way is still delivered."""
         self._unsubscribe(core, self.dispatcher.leave)
 
-    def unsubscribe(self, core: SubscriptionCore) -> None:
-        """Remove a subscription; what it holds can still be taken."""
+    def unsubscribe(self, core: SubscriptionCore, error: Exception | None = None) -> None:
+        """Remove a subscription; what it holds can still be taken, before the error if there is one."""
         self._unsubscribe(core, self.dispatcher.remove)
-        core.deactivate()
+        core.deactivate(error)
 
     def _unsubscribe(self, core: SubscriptionCore, how: Callable[[SubscriptionCore], bytes | None]) -> None:
         with self._lock:
@@ -297,6 +302,19 @@ class Connection:
     def on_server_error(self, text: str) -> None:
         log.warning("%s: the server says: %s", self.name, text)
         self.event("error", {"error": text})
+        denied = _DENIED.match(text)
+        if denied is not None:
+            self._denied(denied["what"].lower(), denied["subject"].encode(), PermissionDenied(text))
+
+    def _denied(self, what: str, subject: bytes, error: PermissionDenied) -> None:
+        """Tell those whom a permission that is missing concerns."""
+        if what == "publish":
+            for mux in self.dispatcher.muxes():
+                mux.publish_denied(subject, error)
+            return
+        for core in self.dispatcher.subscriptions():
+            if core.subject == subject:
+                self.unsubscribe(core, error)
 
     def on_lost(self, session: Session, reason: Exception) -> None:
         """The session ended: a new outbox takes over what was not handed to it, and those in flight are told."""

@@ -48,6 +48,9 @@ class Waiter(Protocol):
     def link_lost(self, loss: LinkLoss) -> None:
         """The link was lost; another may follow."""
 
+    def publish_denied(self, subject: bytes, error: Exception) -> None:
+        """The server did not let a message to this subject pass; maybe this waiter's."""
+
     def connection_closed(self, reason: Exception) -> None:
         """There will be no further link."""
 
@@ -92,6 +95,10 @@ class Mux:
     def link_lost(self, loss: LinkLoss) -> None:
         for waiter in self._all():
             waiter.link_lost(loss)
+
+    def publish_denied(self, subject: bytes, error: Exception) -> None:
+        for waiter in self._all():
+            waiter.publish_denied(subject, error)
 
     def connection_closed(self, reason: Exception) -> None:
         for waiter in self._all():

@@ -23,7 +23,8 @@ _NO_RESPONDERS = 503
 class _Reply:
     """One waiting request."""
 
-    def __init__(self) -> None:
+    def __init__(self, subject: bytes) -> None:
+        self.subject = subject
         self.signal = Signal()
         self.item: Item | None = None
         self.error: Exception | None = None
@@ -38,6 +39,10 @@ class _Reply:
     def link_lost(self, loss: LinkLoss) -> None:
         if self.mark is not None and loss.took(self.frame, self.mark):
             self.fail(ConnectionLost(f"the link broke while the request was under way: {loss.reason}", sent=True))
+
+    def publish_denied(self, subject: bytes, error: Exception) -> None:
+        if subject == self.subject:
+            self.fail(error)
 
     def connection_closed(self, reason: Exception) -> None:
         self.fail(reason)
@@ -60,8 +65,8 @@ def request(
     if ctx is not None:
         ctx.check()
         deadline = deadline.or_sooner(ctx.remaining())
-    waiter = _Reply()
     to = _subject.publish_subject(subject)
+    waiter = _Reply(to)
     _open(connection, deadline, subject)
     token, inbox = connection.mux.register(waiter)
     remove = ctx.on_end(waiter.signal.set) if ctx is not None else None

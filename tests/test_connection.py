@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -151,8 +152,14 @@ class Outcome:
         return self.error
 
 
-def opened(peer: ScriptedPeer, **options: Any) -> natsync.Client:
-    return natsync.connect(peer.url, **{**QUICK, **options})
+@contextmanager
+def opened(peer: ScriptedPeer, *, patience: float = 5.0, **options: Any) -> Iterator[natsync.Client]:
+    """A client of the peer; patience is what close() gets, for peers that do not answer its flush."""
+    client = natsync.connect(peer.url, **{**QUICK, **options})
+    try:
+        yield client
+    finally:
+        client.close(patience)
 
 
 def open_descriptors() -> int:
@@ -221,17 +228,17 @@ def test_retry_on_failed_connect_opens_at_once_and_connects_when_it_can() -> Non
     broker = Broker()
     with ScriptedPeer(lambda peer: broker(peer) if ready.is_set() else None) as peer:
         begin = time.monotonic()
-        client = opened(peer, retry_on_failed_connect=True, on_event=events)
-        assert time.monotonic() - begin < SLACK
-        client.publish("early", b"1")
-        eventually(lambda: peer.accepted > 3)
-        assert events.names == []
-        ready.set()
-        events.wait("connected")
-        client.publish("early", b"2")
-        client.flush()
-        client.close()
-        assert [pub.payload for pub in broker.published()] == [b"1", b"2"]
+        with opened(peer, retry_on_failed_connect=True, on_event=events) as client:
+            assert time.monotonic() - begin < SLACK
+            client.publish("early", b"1")
+            eventually(lambda: peer.accepted > 3)
+            assert events.names == []
+            ready.set()
+            events.wait("connected")
+            client.publish("early", b"2")
+            client.flush()
+            client.close()
+            assert [pub.payload for pub in broker.published()] == [b"1", b"2"]
 
 
 def test_a_client_may_be_opened_while_nothing_listens_yet_and_a_real_server_comes(nats_server: NatsServer) -> None:
@@ -449,14 +456,13 @@ def test_a_write_that_is_blocked_ends_the_link_at_write_timeout() -> None:
         peer.hold()
 
     with ScriptedPeer(Broker(deaf, max_payload=64 << 20)) as peer:
-        client = opened(peer, on_event=events, write_timeout=0.3, reconnect_buffer_bytes=64 << 20)
-        begin = time.monotonic()
-        client.publish("s", b"x" * (32 << 20))
-        assert "write" in events.wait("disconnected")["reason"]
-        assert 0.3 <= time.monotonic() - begin < 0.3 + 2 * SLACK
-        events.wait("reconnected")
-        client.flush()
-        client.close()
+        with opened(peer, on_event=events, write_timeout=0.3, reconnect_buffer_bytes=64 << 20) as client:
+            begin = time.monotonic()
+            client.publish("s", b"x" * (32 << 20))
+            assert "write" in events.wait("disconnected")["reason"]
+            assert 0.3 <= time.monotonic() - begin < 0.3 + 2 * SLACK
+            events.wait("reconnected")
+            client.flush()
 
 
 def test_a_frozen_server_is_left_and_found_again(make_nats_server: Callable[..., NatsServer]) -> None:
@@ -494,23 +500,21 @@ def test_a_killed_server_is_found_again_with_everything_in_place(make_nats_serve
 def test_attempts_are_spaced_while_the_server_refuses() -> None:
     gate = Gate(Broker())
     with ScriptedPeer(gate) as peer:
-        client = opened(peer, reconnect_wait=0.1, reconnect_wait_max=0.1)
-        gate.broker.drop()
-        eventually(lambda: peer.accepted >= 2)
-        before, begin = peer.accepted, time.monotonic()
-        eventually(lambda: peer.accepted >= before + 4)
-        assert time.monotonic() - begin >= 0.29
-        client.close()
+        with opened(peer, reconnect_wait=0.1, reconnect_wait_max=0.1) as client:
+            gate.broker.drop()
+            eventually(lambda: peer.accepted >= 2)
+            before, begin = peer.accepted, time.monotonic()
+            eventually(lambda: peer.accepted >= before + 4)
+            assert time.monotonic() - begin >= 0.29
 
 
 def test_attempts_are_spaced_while_the_server_greets_and_then_hangs_up() -> None:
     with ScriptedPeer(PeerConnection.handshake) as peer:
-        client = opened(peer, reconnect_wait=0.1, reconnect_wait_max=0.1)
-        begin = time.monotonic()
-        eventually(lambda: peer.accepted >= 7)
-        # The first attempt after a loss may come at once; those after a link that never served must not.
-        assert time.monotonic() - begin >= 0.4
-        client.close()
+        with opened(peer, reconnect_wait=0.1, reconnect_wait_max=0.1) as client:
+            begin = time.monotonic()
+            eventually(lambda: peer.accepted >= 7)
+            # The first attempt after a loss may come at once; those after a link that never served must not.
+            assert time.monotonic() - begin >= 0.4
 
 
 def test_waits_between_attempts_grow() -> None:
@@ -520,11 +524,11 @@ def test_waits_between_attempts_grow() -> None:
         times.append(time.monotonic())
 
     with ScriptedPeer(script) as peer:
-        client = opened(
+        with opened(
             peer, retry_on_failed_connect=True, reconnect_wait=0.05, reconnect_wait_max=0.2, reconnect_jitter=0
-        )
-        eventually(lambda: len(times) >= 6)
-        client.close()
+        ) as client:
+            eventually(lambda: len(times) >= 6)
+
     waits = [after - before for before, after in zip(times, times[1:], strict=False)]
     for wait, planned in zip(waits, (0.05, 0.1, 0.2, 0.2, 0.2), strict=False):
         assert planned - 0.01 <= wait < planned + SLACK
@@ -534,31 +538,29 @@ def test_max_reconnects_closes_for_good() -> None:
     events = Events()
     gate = Gate(Broker())
     with ScriptedPeer(gate) as peer:
-        client = opened(peer, max_reconnects=3, on_event=events)
-        gate.broker.drop()
-        events.wait("closed")
-        assert client.status == "closed"
-        assert peer.accepted == 1 + 3
-        with pytest.raises(ConnectionClosed) as raised:
-            client.publish("s", b"")
-        assert isinstance(raised.value.__cause__, NoServersError)
-        client.close()
+        with opened(peer, max_reconnects=3, on_event=events) as client:
+            gate.broker.drop()
+            events.wait("closed")
+            assert client.status == "closed"
+            assert peer.accepted == 1 + 3
+            with pytest.raises(ConnectionClosed) as raised:
+                client.publish("s", b"")
+            assert isinstance(raised.value.__cause__, NoServersError)
 
 
 def test_reconnect_false_closes_with_the_link() -> None:
     events = Events()
     broker = Broker()
     with ScriptedPeer(broker) as peer:
-        client = opened(peer, reconnect=False, on_event=events)
-        got = client.subscribe("s")
-        client.flush()
-        broker.drop()
-        with pytest.raises((ConnectionClosed, natsync.ConnectError)):
-            got.next(timeout=5)
-        events.wait("closed")
-        assert client.status == "closed"
-        assert peer.accepted == 1
-        client.close()
+        with opened(peer, reconnect=False, on_event=events) as client:
+            got = client.subscribe("s")
+            client.flush()
+            broker.drop()
+            with pytest.raises((ConnectionClosed, natsync.ConnectError)):
+                got.next(timeout=5)
+            events.wait("closed")
+            assert client.status == "closed"
+            assert peer.accepted == 1
 
 
 def refuse_credentials(peer: PeerConnection) -> None:
@@ -571,14 +573,13 @@ def test_the_same_refusal_of_credentials_twice_closes_for_good() -> None:
     events = Events()
     broker = Broker()
     with ScriptedPeer(lambda peer: refuse_credentials(peer) if peer.index else broker(peer)) as peer:
-        client = opened(peer, on_event=events)
-        broker.drop()
-        events.wait("closed")
-        assert peer.accepted == 1 + 2
-        with pytest.raises(ConnectionClosed) as raised:
-            client.flush()
-        assert isinstance(raised.value.__cause__, AuthorizationError)
-        client.close()
+        with opened(peer, on_event=events) as client:
+            broker.drop()
+            events.wait("closed")
+            assert peer.accepted == 1 + 2
+            with pytest.raises(ConnectionClosed) as raised:
+                client.flush()
+            assert isinstance(raised.value.__cause__, AuthorizationError)
 
 
 def test_credentials_that_are_accepted_again_are_forgiven() -> None:
@@ -690,24 +691,22 @@ def test_a_request_that_times_out_behind_a_blocked_link_was_surely_not_sent() ->
         peer.hold()
 
     with ScriptedPeer(deaf) as peer:
-        client = opened(peer, write_timeout=None)
-        fill(client)
-        with pytest.raises(RequestTimeout) as raised:
-            client.request("s", b"", timeout=0.1)
-        assert raised.value.sent is False
-        client.close(timeout=0.1)
+        with opened(peer, write_timeout=None, patience=0.1) as client:
+            fill(client)
+            with pytest.raises(RequestTimeout) as raised:
+                client.request("s", b"", timeout=0.1)
+            assert raised.value.sent is False
 
 
 def test_a_flush_under_way_is_told_that_the_link_broke() -> None:
     broker = Broker(pongs=False)
     with ScriptedPeer(broker) as peer:
-        client = opened(peer)
-        pending = Outcome(lambda: client.flush(timeout=10))
-        client.publish("marker", b"")
-        eventually(broker.published)
-        broker.drop()
-        assert isinstance(pending.within(5), ConnectionLost)
-        client.close(timeout=0.1)
+        with opened(peer, patience=0.1) as client:
+            pending = Outcome(lambda: client.flush(timeout=10))
+            client.publish("marker", b"")
+            eventually(broker.published)
+            broker.drop()
+            assert isinstance(pending.within(5), ConnectionLost)
 
 
 def test_a_flush_waits_for_the_next_link() -> None:
@@ -725,12 +724,11 @@ def test_a_flush_waits_for_the_next_link() -> None:
 
 def test_a_flush_gives_up_at_its_timeout() -> None:
     with ScriptedPeer(Broker(pongs=False)) as peer:
-        client = opened(peer)
-        begin = time.monotonic()
-        with pytest.raises(TimedOut):
-            client.flush(timeout=0.2)
-        assert 0.2 <= time.monotonic() - begin < 0.2 + SLACK
-        client.close(timeout=0.1)
+        with opened(peer, patience=0.1) as client:
+            begin = time.monotonic()
+            with pytest.raises(TimedOut):
+                client.flush(timeout=0.2)
+            assert 0.2 <= time.monotonic() - begin < 0.2 + SLACK
 
 
 def test_flush_returns_once_the_server_has_everything() -> None:
@@ -814,32 +812,30 @@ def publisher_that_waits(client: natsync.Client) -> Outcome:
 def test_publishers_wait_for_a_link_that_is_far_behind() -> None:
     deaf = DeafUntil()
     with ScriptedPeer(deaf) as peer:
-        client = opened(peer)
-        waiting = publisher_that_waits(client)
-        assert client.stats()["out_pending_bytes"] < HIGH_WATER_BYTES + 200_000
-        assert waiting.running
-        deaf.read.set()
-        assert waiting.within(10) is None
-        client.close()
+        with opened(peer) as client:
+            waiting = publisher_that_waits(client)
+            assert client.stats()["out_pending_bytes"] < HIGH_WATER_BYTES + 200_000
+            assert waiting.running
+            deaf.read.set()
+            assert waiting.within(10) is None
 
 
 def test_publishers_that_wait_are_woken_when_the_link_is_lost() -> None:
     deaf = DeafUntil()
     with ScriptedPeer(deaf) as peer:
-        client = opened(peer, reconnect_buffer_bytes=64 << 20)
-        waiting = publisher_that_waits(client)
-        deaf.read.set()
-        deaf.links[0].sock.shutdown(socket.SHUT_RDWR)
-        assert waiting.within(10) is None
-        client.close()
+        with opened(peer, reconnect_buffer_bytes=64 << 20) as client:
+            waiting = publisher_that_waits(client)
+            deaf.read.set()
+            deaf.links[0].sock.shutdown(socket.SHUT_RDWR)
+            assert waiting.within(10) is None
 
 
 def test_publishers_that_wait_are_woken_by_close() -> None:
     with ScriptedPeer(DeafUntil()) as peer:
-        client = opened(peer)
-        waiting = publisher_that_waits(client)
-        client.close(timeout=0.1)
-        assert isinstance(waiting.within(2), ConnectionClosed)
+        with opened(peer) as client:
+            waiting = publisher_that_waits(client)
+            client.close(timeout=0.1)
+            assert isinstance(waiting.within(2), ConnectionClosed)
 
 
 # -- what the server tells ---------------------------------------------------------------------------------------------------
@@ -1007,62 +1003,62 @@ WAITS = [waits_for_a_reply, waits_for_a_chunk, waits_for_a_message, waits_for_th
 def test_close_wakes_what_waits(wait: Callable[[natsync.Client], object]) -> None:
     broker = Broker(pongs=False)
     with ScriptedPeer(broker) as peer:
-        client = opened(peer)
-        pending = Outcome(lambda: wait(client))
-        # Each of them says something before it waits; the marker behind it shows that it has.
-        eventually(lambda: broker.said[0] or pending.running)
-        client.publish("marker", b"")
-        eventually(broker.published)
-        begin = time.monotonic()
-        client.close(timeout=0.1)
-        assert isinstance(pending.within(2), ConnectionClosed)
-        assert time.monotonic() - begin < 0.1 + SLACK
+        with opened(peer) as client:
+            pending = Outcome(lambda: wait(client))
+            # Each of them says something before it waits; the marker behind it shows that it has.
+            eventually(lambda: broker.said[0] or pending.running)
+            client.publish("marker", b"")
+            eventually(broker.published)
+            begin = time.monotonic()
+            client.close(timeout=0.1)
+            assert isinstance(pending.within(2), ConnectionClosed)
+            assert time.monotonic() - begin < 0.1 + SLACK
 
 
 @pytest.mark.parametrize("wait", WAITS)
 def test_close_wakes_what_waits_for_a_link(wait: Callable[[natsync.Client], object]) -> None:
     gate = Gate(Broker())
     with ScriptedPeer(gate) as peer:
-        client = opened(peer, reconnect_wait=30, reconnect_wait_max=30)
-        gate.broker.drop()
-        eventually(lambda: client.status == "reconnecting" and peer.accepted == 2)
-        pending = Outcome(lambda: wait(client))
-        pending._thread.join(0.05)
-        begin = time.monotonic()
-        client.close()
-        assert isinstance(pending.within(2), ConnectionClosed)
-        assert time.monotonic() - begin < SLACK
+        with opened(peer, reconnect_wait=30, reconnect_wait_max=30) as client:
+            gate.broker.drop()
+            eventually(lambda: client.status == "reconnecting" and peer.accepted == 2)
+            pending = Outcome(lambda: wait(client))
+            pending._thread.join(0.05)
+            begin = time.monotonic()
+            client.close()
+            assert isinstance(pending.within(2), ConnectionClosed)
+            assert time.monotonic() - begin < SLACK
 
 
 def test_a_loop_over_a_subscription_ends_with_close() -> None:
     with ScriptedPeer(Broker()) as peer:
-        client = opened(peer)
-        loop = Outcome(lambda: list(client.subscribe("s")))
-        client.close()
-        assert loop.within(2) is None or isinstance(loop.error, ConnectionClosed)
+        with opened(peer) as client:
+            loop = Outcome(lambda: list(client.subscribe("s")))
+            client.close()
+            assert loop.within(2) is None or isinstance(loop.error, ConnectionClosed)
 
 
 def test_close_while_waiting_to_reconnect_returns_promptly() -> None:
     gate = Gate(Broker())
     with ScriptedPeer(gate) as peer:
-        client = opened(peer, reconnect_wait=30, reconnect_wait_max=30)
-        gate.broker.drop()
-        eventually(lambda: peer.accepted == 2)
-        begin = time.monotonic()
-        client.close()
-        assert time.monotonic() - begin < SLACK
-        assert client.status == "closed"
+        with opened(peer, reconnect_wait=30, reconnect_wait_max=30) as client:
+            gate.broker.drop()
+            eventually(lambda: peer.accepted == 2)
+            begin = time.monotonic()
+            client.close()
+            assert time.monotonic() - begin < SLACK
+            assert client.status == "closed"
 
 
 def test_close_while_a_silent_server_is_dialed_again_returns_promptly() -> None:
     broker = Broker()
     with ScriptedPeer(lambda peer: peer.hold() if peer.index else broker(peer)) as peer:
-        client = opened(peer, connect_timeout=20)
-        broker.drop()
-        eventually(lambda: peer.accepted == 2)
-        begin = time.monotonic()
-        client.close()
-        assert time.monotonic() - begin < SLACK
+        with opened(peer, connect_timeout=20) as client:
+            broker.drop()
+            eventually(lambda: peer.accepted == 2)
+            begin = time.monotonic()
+            client.close()
+            assert time.monotonic() - begin < SLACK
 
 
 def test_close_while_connecting_ends_the_open_of_another_thread() -> None:
@@ -1079,47 +1075,47 @@ def test_close_while_connecting_ends_the_open_of_another_thread() -> None:
 def test_close_frees_the_socket_of_a_server_that_does_not_answer() -> None:
     with ScriptedPeer(Broker(pongs=False)) as peer:
         before = open_descriptors()
-        client = opened(peer)
-        eventually(lambda: open_descriptors() == before + 2)  # ours and the peer's
-        client.close(timeout=0.1)
-        # In the end the peer closes its end too, having read the end of ours.
-        eventually(lambda: open_descriptors() == before, message="close() left a descriptor open")
+        with opened(peer) as client:
+            eventually(lambda: open_descriptors() == before + 2)  # ours and the peer's
+            client.close(timeout=0.1)
+            # In the end the peer closes its end too, having read the end of ours.
+            eventually(lambda: open_descriptors() == before, message="close() left a descriptor open")
 
 
 def test_close_sends_what_was_published_before() -> None:
     broker = Broker()
     with ScriptedPeer(broker) as peer:
-        client = opened(peer)
-        for number in range(2000):
-            client.publish("s", b"%d" % number)
-        client.close()
-        assert len(broker.published()) == 2000
+        with opened(peer) as client:
+            for number in range(2000):
+                client.publish("s", b"%d" % number)
+            client.close()
+            assert len(broker.published()) == 2000
 
 
 def test_close_is_idempotent_and_may_come_from_many_threads() -> None:
     with ScriptedPeer(Broker()) as peer:
-        client = opened(peer)
-        outcomes = [Outcome(client.close) for _ in range(8)]
-        assert [outcome.within(5) for outcome in outcomes] == [None] * 8
-        client.close()
-        assert client.status == "closed"
+        with opened(peer) as client:
+            outcomes = [Outcome(client.close) for _ in range(8)]
+            assert [outcome.within(5) for outcome in outcomes] == [None] * 8
+            client.close()
+            assert client.status == "closed"
 
 
 def test_close_may_come_from_a_callback() -> None:
     broker = Broker()
     closed = threading.Event()
     with ScriptedPeer(broker) as peer:
-        client = opened(peer)
+        with opened(peer) as client:
 
-        def callback(message: natsync.Message) -> None:
-            client.close()
-            closed.set()
+            def callback(message: natsync.Message) -> None:
+                client.close()
+                closed.set()
 
-        client.subscribe("s", callback)
-        client.flush()
-        broker.newest.send(b"MSG s %b 0\r\n\r\n" % broker.subscribed()[0].sid)
-        assert closed.wait(2)
-        assert client.status == "closed"
+            client.subscribe("s", callback)
+            client.flush()
+            broker.newest.send(b"MSG s %b 0\r\n\r\n" % broker.subscribed()[0].sid)
+            assert closed.wait(2)
+            assert client.status == "closed"
 
 
 def test_close_may_come_from_an_event() -> None:
@@ -1132,20 +1128,20 @@ def test_close_may_come_from_an_event() -> None:
             closed.set()
 
     with ScriptedPeer(broker) as peer:
-        client = opened(peer, on_event=on_event)
-        broker.drop()
-        assert closed.wait(3)
-        assert client.status == "closed"
+        with opened(peer, on_event=on_event) as client:
+            broker.drop()
+            assert closed.wait(3)
+            assert client.status == "closed"
 
 
 @pytest.mark.parametrize("use", ["publish", "request", "subscribe", "stream", "flush", "open"])
 def test_a_closed_client_says_so(use: str) -> None:
     with ScriptedPeer(Broker()) as peer:
-        client = opened(peer)
-        client.close()
-        arguments = () if use in ("flush", "open") else ("s",)
-        with pytest.raises(ConnectionClosed):
-            getattr(client, use)(*arguments)
+        with opened(peer) as client:
+            client.close()
+            arguments = () if use in ("flush", "open") else ("s",)
+            with pytest.raises(ConnectionClosed):
+                getattr(client, use)(*arguments)
 
 
 def test_a_client_that_was_never_used_closes_without_a_word() -> None:

@@ -146,6 +146,10 @@ class Call:
             reason = f"the link broke in mid-stream, chunks may be missing: {loss.reason}"
             self._fail(ServerLost(reason), tell=False)
 
+    def publish_denied(self, subject: bytes, error: Exception) -> None:
+        if not self.mode and subject == _subject.publish_subject(self.subject):
+            self._fail(error, tell=False)
+
     def connection_closed(self, reason: Exception) -> None:
         self._fail(reason, tell=False)
 

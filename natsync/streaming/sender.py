@@ -260,6 +260,11 @@ class SenderCore:
         text = f"the responder's link broke in mid-stream, chunks may be missing: {loss.reason}"
         self.fail(text, frames.Status(Code.UNAVAILABLE, reason=frames.LOST), StreamClosed(text, code=Code.UNAVAILABLE))
 
+    def publish_denied(self, subject: bytes, error: Exception) -> None:
+        if subject == self._reply:
+            advice = "a responder's user needs allow_responses with max: -1 (one answer is the default)"
+            self._close(StreamClosed(f"{error}; {advice}", code=Code.PERMISSION_DENIED), None)
+
     def connection_closed(self, reason: Exception) -> None:
         self._close(StreamClosed(str(reason), code=Code.UNAVAILABLE), None)
 

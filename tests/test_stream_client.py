@@ -1,0 +1,894 @@
+"""Client.stream(): what iterating, waiting, closing, failing and retrying do, against a real nats-server."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+import natsync
+from natsync import Code
+from natsync.testing import NatsServer, eventually
+from rawclient import END, PATIENCE, RawClient
+
+Make = Callable[..., NatsServer]
+
+
+@pytest.fixture
+def client(natsync_client: natsync.Client) -> natsync.Client:
+    return natsync_client.open()
+
+
+@pytest.fixture
+def subscriber(natsync_subscriber: natsync.Subscriber) -> natsync.Subscriber:
+    """With a handler that counts to the number asked for."""
+
+    @natsync_subscriber.stream("sc.count")
+    def count(ctx: natsync.Context, request: natsync.Message) -> Iterator[bytes]:
+        for n in range(int(request.data)):
+            yield b"%d" % n
+
+    return natsync_subscriber.open()
+
+
+@pytest.fixture
+def raw(nats_server: NatsServer) -> Iterator[RawClient]:
+    with RawClient(nats_server.url) as raw:
+        yield raw
+
+
+class Hold:
+    """A registration whose requests wait for the test: .sender and .ctx are those of the newest."""
+
+    def __init__(self, subscriber: natsync.Subscriber, subject: str) -> None:
+        self._arrived: list[tuple[natsync.ResponseSender, natsync.HandlerContext]] = []
+        subscriber.stream_subscribe(subject, lambda ctx, request, sender: self._arrived.append((sender, ctx)))
+
+    @property
+    def sender(self) -> natsync.ResponseSender:
+        eventually(lambda: self._arrived)
+        return self._arrived[-1][0]
+
+    @property
+    def ctx(self) -> natsync.HandlerContext:
+        eventually(lambda: self._arrived)
+        return self._arrived[-1][1]
+
+
+@pytest.fixture
+def hold(subscriber: natsync.Subscriber) -> Hold:
+    """Requests on "sc.hold"."""
+    return Hold(subscriber, "sc.hold")
+
+
+# -- taking chunks -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("subscriber")
+def test_iterating_gives_every_chunk_as_bytes_in_order(client: natsync.Client) -> None:
+    assert list(client.stream("sc.count", "1000")) == [b"%d" % n for n in range(1000)]
+
+
+@pytest.mark.usefixtures("subscriber")
+def test_a_stream_is_its_own_iterator(client: natsync.Client) -> None:
+    stream = client.stream("sc.count", "4")
+    assert iter(stream) is stream
+    assert next(stream) == b"0"
+    assert list(stream) == [b"1", b"2", b"3"]
+
+
+@pytest.mark.usefixtures("subscriber")
+def test_an_exhausted_stream_stays_exhausted(client: natsync.Client) -> None:
+    stream = client.stream("sc.count", "1")
+    assert list(stream) == [b"0"]
+    assert list(stream) == []
+    for _ in range(2):
+        with pytest.raises(natsync.StreamEnded):
+            stream.next(timeout=0)
+
+
+@pytest.mark.usefixtures("subscriber")
+def test_an_empty_stream_ends_at_once(client: natsync.Client) -> None:
+    assert list(client.stream("sc.count", "0")) == []
+
+
+def test_next_returns_one_chunk_as_soon_as_it_is_there(client: natsync.Client, hold: Hold) -> None:
+    with client.stream("sc.hold") as stream, ThreadPoolExecutor() as pool:
+        waiting = pool.submit(stream.next, PATIENCE)
+        hold.sender.send(b"1")
+        assert waiting.result(PATIENCE) == b"1"
+
+
+def test_next_raises_timed_out_and_the_stream_goes_on(client: natsync.Client, hold: Hold) -> None:
+    with client.stream("sc.hold") as stream:
+        begin = time.monotonic()
+        with pytest.raises(natsync.TimedOut) as caught:
+            stream.next(timeout=0.1)
+        assert 0.09 <= time.monotonic() - begin < 1
+        assert not isinstance(caught.value, natsync.StreamError)
+        hold.sender.send(b"1")
+        assert stream.next(PATIENCE) == b"1"
+
+
+def test_next_with_timeout_0_does_not_wait(client: natsync.Client, hold: Hold) -> None:
+    with client.stream("sc.hold") as stream:
+        begin = time.monotonic()
+        with pytest.raises(natsync.TimedOut):
+            stream.next(timeout=0)
+        assert time.monotonic() - begin < 0.5
+        hold.sender.send(b"1")
+        eventually(lambda: stream.mode == "plain")
+
+
+def test_next_raises_stream_ended_behind_the_last_chunk(client: natsync.Client, hold: Hold) -> None:
+    with client.stream("sc.hold") as stream:
+        hold.sender.send(b"1")
+        hold.sender.end()
+        assert stream.next(PATIENCE) == b"1"
+        with pytest.raises(natsync.StreamEnded):
+            stream.next(PATIENCE)
+
+
+def test_stream_returns_before_the_first_chunk_is_there(client: natsync.Client, hold: Hold) -> None:
+    with client.stream("sc.hold") as stream:
+        assert not hold.sender.is_closed()
+        assert stream.stats["chunks"] == 0
+
+
+@pytest.mark.usefixtures("subscriber")
+def test_several_threads_may_take_from_one_stream(client: natsync.Client) -> None:
+    stream = client.stream("sc.count", "3000")
+    with ThreadPoolExecutor(4) as pool:
+        parts = [pool.submit(list, stream) for _ in range(4)]
+        taken = [chunk for part in parts for chunk in part.result(PATIENCE)]
+    assert sorted(taken, key=int) == [b"%d" % n for n in range(3000)]
+
+
+@pytest.mark.usefixtures("subscriber")
+def test_40_streams_at_once_are_exact(client: natsync.Client) -> None:
+    streams = [client.stream("sc.count", str(1000 + n)) for n in range(40)]
+    with ThreadPoolExecutor(40) as pool:
+        results = list(pool.map(list, streams))
+    assert results == [[b"%d" % chunk for chunk in range(1000 + n)] for n in range(40)]
+
+
+def test_a_stream_that_is_complete_before_anybody_reads_is_complete(client: natsync.Client, hold: Hold) -> None:
+    stream = client.stream("sc.hold")
+    hold.sender.send_many([b"1", b"2", b"3"])
+    hold.sender.end()
+    client.flush()
+    eventually(lambda: stream.mode == "plain")
+    assert list(stream) == [b"1", b"2", b"3"]
+
+
+@pytest.mark.usefixtures("subscriber")
+def test_streams_that_are_over_leave_nothing_behind(client: natsync.Client) -> None:
+    for _ in range(5):
+        list(client.stream("sc.count", "5"))
+    client.stream("sc.count", "5").close()
+    with pytest.raises(natsync.NoRespondersError):
+        list(client.stream("sc.nobody"))
+    assert client.stats()["waiting_replies"] == 0
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [b"__STREAM_END__ ", b"_", b"__", b"__STREAM_", b"__STREAM_ERROR__", b"x__STREAM_END__", b"__stream_end__", b""],
+    ids=repr,
+)
+def test_a_chunk_that_only_looks_like_a_sentinel_is_data(
+    client: natsync.Client, raw: RawClient, chunk: bytes
+) -> None:
+    raw.subscribe("sc.lookalike")
+    stream = client.stream("sc.lookalike")
+    raw.answer(raw.next(), chunk, b"more", chunk, END)
+    assert list(stream) == [chunk, b"more", chunk]
+
+
+# -- closing -------------------------------------------------------------------------------------------------------
+
+
+def test_close_wakes_a_waiting_next_with_stream_cancelled(client: natsync.Client, hold: Hold) -> None:
+    stream = client.stream("sc.hold")
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(stream.next)
+        assert not hold.sender.is_closed()
+        stream.close()
+        with pytest.raises(natsync.StreamCancelled):
+            waiting.result(PATIENCE)
+
+
+def test_close_wakes_a_waiting_loop_with_stream_cancelled_not_with_its_end(client: natsync.Client, hold: Hold) -> None:
+    stream = client.stream("sc.hold")
+    hold.sender.send(b"1")
+    taken: list[bytes] = []
+
+    def loop() -> str:
+        try:
+            for chunk in stream:
+                taken.append(chunk)
+        except natsync.StreamCancelled:
+            return "cancelled"
+        return "ended as if complete"
+
+    with ThreadPoolExecutor() as pool:
+        looping = pool.submit(loop)
+        eventually(lambda: taken == [b"1"])
+        stream.close()
+        assert looping.result(PATIENCE) == "cancelled"
+
+
+def test_close_wakes_every_waiting_thread(client: natsync.Client, hold: Hold) -> None:
+    stream = client.stream("sc.hold")
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(stream.next) for _ in range(4)]
+        assert not hold.sender.is_closed()
+        stream.close()
+        for one in waiting:
+            with pytest.raises(natsync.StreamCancelled):
+                one.result(PATIENCE)
+
+
+def test_close_is_idempotent_from_many_threads(client: natsync.Client, hold: Hold) -> None:
+    stream = client.stream("sc.hold")
+    sender = hold.sender
+    together = threading.Barrier(8, timeout=PATIENCE)
+    with ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(lambda: (together.wait(), stream.close())) for _ in range(8)]:
+            done.result(PATIENCE)
+    stream.close()
+    assert sender.closed.wait(PATIENCE)
+    with pytest.raises(natsync.StreamCancelled):
+        next(stream)
+
+
+def test_close_tells_the_handler_before_it_has_sent_anything(client: natsync.Client, hold: Hold) -> None:
+    stream = client.stream("sc.hold")
+    sender = hold.sender
+    stream.close()
+    assert sender.closed.wait(1)
+
+
+def test_close_right_after_the_request_reaches_the_handler(client: natsync.Client, hold: Hold) -> None:
+    client.stream("sc.hold").close()
+    # Either the request was withdrawn before it left, or the handler hears of the cancel.
+    client.flush()
+    time.sleep(0.05)  # not the proof: it lets a request that left arrive
+    if hold._arrived:
+        assert hold.sender.closed.wait(PATIENCE)
+
+
+def test_chunks_that_were_waiting_are_gone_after_close(client: natsync.Client, hold: Hold) -> None:
+    stream = client.stream("sc.hold")
+    hold.sender.send_many([b"1", b"2", b"3"])
+    assert stream.next(PATIENCE) == b"1"
+    stream.close()
+    with pytest.raises(natsync.StreamCancelled):
+        stream.next(0)
+
+
+@pytest.mark.usefixtures("subscriber")
+def test_close_after_the_end_changes_nothing(client: natsync.Client) -> None:
+    stream = client.stream("sc.count", "2")
+    assert list(stream) == [b"0", b"1"]
+    stream.close()
+    with pytest.raises(natsync.StreamEnded):
+        stream.next(0)
+
+
+def test_cancel_tells_the_handler_why(client: natsync.Client, hold: Hold) -> None:
+    stream = client.stream("sc.hold")
+    sender = hold.sender
+    stream.cancel("the user pressed stop")
+    assert sender.closed.wait(PATIENCE)
+    with pytest.raises(natsync.StreamCancelled, match="the user pressed stop"):
+        sender.send(b"late")
+    with pytest.raises(natsync.StreamCancelled, match="the user pressed stop"):
+        next(stream)
+
+
+def test_leaving_the_with_block_cancels(client: natsync.Client, hold: Hold) -> None:
+    with client.stream("sc.hold") as stream:
+        sender = hold.sender
+        sender.send(b"1")
+        for _ in stream:
+            break
+    assert sender.closed.wait(PATIENCE)
+
+
+def test_an_exception_leaves_the_with_block_and_cancels(client: natsync.Client, hold: Hold) -> None:
+    with pytest.raises(ZeroDivisionError):
+        with client.stream("sc.hold"):
+            sender = hold.sender
+            1 / 0
+    assert sender.closed.wait(PATIENCE)
+
+
+def test_break_and_garbage_collection_cancel_the_handler(client: natsync.Client, hold: Hold) -> None:
+    def first() -> bytes:
+        for chunk in client.stream("sc.hold"):
+            return chunk
+        raise AssertionError("no chunk came")
+
+    with ThreadPoolExecutor() as pool:
+        taken = pool.submit(first)
+        sender = hold.sender
+        sender.send(b"1")
+        assert taken.result(PATIENCE) == b"1"
+    gc.collect()
+    assert sender.closed.wait(PATIENCE)
+    eventually(lambda: client.stats()["waiting_replies"] == 0)
+
+
+def test_a_stream_keeps_its_client_alive(nats_server: NatsServer, hold: Hold) -> None:
+    stream = natsync.connect(nats_server.url).stream("sc.hold")
+    gc.collect()
+    hold.sender.send(b"1")
+    assert stream.next(PATIENCE) == b"1"
+    hold.sender.end()
+    assert list(stream) == []
+
+
+def test_closing_the_client_ends_its_streams_with_an_error(nats_server: NatsServer, hold: Hold) -> None:
+    client = natsync.connect(nats_server.url)
+    stream = client.stream("sc.hold")
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(stream.next)
+        assert not hold.sender.is_closed()
+        client.close()
+        with pytest.raises(natsync.ConnectionClosed):
+            waiting.result(PATIENCE)
+
+
+# -- map -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("subscriber")
+def test_map_applies_a_function_to_each_chunk(client: natsync.Client) -> None:
+    assert list(client.stream("sc.count", "4").map(int)) == [0, 1, 2, 3]
+
+
+def test_map_keeps_close(client: natsync.Client, hold: Hold) -> None:
+    mapped = client.stream("sc.hold").map(bytes.decode)
+    sender = hold.sender
+    sender.send(b"1")
+    assert next(mapped) == "1"
+    mapped.close()
+    assert sender.closed.wait(PATIENCE)
+
+
+def test_map_keeps_the_context_manager_and_map(client: natsync.Client, hold: Hold) -> None:
+    with client.stream("sc.hold").map(bytes.decode).map(int) as mapped:
+        sender = hold.sender
+        sender.send(b"41")
+        assert next(mapped) == 41
+    assert sender.closed.wait(PATIENCE)
+
+
+# -- time ----------------------------------------------------------------------------------------------------------
+
+
+def test_timeout_is_the_deadline_of_the_whole_stream(client: natsync.Client, hold: Hold) -> None:
+    begin = time.monotonic()
+    stream = client.stream("sc.hold", timeout=0.3)
+    sender = hold.sender
+    taken = 0
+    with pytest.raises(natsync.DeadlineExceeded):
+        while time.monotonic() < begin + PATIENCE:
+            sender.send(b"tick")
+            stream.next()
+            taken += 1
+            sender.closed.wait(0.02)
+    assert 0.29 <= time.monotonic() - begin < 1.5
+    assert taken > 1
+
+
+def test_timeout_reaches_the_handler_as_its_deadline(client: natsync.Client, hold: Hold) -> None:
+    with client.stream("sc.hold", timeout=20):
+        remaining = hold.ctx.remaining()
+        assert remaining is not None
+        assert 15 < remaining <= 20
+
+
+def test_timeout_cancels_the_handler(client: natsync.Client, hold: Hold) -> None:
+    stream = client.stream("sc.hold", timeout=0.1)
+    assert hold.ctx.wait(PATIENCE)
+    with pytest.raises(natsync.DeadlineExceeded):
+        stream.next()
+
+
+@pytest.mark.usefixtures("subscriber")
+def test_an_infinite_timeout_is_none(client: natsync.Client) -> None:
+    assert list(client.stream("sc.count", "2", timeout=float("inf"), idle_timeout=float("inf"))) == [b"0", b"1"]
+
+
+def test_idle_timeout_ends_a_stream_that_has_gone_quiet(client: natsync.Client, hold: Hold) -> None:
+    stream = client.stream("sc.hold", idle_timeout=0.15)
+    sender = hold.sender
+    sender.send(b"1")
+    assert stream.next() == b"1"
+    begin = time.monotonic()
+    with pytest.raises(natsync.IdleTimeout) as caught:
+        stream.next()
+    assert 0.14 <= time.monotonic() - begin < 1
+    assert isinstance(caught.value, natsync.StreamError)
+    assert isinstance(caught.value, TimeoutError)
+    assert caught.value.last_seq == 1
+    assert sender.closed.wait(PATIENCE)
+
+
+def test_idle_timeout_does_not_run_while_the_consumer_is_busy(client: natsync.Client, hold: Hold) -> None:
+    with client.stream("sc.hold", idle_timeout=0.2) as stream:
+        hold.sender.send(b"1")
+        assert stream.next() == b"1"
+        time.sleep(0.5)  # the consumer's own work
+        hold.sender.send(b"2")
+        assert stream.next() == b"2"
+
+
+def test_idle_timeout_starts_anew_with_each_chunk(client: natsync.Client, hold: Hold) -> None:
+    with client.stream("sc.hold", idle_timeout=0.3) as stream:
+        for n in range(6):
+            threading.Timer(0.1, hold.sender.send, [b"%d" % n]).start()
+            assert stream.next() == b"%d" % n
+
+
+# -- contexts ------------------------------------------------------------------------------------------------------
+
+
+def test_cancelling_the_context_ends_the_stream_and_the_handler(client: natsync.Client, hold: Hold) -> None:
+    ctx = natsync.Context()
+    stream = client.stream("sc.hold", ctx=ctx)
+    sender = hold.sender
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(stream.next)
+        ctx.cancel("the request was aborted")
+        with pytest.raises(natsync.StreamCancelled, match="the request was aborted"):
+            waiting.result(PATIENCE)
+    assert sender.closed.wait(PATIENCE)
+
+
+def test_the_contexts_deadline_is_the_streams(client: natsync.Client, hold: Hold) -> None:
+    stream = client.stream("sc.hold", ctx=natsync.Context().with_timeout(0.2))
+    with pytest.raises(natsync.DeadlineExceeded):
+        stream.next()
+
+
+def test_a_context_that_has_ended_raises_at_once_and_sends_nothing(client: natsync.Client) -> None:
+    ctx = natsync.Context()
+    ctx.cancel("before it began")
+    sent = client.stats()["out_messages"]
+    with pytest.raises(natsync.Cancelled, match="before it began"):
+        client.stream("sc.hold", ctx=ctx)
+    assert client.stats()["out_messages"] == sent
+
+
+@pytest.mark.usefixtures("subscriber")
+def test_a_stream_that_is_over_lets_go_of_its_context(client: natsync.Client) -> None:
+    ctx = natsync.Context()
+    list(client.stream("sc.count", "1", ctx=ctx))
+    ctx.cancel()
+    stream = client.stream("sc.count", "1")
+    assert list(stream) == [b"0"]
+    assert not ctx._pinned
+
+
+# -- errors --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", [code for code in Code if code is not Code.OK], ids=lambda code: code.name)
+def test_a_handlers_error_comes_with_its_text_code_and_details(
+    client: natsync.Client, hold: Hold, code: Code
+) -> None:
+    stream = client.stream("sc.hold")
+    hold.sender.send(b"1")
+    hold.sender.send_error("quota used up", code=code, details={"limit": 5, "unit": "€"})
+    assert stream.next(PATIENCE) == b"1"
+    with pytest.raises(natsync.HandlerError) as caught:
+        stream.next(PATIENCE)
+    error = caught.value
+    assert (error.code, error.message, error.details) == (code, "quota used up", {"limit": 5, "unit": "€"})
+    assert error.last_seq == 1
+    assert str(error) == "quota used up"
+
+
+def test_an_error_is_raised_again_by_a_further_next(client: natsync.Client, hold: Hold) -> None:
+    stream = client.stream("sc.hold")
+    hold.sender.send_error("broken")
+    for _ in range(3):
+        with pytest.raises(natsync.HandlerError, match="broken"):
+            stream.next(PATIENCE)
+
+
+def test_chunks_come_before_the_error_behind_them(client: natsync.Client, hold: Hold) -> None:
+    stream = client.stream("sc.hold")
+    hold.sender.send_many(b"%d" % n for n in range(50))
+    hold.sender.send_error("broken")
+    taken = []
+    with pytest.raises(natsync.HandlerError):
+        for chunk in stream:
+            taken.append(chunk)
+    assert taken == [b"%d" % n for n in range(50)]
+
+
+def test_no_responders_is_raised_at_once_by_the_first_next(client: natsync.Client) -> None:
+    stream = client.stream("sc.nobody")
+    begin = time.monotonic()
+    with pytest.raises(natsync.NoRespondersError, match=r"sc\.nobody") as caught:
+        next(stream)
+    assert time.monotonic() - begin < 1
+    assert caught.value.subject == "sc.nobody"
+
+
+def test_a_lost_link_in_mid_stream_is_server_lost_with_the_last_number(make_nats_server: Make) -> None:
+    server = make_nats_server()
+    with natsync.Subscriber(server.url) as subscriber, natsync.connect(server.url) as client:
+        hold = Hold(subscriber, "sc.lost")
+        stream = client.stream("sc.lost")
+        hold.sender.send_many([b"1", b"2", b"3"])
+        assert [stream.next(PATIENCE) for _ in range(3)] == [b"1", b"2", b"3"]
+        with ThreadPoolExecutor() as pool:
+            waiting = pool.submit(stream.next)
+            server.kill()
+            with pytest.raises(natsync.ServerLost) as caught:
+                waiting.result(PATIENCE)
+        assert caught.value.last_seq == 3
+        assert caught.value.code == Code.UNAVAILABLE
+
+
+def test_chunks_that_came_before_the_link_was_lost_are_delivered_first(make_nats_server: Make) -> None:
+    server = make_nats_server()
+    with natsync.Subscriber(server.url) as subscriber, natsync.connect(server.url) as client:
+        hold = Hold(subscriber, "sc.lost")
+        stream = client.stream("sc.lost")
+        hold.sender.send_many([b"1", b"2"])
+        assert stream.next(PATIENCE) == b"1"
+        server.kill()
+        eventually(lambda: client.status == "reconnecting")
+        assert stream.next(PATIENCE) == b"2"
+        with pytest.raises(natsync.ServerLost) as caught:
+            stream.next(PATIENCE)
+        assert caught.value.last_seq == 2
+
+
+def test_a_stream_whose_end_was_there_before_the_link_was_lost_is_complete(make_nats_server: Make) -> None:
+    server = make_nats_server()
+    with natsync.Subscriber(server.url) as subscriber, natsync.connect(server.url) as client:
+        hold = Hold(subscriber, "sc.complete")
+        stream = client.stream("sc.complete")
+        hold.sender.send_many([b"1", b"2"])
+        assert hold.sender.end(wait=PATIENCE)
+        client.flush()  # whatever the server had for the client is there
+        server.kill()
+        eventually(lambda: client.status == "reconnecting")
+        assert list(stream) == [b"1", b"2"]
+        with pytest.raises(natsync.StreamEnded):
+            stream.next(0)
+
+
+def test_a_new_stream_works_after_the_link_was_made_again(make_nats_server: Make) -> None:
+    server = make_nats_server()
+    with (
+        natsync.Subscriber(server.url, reconnect_wait=0.02) as subscriber,
+        natsync.connect(server.url, reconnect_wait=0.02) as client,
+    ):
+        hold = Hold(subscriber, "sc.lost")
+        stream = client.stream("sc.lost")
+        hold.sender.send(b"1")
+        assert stream.next(PATIENCE) == b"1"
+        server.kill()
+        with pytest.raises(natsync.ServerLost):
+            stream.next(PATIENCE)
+        server.start()
+        eventually(lambda: (client.status, subscriber.status) == ("connected", "connected"))
+        subscriber.stream_subscribe("sc.again", lambda ctx, request: [b"x"])
+        assert list(client.stream("sc.again")) == [b"x"]
+
+
+def test_overflow_by_chunks_fails_that_stream_alone_and_never_silently(
+    client: natsync.Client, hold: Hold, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("natsync.streaming.call.PENDING_CHUNKS", 100)
+    slow = client.stream("sc.hold")
+    sender = hold.sender
+    n = 0
+    while not sender.is_closed() and n < 100_000:
+        try:
+            sender.send(b"%d" % n)
+        except natsync.StreamClosed:
+            break
+        n += 1
+    assert sender.closed.wait(PATIENCE)  # the handler is told
+    taken: list[bytes] = []
+    with pytest.raises(natsync.SlowConsumerError, match="100"):
+        for chunk in slow:
+            taken.append(chunk)
+    assert taken == [b"%d" % number for number in range(len(taken))]
+    assert list(client.stream("sc.count", "50")) == [b"%d" % number for number in range(50)]
+    assert client.stats()["reconnects"] == 0
+
+
+def test_overflow_by_bytes_fails_that_stream_alone(
+    client: natsync.Client, raw: RawClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("natsync.streaming.call.PENDING_BYTES", 10_000)
+    raw.subscribe("sc.bytes")
+    stream = client.stream("sc.bytes")
+    raw.answer(raw.next(), *[b"x" * 1000] * 15, END)
+    raw.flush()
+    client.flush()
+    with pytest.raises(natsync.SlowConsumerError, match="10000 bytes"):
+        list(stream)
+    assert client.stats()["reconnects"] == 0
+
+
+def test_a_consumer_that_keeps_up_takes_more_than_the_queue_holds(
+    client: natsync.Client, hold: Hold, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("natsync.streaming.call.PENDING_CHUNKS", 10)
+    stream = client.stream("sc.hold")
+    for n in range(100):
+        hold.sender.send(b"%d" % n)
+        assert stream.next(PATIENCE) == b"%d" % n
+    stream.close()
+
+
+# -- headers, trailers, mode, stats ---------------------------------------------------------------------------------
+
+
+def test_headers_come_with_the_first_chunk_and_trailers_with_the_end(client: natsync.Client, hold: Hold) -> None:
+    stream = client.stream("sc.hold")
+    hold.sender.set_header("Model", "small")
+    hold.sender.set_header("Größe", "ü") if False else hold.sender.set_header("Size", "ü")
+    hold.sender.send(b"1")
+    hold.sender.send(b"2")
+    assert (dict(stream.headers), dict(stream.trailers)) == ({}, {})
+    assert next(stream) == b"1"
+    assert dict(stream.headers) == {"Model": "small", "Size": "ü"}
+    hold.sender.end(trailers={"Tokens": "2"})
+    assert list(stream) == [b"2"]
+    assert dict(stream.trailers) == {"Tokens": "2"}
+    assert dict(stream.headers) == {"Model": "small", "Size": "ü"}
+
+
+def test_a_header_after_the_first_chunk_is_refused(client: natsync.Client, hold: Hold) -> None:
+    with client.stream("sc.hold"):
+        hold.sender.send(b"1")
+        with pytest.raises(natsync.InvalidArgument, match="first chunk"):
+            hold.sender.set_header("Too", "late")
+
+
+def test_the_requests_headers_reach_the_handler_as_metadata(client: natsync.Client, hold: Hold) -> None:
+    with client.stream("sc.hold", headers={"User": "ada", "Tag": ["a", "b"]}):
+        assert hold.ctx.metadata.fields() == [("User", "ada"), ("Tag", "a"), ("Tag", "b")]
+
+
+@pytest.mark.usefixtures("subscriber")
+def test_mode_is_none_until_the_first_answer_then_plain(client: natsync.Client, raw: RawClient) -> None:
+    raw.subscribe("sc.mode")
+    stream = client.stream("sc.mode")
+    request = raw.next()
+    assert stream.mode is None
+    raw.answer(request, b"1", END)
+    assert list(stream) == [b"1"]
+    assert stream.mode == "plain"
+
+
+@pytest.mark.usefixtures("subscriber")
+def test_stats_count_chunks_and_bytes_that_were_taken(client: natsync.Client) -> None:
+    stream = client.stream("sc.count", "12")
+    assert (stream.stats["chunks"], stream.stats["bytes"]) == (0, 0)
+    assert len(list(stream)) == 12
+    assert (stream.stats["chunks"], stream.stats["bytes"]) == (12, 14)
+    assert (stream.stats["gaps"], stream.stats["resent"], stream.stats["resumes"]) == (0, 0, 0)
+
+
+def test_stats_count_the_seconds_the_consumer_waited(client: natsync.Client, hold: Hold) -> None:
+    with client.stream("sc.hold") as stream:
+        with pytest.raises(natsync.TimedOut):
+            stream.next(timeout=0.1)
+        assert 0.09 <= stream.stats["blocked"] < 1
+
+
+# -- retry ---------------------------------------------------------------------------------------------------------
+
+
+def test_retry_repeats_while_nobody_listens_and_no_chunk_has_come(
+    client: natsync.Client, subscriber: natsync.Subscriber
+) -> None:
+    attempts: list[int] = []
+
+    def handler(ctx: natsync.HandlerContext, request: natsync.Message) -> list[bytes]:
+        attempts.append(ctx.attempt)
+        return [b"x"]
+
+    stream = client.stream("sc.retry", retry=natsync.Retry(attempts=None, initial=0.05, maximum=0.05, jitter=False))
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(list, stream)
+        with pytest.raises(natsync.NoRespondersError):
+            client.request("sc.retry")
+        subscriber.stream_subscribe("sc.retry", handler)
+        assert answer.result(PATIENCE) == [b"x"]
+    assert len(attempts) == 1
+    assert attempts[0] >= 1
+
+
+def test_retry_gives_up_with_the_last_error(client: natsync.Client) -> None:
+    before = client.stats()["out_messages"]
+    stream = client.stream("sc.nobody", retry=natsync.Retry(attempts=3, initial=0.01))
+    with pytest.raises(natsync.NoRespondersError):
+        next(stream)
+    assert client.stats()["out_messages"] == before + 3
+
+
+def test_retry_does_not_repeat_after_the_first_chunk(client: natsync.Client, subscriber: natsync.Subscriber) -> None:
+    runs: list[int] = []
+
+    def handler(ctx: natsync.HandlerContext, request: natsync.Message) -> Iterator[bytes]:
+        runs.append(1)
+        yield b"1"
+        raise RuntimeError("broken in the middle")
+
+    subscriber.stream_subscribe("sc.middle", handler)
+    stream = client.stream("sc.middle", retry=natsync.Retry(attempts=5, initial=0.01, idempotent=True))
+    assert next(stream) == b"1"
+    with pytest.raises(natsync.HandlerError):
+        next(stream)
+    assert len(runs) == 1
+
+
+@pytest.mark.parametrize(("idempotent", "runs"), [(False, 1), (True, 3)])
+def test_retry_repeats_a_handler_that_failed_only_if_it_is_idempotent(
+    client: natsync.Client, subscriber: natsync.Subscriber, idempotent: bool, runs: int
+) -> None:
+    ran: list[int] = []
+
+    def handler(ctx: natsync.HandlerContext, request: natsync.Message) -> list[bytes]:
+        ran.append(1)
+        raise RuntimeError("no")
+
+    subscriber.stream_subscribe("sc.idempotent", handler)
+    retry = natsync.Retry(attempts=3, initial=0.01, idempotent=idempotent)
+    with pytest.raises(natsync.HandlerError):
+        list(client.stream("sc.idempotent", retry=retry))
+    assert len(ran) == runs
+
+
+def test_a_timeout_of_next_during_retries_leaves_the_stream_usable(
+    client: natsync.Client, subscriber: natsync.Subscriber
+) -> None:
+    retry = natsync.Retry(attempts=None, initial=0.02, maximum=0.02)
+    with client.stream("sc.patient", retry=retry, timeout=PATIENCE) as stream:
+        with pytest.raises(natsync.TimedOut):
+            stream.next(timeout=0.1)
+        subscriber.stream_subscribe("sc.patient", lambda ctx, request: [b"x"])
+        assert list(stream) == [b"x"]
+
+
+def test_next_keeps_its_timeout_during_retries(client: natsync.Client) -> None:
+    retry = natsync.Retry(attempts=None, initial=2, maximum=2, jitter=False)
+    with client.stream("sc.nobody", retry=retry) as stream:
+        begin = time.monotonic()
+        with pytest.raises((natsync.TimedOut, natsync.NoRespondersError)):
+            stream.next(timeout=0.2)
+        assert time.monotonic() - begin < 1
+
+
+def test_close_during_a_retrys_wait_wakes_the_waiting_next(client: natsync.Client) -> None:
+    stream = client.stream("sc.nobody", retry=natsync.Retry(attempts=None, initial=20, maximum=20, jitter=False))
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(stream.next)
+        eventually(lambda: client.stats()["waiting_replies"] == 0)  # the first try has failed
+        stream.close()
+        with pytest.raises(natsync.StreamCancelled):
+            waiting.result(2)
+
+
+def test_the_deadline_ends_retries(client: natsync.Client) -> None:
+    retry = natsync.Retry(attempts=None, initial=0.05, maximum=0.05)
+    begin = time.monotonic()
+    with pytest.raises((natsync.DeadlineExceeded, natsync.NoRespondersError)):
+        list(client.stream("sc.nobody", timeout=0.3, retry=retry))
+    assert 0.2 < time.monotonic() - begin < 1.5
+
+
+# -- sentinels, single answers --------------------------------------------------------------------------------------
+
+
+def test_custom_sentinels_end_streams_of_both_sides(nats_server: NatsServer) -> None:
+    sentinels = natsync.Sentinels(end=b"<eos>", error_prefix=b"<err>")
+    with (
+        natsync.Subscriber(nats_server.url, sentinels=sentinels) as subscriber,
+        natsync.connect(nats_server.url, sentinels=sentinels) as client,
+        RawClient(nats_server.url) as raw,
+    ):
+
+        def handler(ctx: natsync.Context, request: natsync.Message) -> Iterator[bytes]:
+            yield b"__STREAM_END__"
+            if request.data:
+                raise ValueError("told to")
+
+        subscriber.stream_subscribe("sc.custom", handler)
+        assert list(client.stream("sc.custom")) == [b"__STREAM_END__"]
+        with pytest.raises(natsync.HandlerError, match="told to"):
+            list(client.stream("sc.custom", b"fail"))
+        raw.request("sc.custom")
+        assert [raw.next().payload for _ in range(2)] == [b"__STREAM_END__", b"<eos>"]
+        raw.request("sc.custom", b"fail")
+        assert [raw.next().payload for _ in range(2)] == [b"__STREAM_END__", b"<err>told to"]
+
+
+@pytest.fixture
+def empty(nats_server: NatsServer) -> Iterator[tuple[natsync.Client, natsync.Subscriber]]:
+    """Both sides with Sentinels.EMPTY."""
+    with (
+        natsync.Subscriber(nats_server.url, sentinels=natsync.Sentinels.EMPTY) as subscriber,
+        natsync.connect(nats_server.url, sentinels=natsync.Sentinels.EMPTY) as client,
+    ):
+        yield client, subscriber
+
+
+Pair = tuple[natsync.Client, natsync.Subscriber]
+
+
+def test_sentinels_empty_end_with_an_empty_message(empty: Pair, raw: RawClient) -> None:
+    client, subscriber = empty
+    subscriber.stream_subscribe("sc.empty", lambda ctx, request: [b"1", b"__STREAM_END__"])
+    assert list(client.stream("sc.empty")) == [b"1", b"__STREAM_END__"]
+    raw.request("sc.empty")
+    assert [raw.next().payload for _ in range(3)] == [b"1", b"__STREAM_END__", b""]
+
+
+def test_sentinels_empty_refuse_an_empty_chunk(empty: Pair) -> None:
+    client, subscriber = empty
+    hold = Hold(subscriber, "sc.empty.guard")
+    with client.stream("sc.empty.guard"), pytest.raises(natsync.InvalidArgument):
+        hold.sender.send(b"")
+
+
+def test_sentinels_empty_do_not_take_no_responders_for_an_end(empty: Pair) -> None:
+    client, _ = empty
+    with pytest.raises(natsync.NoRespondersError):
+        list(client.stream("sc.empty.nobody"))
+
+
+def test_sentinels_empty_a_cancel_before_the_first_chunk_reaches_the_handler(empty: Pair) -> None:
+    client, subscriber = empty
+    hold = Hold(subscriber, "sc.empty.cancel")
+    stream = client.stream("sc.empty.cancel")
+    sender = hold.sender
+    eventually(lambda: stream.mode == "plain")
+    stream.close()
+    assert sender.closed.wait(1)
+
+
+@pytest.mark.parametrize(
+    ("value", "chunk"), [(b"raw", b"raw"), ("text", b"text"), ({"a": 1}, b'{"a":1}'), (None, b"")]
+)
+def test_a_stream_to_a_request_handler_is_one_chunk_and_the_end(
+    client: natsync.Client, subscriber: natsync.Subscriber, value: object, chunk: bytes
+) -> None:
+    subscriber.handler("sc.single")(lambda ctx, request: value)
+    assert list(client.stream("sc.single", timeout=PATIENCE)) == [chunk]
+
+
+def test_a_stream_to_a_request_handler_that_raises_is_a_handler_error(
+    client: natsync.Client, subscriber: natsync.Subscriber
+) -> None:
+    def handler(ctx: natsync.HandlerContext, request: natsync.Message) -> None:
+        raise LookupError("no such thing")
+
+    subscriber.handler("sc.single.error")(handler)
+    with pytest.raises(natsync.HandlerError, match="no such thing"):
+        list(client.stream("sc.single.error", timeout=PATIENCE))
+
+
+@pytest.mark.usefixtures("subscriber")
+def test_json_is_an_alternative_to_the_payload(client: natsync.Client, raw: RawClient) -> None:
+    raw.subscribe("sc.json")
+    with client.stream("sc.json", json={"prompt": "why?"}):
+        assert raw.next().payload == b'{"prompt":"why?"}'
