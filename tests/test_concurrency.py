@@ -24,9 +24,14 @@ HUGE = [float("inf"), 1e300, threading.TIMEOUT_MAX * 2]
 # -- timeouts --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [None, 0, 0.0, 1, 2.5, math.inf])
+@pytest.mark.parametrize("value", [None, 0, 0.0, 1, 2.5, 86_400.0])
 def test_a_timeout_is_none_or_a_number_from_zero_up(value: float | None) -> None:
     assert check_timeout(value) == value
+
+
+@pytest.mark.parametrize("value", HUGE)
+def test_an_endless_timeout_is_none(value: float) -> None:
+    assert check_timeout(value) is None
 
 
 @pytest.mark.parametrize("value", [-1, -0.001, math.nan, -math.inf])

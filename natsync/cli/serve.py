@@ -4,7 +4,6 @@ import importlib
 import logging
 import os
 import sys
-from contextlib import suppress
 from types import ModuleType
 
 import click
@@ -12,7 +11,6 @@ import click
 import natsync
 from natsync.cli.connection import DEBUG_OPTION, SERVER_OPTION, server_given
 from natsync.cli.parameters import duration
-from natsync.cli.signals import Terminated, sigterm_unwinds
 
 #: The attribute that is taken where the argument names only a module.
 DEFAULT_ATTRIBUTE = "subscriber"
@@ -44,11 +42,12 @@ def serve(target: str, log_level: str, shutdown_timeout: float) -> None:
     if (server := server_given()) is not None:
         os.environ["NATS_URL"] = server  # before the import: the module may make its Subscriber right there
     subscriber = load_subscriber(target)
-    # serve_forever() catches the signals; until it does they unwind the block, which closes the subscriber too.
-    with suppress(KeyboardInterrupt, Terminated), sigterm_unwinds(), subscriber:
+
+    def announce() -> None:
         for handle in subscriber.handles:
             click.echo(f"serving {handle.subject}{_in_group(handle.queue)}", err=True)
-        subscriber.serve_forever(shutdown_timeout=shutdown_timeout)
+
+    subscriber.serve_forever(shutdown_timeout=shutdown_timeout, ready=announce)
 
 
 def load_subscriber(target: str) -> natsync.Subscriber:
