@@ -306,11 +306,14 @@ class Client:
         data = payload_of(payload, json)
         given = Headers(headers)
         scope = (ctx or Context()).with_timeout(timeout)
-        if ctx is not None:
-            ctx.check()
-        core = self._connection()
-        core.ensure_open(Deadline(scope.deadline))
-        stream = Stream(core, self, subject, data, given, scope, idle_timeout, retry)
+        try:
+            scope.check()
+            core = self._connection()
+            core.ensure_open(Deadline(scope.deadline))
+            stream = Stream(core, self, subject, data, given, scope, idle_timeout, retry)
+        except BaseException:
+            scope.cancel("the stream was not opened")
+            raise
         stream.when_finished(lambda: scope.cancel("the stream is over"))
         return stream
 

@@ -18,6 +18,10 @@ log = logging.getLogger("natsync")
 _FOREVER = min(threading.TIMEOUT_MAX, 4e7)
 
 
+#: Threads of the process for callbacks that the library's own threads must not run.
+CALLBACK_THREADS = 32
+
+
 def check_timeout(value: float | None, name: str = "timeout") -> float | None:
     """The value if it is None or a number of seconds from 0 up; None too for infinity and other endless waits.
 
@@ -117,30 +121,29 @@ def run_safely(function: Callable[[], object], what: str) -> None:
 
 
 class _Background:
-    """Runs user callbacks that are due on a thread which must not run them, such as the timer's; one at a time.
+    """Runs user callbacks that are due on a thread which must not run them, such as the timer's.
 
-    Its thread exists while there is something to run.
+    Its threads exist while there is something to run: one callback that blocks does not keep the others waiting.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._due: deque[tuple[Callable[[], object], str]] = deque()
-        self._thread: threading.Thread | None = None
+        self._threads = 0
 
     def run(self, function: Callable[[], object], what: str) -> None:
         with self._lock:
             self._due.append((function, what))
-            if self._thread is not None:
+            if self._threads == CALLBACK_THREADS:
                 return
-            self._thread = threading.Thread(target=self._work, name="natsync-callbacks-worker", daemon=True)
-            thread = self._thread
-        thread.start()
+            self._threads += 1
+        threading.Thread(target=self._work, name="natsync-callbacks-worker", daemon=True).start()
 
     def _work(self) -> None:
         while True:
             with self._lock:
                 if not self._due:
-                    self._thread = None
+                    self._threads -= 1
                     return
                 function, what = self._due.popleft()
             run_safely(function, what)
@@ -152,7 +155,7 @@ _fork_callbacks: list[Callable[[], None]] = []
 
 
 def run_soon(function: Callable[[], object], what: str) -> None:
-    """Have user code called on a worker thread, in the order of these calls; for the reader and the timer."""
+    """Have user code called on a worker thread, soon; for the reader and the timer."""
     _background.run(function, what)
 
 

@@ -98,6 +98,10 @@ class Connection:
         self._outbox = Outbox(options.reconnect_buffer_bytes)
         self._attempt: _Attempt | None = None
         self._loss: LinkLoss | None = None
+        self._settling_lock = threading.Lock()
+        self._settling: list[tuple[int, Callable[[], None]]] = []
+        self._settling_ping = False
+        self._on_closed: list[Callable[[Exception | None], None]] = []
         self._close_reason: Exception | None = None
         self._draining = False
         self._sessions = 0
@@ -137,7 +141,7 @@ class Connection:
         if self.generation != fork_generation():
             raise ForkError("this connection belongs to the parent process")
         if self._status is Status.CLOSED:
-            raise self._closed_error()
+            raise self.closed_error()
         if self._status is Status.NEW:
             self._attempt = _Attempt()
             self._status = Status.CONNECTING
@@ -148,7 +152,12 @@ class Connection:
             _open_connections.add(self)
         return self._attempt if self._status is Status.CONNECTING else None
 
-    def _closed_error(self) -> NatsError:
+    @property
+    def close_reason(self) -> Exception | None:
+        """Why the connection gave up for good; None while it lasts, or if it was closed on purpose."""
+        return self._close_reason
+
+    def closed_error(self) -> NatsError:
         reason = self._close_reason
         error = ConnectionClosed("the connection is closed" + (f": {reason}" if reason else ""))
         error.__cause__ = reason
@@ -189,11 +198,15 @@ class Connection:
             except OutboxClosed:
                 with self._lock:  # the link was lost a moment ago: its successor's outbox is there when this is free
                     if self._status is Status.CLOSED:
-                        raise self._closed_error() from None
+                        raise self.closed_error() from None
 
-    def wait_room(self, deadline: Deadline) -> None:
-        """Block until try_put() is worth another try; raises TimedOut at the deadline."""
-        self._outbox.wait_room(deadline)
+    def wait_room(self, deadline: Deadline, over: Callable[[], bool] = lambda: False) -> None:
+        """Block until try_put() is worth another try, or over(); raises TimedOut at the deadline."""
+        self._outbox.wait_room(deadline, over)
+
+    def wake_publishers(self) -> None:
+        """Have those in wait_room() ask their over() again."""
+        self._outbox.wake_publishers()
 
     def put_now(self, frame: bytes) -> bool:
         """Queue a small frame without ever waiting; False (and nothing sent) if there is no link."""
@@ -201,7 +214,7 @@ class Connection:
 
     def _check_open(self) -> None:
         if self._status is Status.CLOSED:
-            raise self._closed_error()
+            raise self.closed_error()
         if self._status is Status.NEW or self._status is Status.CONNECTING:
             self.ensure_open()
 
@@ -238,14 +251,44 @@ class Connection:
         if not signal.wait(deadline):
             raise TimedOut("the server did not confirm what was sent in time")
         if answers[0] is None:
+            self._check_open()
             raise ConnectionLost(f"the link to {session.server} broke before the server confirmed what was sent")
+
+    def when_confirmed(self, mark: int, callback: Callable[[], None]) -> None:
+        """Have callback() called on the reader's thread once the server has everything up to this position.
+
+        Costs one PING a round trip, however many wait. A link that is lost first is made up for by the next one's.
+        """
+        with self._settling_lock:
+            self._settling.append((mark, callback))
+            if self._settling_ping:
+                return
+            self._settling_ping = True
+        self._ping_to_settle()
+
+    def _ping_to_settle(self) -> None:
+        session = self._session
+        if session is None or not session.ping(self._settle):
+            with self._settling_lock:
+                self._settling_ping = False
+
+    def _settle(self, position: int | None) -> None:
+        with self._settling_lock:
+            reached = -1 if position is None else position
+            settled = [callback for mark, callback in self._settling if mark <= reached]
+            self._settling = [entry for entry in self._settling if entry[0] > reached]
+            again = self._settling_ping = position is not None and bool(self._settling)
+        for callback in settled:
+            callback()
+        if again:
+            self._ping_to_settle()
 
     def _await_session(self, deadline: Deadline) -> Session:
         self._check_open()
         with self._lock:
             while self._session is None:
                 if self._status is Status.CLOSED:
-                    raise self._closed_error()
+                    raise self.closed_error()
                 if not self._changed.wait(deadline.remaining()):
                     raise TimedOut("no link to a server in time")
             return self._session
@@ -264,7 +307,7 @@ class Connection:
         self._check_open()
         with self._lock:
             if self._status is Status.CLOSED:
-                raise self._closed_error()
+                raise self.closed_error()
             self._outbox.put_now(self.dispatcher.add(core))
 
     def stop_intake(self, core: SubscriptionCore) -> None:
@@ -334,7 +377,9 @@ class Connection:
             self._status = Status.RECONNECTING
             self.event("disconnected", {"reason": str(reason)})
         log.info("%s: disconnected: %s", self.name, reason)
-        for mux in self.dispatcher.muxes():
+        muxes = self.dispatcher.muxes()
+        self._outbox.withdraw_to(set().union(*(mux.breaks(loss) for mux in muxes)))
+        for mux in muxes:
             mux.link_lost(loss)
         self._supervisor.link_lost(session, reason)
 
@@ -369,6 +414,9 @@ class Connection:
             session.start()
             self._changed.notify_all()
             self.event("reconnected" if self._sessions > 1 else "connected", {"server": str(transport.server)})
+        if self._settling:
+            self._settling_ping = True
+            self._ping_to_settle()
         log.info("%s: connected to %s", self.name, transport.server)
         if too_large:
             self.event("error", {"error": f"{too_large} waiting messages exceed the new server's max_payload: dropped"})
@@ -437,6 +485,8 @@ class Connection:
     def close(self, timeout: float | None = CLOSE_SECONDS, reason: Exception | None = None) -> None:
         """End for good: flush, then stop threads; all within the timeout. Idempotent; from any thread of any kind."""
         deadline = Deadline.after(timeout)
+        for mux in self.dispatcher.muxes():
+            mux.connection_closing()
         if timeout != 0 and self._status is Status.CONNECTED and not self._is_reader():
             try:
                 self.flush(deadline)
@@ -453,11 +503,11 @@ class Connection:
                 self._remember_locked(session, self._outbox)
             if self._attempt is not None and self._attempt.pending:
                 self._attempt.pending = False
-                self._attempt.error = self._closed_error()
+                self._attempt.error = self.closed_error()
             self._changed.notify_all()
         if unsent:
             log.warning("%s: closed with %d messages unsent", self.name, len(unsent))
-        error = self._closed_error()
+        error = self.closed_error()
         if session is not None:
             session.end(error)
         for mux in self.dispatcher.muxes():
@@ -465,6 +515,8 @@ class Connection:
         for core in self.dispatcher.subscriptions():
             self.dispatcher.remove(core)
             core.deactivate(reason and error, forget=core.has_callback)
+        for callback in self._on_closed:
+            callback(reason)
         self.event("closed", {"reason": None if reason is None else str(reason)})
         self._supervisor.stop()
         self._join(session, deadline)
@@ -483,6 +535,13 @@ class Connection:
         if stuck:
             log.warning("%s: still running after close(): %s", self.name, ", ".join(stuck))
         timers.settle()
+
+    def when_closed(self, callback: Callable[[Exception | None], None]) -> None:
+        """Have callback(reason) called when the connection ends for good; reason None = it was closed on purpose.
+
+        Brief, non-blocking; to be asked for before the connection is opened.
+        """
+        self._on_closed.append(callback)
 
     def abandon(self) -> None:
         """In a forked child: let go of the parent's socket without a word on the wire."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Iterator
 from types import TracebackType
 from typing import Any, TypeVar
 
-from natsync import closing, concurrency, timers
+from natsync import closing, timers
 from natsync.concurrency import Deadline, check_timeout, run_safely, run_soon
 from natsync.errors import Cancelled, DeadlineExceeded
 
@@ -183,7 +183,7 @@ class Context:
         once (close() alone would not wake it); when the block is left, obj is closed. Knows requests, urllib3,
         http.client, httpx, sockets and files made of them; of others cancel() or close() is called.
         """
-        remove = self.on_end(lambda: concurrency.run_safely(lambda: closing.wake(obj), "closing a third party"))
+        remove = self.on_cancel(lambda: closing.wake(obj))  # a user's object: never on a library's thread
         try:
             yield obj
         finally:

@@ -45,11 +45,17 @@ class Waiter(Protocol):
     def deliver(self, items: list[Item]) -> None:
         """Take the messages of one read, in order."""
 
+    def breaks(self, loss: LinkLoss) -> bytes | None:
+        """Before link_lost(): a subject whose messages still waiting must not be sent any more; mostly None."""
+
     def link_lost(self, loss: LinkLoss) -> None:
         """The link was lost; another may follow."""
 
     def publish_denied(self, subject: bytes, error: Exception) -> None:
         """The server did not let a message to this subject pass; maybe this waiter's."""
+
+    def connection_closing(self) -> None:
+        """The connection is about to be closed, and can still send."""
 
     def connection_closed(self, reason: Exception) -> None:
         """There will be no further link."""
@@ -92,6 +98,10 @@ class Mux:
         if self.on_late is not None:
             self.on_late(batch.items)
 
+    def breaks(self, loss: LinkLoss) -> set[bytes]:
+        found = {waiter.breaks(loss) for waiter in self._all()}
+        return {subject for subject in found if subject is not None}
+
     def link_lost(self, loss: LinkLoss) -> None:
         for waiter in self._all():
             waiter.link_lost(loss)
@@ -99,6 +109,10 @@ class Mux:
     def publish_denied(self, subject: bytes, error: Exception) -> None:
         for waiter in self._all():
             waiter.publish_denied(subject, error)
+
+    def connection_closing(self) -> None:
+        for waiter in self._all():
+            waiter.connection_closing()
 
     def connection_closed(self, reason: Exception) -> None:
         for waiter in self._all():

@@ -11,6 +11,7 @@ to a link that was lost (position <= taken) and whether the server is known to h
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 from natsync.concurrency import Deadline
 from natsync.errors import ReconnectBufferFull, TimedOut
@@ -72,8 +73,10 @@ class Outbox:
                 self._ready.notify()
             return self.position
 
-    def wait_room(self, deadline: Deadline) -> None:
-        """Block until try_put() is worth another try: the writer has caught up, or the link is gone.
+    def wait_room(self, deadline: Deadline, over: Callable[[], bool]) -> None:
+        """Block until try_put() is worth another try: the writer has caught up, the link is gone, or it is over().
+
+        What ends the wait early by over() must call wake_publishers().
 
         Raises:
             TimedOut: the deadline came first.
@@ -81,11 +84,17 @@ class Outbox:
         with self._lock:
             self._publishers_wait += 1
             try:
-                while self._attached and not self._closed and self._size >= HIGH_WATER_BYTES:
+                while self._attached and not self._closed and self._size >= HIGH_WATER_BYTES and not over():
                     if not self._room.wait(deadline.remaining()) and self._size >= HIGH_WATER_BYTES:
                         raise TimedOut(f"the link took nothing for a while: {self._size} bytes wait to be written")
             finally:
                 self._publishers_wait -= 1
+
+    def wake_publishers(self) -> None:
+        """Have those who wait for room look again."""
+        if self._publishers_wait:
+            with self._lock:
+                self._room.notify_all()
 
     def put_now(self, frame: bytes) -> int:
         """Queue a protocol frame behind the messages without ever waiting; its position, 0 if there is no link."""
@@ -116,6 +125,13 @@ class Outbox:
                     self.taken += len(frame)
                     return True
         return False
+
+    def withdraw_to(self, subjects: set[bytes]) -> None:
+        """Take back all messages to these subjects."""
+        with self._lock:
+            self._frames = [frame for frame in self._frames if frame.split(b" ", 2)[1] not in subjects]
+            self._size = sum(map(len, self._frames))
+            self.taken = self.position - self._size
 
     @property
     def size_bytes(self) -> int:

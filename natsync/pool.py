@@ -105,7 +105,7 @@ class ConnectionPool:
 
     def getconn(self, timeout: float | None = None) -> Client:
         """Borrow a client; give it back with putconn(). Blocks and raises as connection() does."""
-        limit = self._timeout if check_timeout(timeout) is None else timeout
+        limit = self._timeout if timeout is None else check_timeout(timeout)
         deadline = Deadline.after(limit)
         turn = self._queue_up()
         try:
@@ -263,7 +263,7 @@ class ConnectionPool:
 
         Blocks up to timeout seconds (None = the pool's own timeout). Raises as connection() does.
         """
-        limit = self._timeout if check_timeout(timeout) is None else timeout
+        limit = self._timeout if timeout is None else check_timeout(timeout)
         deadline = Deadline.after(limit)
         with self._lock:
             wanted = self._min_size - len(self._leased)

@@ -36,6 +36,9 @@ class _Reply:
             self.item = items[0]
             self.signal.set()
 
+    def breaks(self, loss: LinkLoss) -> None:
+        return None
+
     def link_lost(self, loss: LinkLoss) -> None:
         if self.mark is not None and loss.took(self.frame, self.mark):
             self.fail(ConnectionLost(f"the link broke while the request was under way: {loss.reason}", sent=True))
@@ -43,6 +46,9 @@ class _Reply:
     def publish_denied(self, subject: bytes, error: Exception) -> None:
         if subject == self.subject:
             self.fail(error)
+
+    def connection_closing(self) -> None:
+        pass  # it may still be answered while the connection flushes
 
     def connection_closed(self, reason: Exception) -> None:
         self.fail(reason)

@@ -83,7 +83,8 @@ class SubscriptionCore:
         self._changed = threading.Condition(self._lock)
         self._pending: deque[tuple[bytes, Item]] = deque()
         self._pending_bytes = 0
-        self._running = 0
+        self._running = 0  # workers on this subscription
+        self._busy = 0  # those of them that are inside the callback
         self._slow = False
         self._error: Exception | None = None
 
@@ -148,7 +149,7 @@ class SubscriptionCore:
             self._changed.notify_all()
             return
         assert self._pool is not None
-        while self._running < min(self._concurrency, len(self._pending)):
+        while self._running < self._concurrency and self._running - self._busy < len(self._pending):
             self._running += 1
             if not self._pool.submit(self._run):
                 self._running -= 1
@@ -188,19 +189,25 @@ class SubscriptionCore:
         """A turn of one worker: hand messages to the callback until none is left or others should go first."""
         assert self._callback is not None
         assert self._pool is not None
+        busy = 0
         for _ in range(_TURN):
             with self._lock:
+                self._busy -= busy
                 if not self._pending:
                     self._running -= 1
                     self._changed.notify_all()
                     return
                 message = self._pop_locked()
+                busy = 1
+                self._busy += busy
             try:
                 self._callback(message)
             except BaseException:  # SystemExit in a callback must not leave the subscription stuck
                 self.failed += 1
                 log.exception("the callback for %r raised", message.subject)
             del message
+        with self._lock:
+            self._busy -= busy
         if not self._pool.submit(self._run):
             with self._lock:
                 self._running -= 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ from natsync.errors import AuthorizationError, ConnectError, NatsError, NoServer
 from natsync.options import ConnectOptions, Server
 from natsync.servers import ServerList
 from natsync.session import Session
-from natsync.transport import Transport, dial
+from natsync.transport import Dialing, Transport, dial
 
 log = logging.getLogger("natsync.connection")
 
@@ -61,6 +62,9 @@ class Supervisor:
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._refusals: dict[Server, str] = {}
+        self._dialing = Dialing()
+        self._linked_at = 0.0
+        self._flaps = 0  # links in a row that were lost as soon as they were made
 
     def start(self) -> None:
         """Start the thread, and with it the first walk. Requires the connection's lock."""
@@ -82,8 +86,9 @@ class Supervisor:
         self._tasks.put(lambda: self._discover(urls))
 
     def stop(self) -> None:
-        """Let the thread end after what it is doing."""
+        """Let the thread end; a dial under way is cut short."""
         self._tasks.put(None)
+        self._dialing.cancel()
 
     def join(self, deadline: Deadline) -> list[str]:
         """Wait for the thread; its name if it did not end in time."""
@@ -121,27 +126,34 @@ class Supervisor:
     def _replace(self, lost: Session, reason: Exception) -> None:
         lost.join(Deadline.after(self._options.connect_timeout))
         self._servers.failed(lost.server)
+        lasted = time.monotonic() - self._linked_at
+        self._flaps = 0 if lasted >= self._options.reconnect_wait else self._flaps + 1
         if self._refused_again(lost.server, reason) or not self._options.reconnect:
             self._keeper.gave_up(reason)
         else:
             self._persist()
 
     def _persist(self) -> None:
-        """Walk over the servers until one is there; waits between walks, exponentially longer."""
-        walks = 0
+        """Walk over the servers until one is there; waits between walks, exponentially longer.
+
+        The first walk is made at once; but not if link after link was lost right away, or a server that greets and
+        hangs up would be dialed without a pause.
+        """
+        fruitless = 0
         while self._keeper.wants_link():
+            pauses = fruitless or self._flaps
+            if pauses and not self._chores(Deadline.after(self._servers.backoff(pauses))):
+                self._tasks.put(None)  # the end was for the loop around this one
+                return
             causes = self._walk()
             if causes is None:
                 return
-            walks += 1
+            fruitless += 1
             final = [error for server, error in causes.items() if self._refused_again(server, error)]
             if final:
                 self._keeper.gave_up(final[0])
-            elif 0 <= self._options.max_reconnects <= walks:
+            elif 0 <= self._options.max_reconnects <= fruitless:
                 self._keeper.gave_up(no_servers(causes))
-            elif not self._chores(Deadline.after(self._servers.backoff(walks))):
-                self._tasks.put(None)  # the end was for the loop around this one
-                return
 
     def _walk(self) -> Causes | None:
         """Try each server once; None once there is a link, else what each one failed with."""
@@ -150,7 +162,7 @@ class Supervisor:
             if not self._keeper.wants_link():
                 break
             try:
-                transport, info = dial(server, self._options)
+                transport, info = dial(server, self._options, self._dialing)
             except Exception as error:
                 if not isinstance(error, NatsError):
                     log.exception("%s: dialing %s failed", self._name, server)
@@ -160,6 +172,7 @@ class Supervisor:
                 continue
             if self._keeper.on_link(transport, info):
                 self._refusals.clear()
+                self._linked_at = time.monotonic()
                 self._discover(info.get("connect_urls") or [])
                 return None
         return causes

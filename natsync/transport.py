@@ -136,7 +136,35 @@ class _Tls:
             return self._outgoing.read()
 
 
-def dial(server: Server, options: ConnectOptions) -> tuple[Transport, dict[str, Any]]:
+class Dialing:
+    """What lets close() cut a dial short: the socket that is being dialed, if any."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sock: socket.socket | None = None
+        self._cancelled = False
+
+    def begin(self, sock: socket.socket) -> None:
+        """This socket is going to connect; raises ConnectError if nobody wants that any more."""
+        with self._lock:
+            if self._cancelled:
+                raise ConnectError("closed while connecting")
+            self._sock = sock
+
+    def end(self) -> None:
+        with self._lock:
+            self._sock = None
+
+    def cancel(self) -> None:
+        """Make the present dial fail at once, and every later one."""
+        with self._lock:
+            self._cancelled = True
+            if self._sock is not None:
+                with suppress(OSError):
+                    self._sock.shutdown(socket.SHUT_RDWR)
+
+
+def dial(server: Server, options: ConnectOptions, dialing: Dialing | None = None) -> tuple[Transport, dict[str, Any]]:
     """Connect to one server; returns the transport and the server's INFO.
 
     Blocks up to options.connect_timeout for everything together: TCP, TLS, INFO, and the PONG that proves that the
@@ -148,7 +176,7 @@ def dial(server: Server, options: ConnectOptions) -> tuple[Transport, dict[str, 
         ProtocolError: what answered is not a NATS server.
         TimedOut: the handshake was not complete in time.
     """
-    handshake = _Handshake(server, options)
+    handshake = _Handshake(server, options, dialing or Dialing())
     try:
         handshake.connect()
         return handshake.transport(), handshake.info
@@ -169,10 +197,11 @@ def dial(server: Server, options: ConnectOptions) -> tuple[Transport, dict[str, 
 class _Handshake(_pynats2.NATSNoSubscribeClient):
     """pynats2's handshake, mended: one deadline, an end that is noticed, any order of lines, PONG awaited."""
 
-    def __init__(self, server: Server, options: ConnectOptions) -> None:
+    def __init__(self, server: Server, options: ConnectOptions, dialing: Dialing) -> None:
         super().__init__(str(server), name=options.name or "natsync", socket_timeout=options.connect_timeout)
         self._server = server
         self._options = options
+        self._dialing = dialing
         self._deadline = Deadline.after(options.connect_timeout)
         self._tls: _Tls | None = None
         self._raw: socket.socket | None = None
@@ -180,7 +209,7 @@ class _Handshake(_pynats2.NATSNoSubscribeClient):
 
     def connect(self) -> None:
         host, port = self._server.host, self._server.port
-        self._raw = _connect(host, port, self._deadline)
+        self._raw = _connect(host, port, self._deadline, self._dialing)
         self._raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket = self._raw
         self._await(_pynats2.INFO_RE)
@@ -200,6 +229,7 @@ class _Handshake(_pynats2.NATSNoSubscribeClient):
         return Transport(sock, self._server, self._socket_buffer)
 
     def close_unless_taken(self) -> None:
+        self._dialing.end()
         if self._raw is not None:
             self._raw.close()
 
@@ -302,7 +332,7 @@ class _Handshake(_pynats2.NATSNoSubscribeClient):
         self._raw.sendall(data if self._tls is None else self._tls.encrypt(data))
 
 
-def _connect(host: str, port: int, deadline: Deadline) -> socket.socket:
+def _connect(host: str, port: int, deadline: Deadline, dialing: Dialing) -> socket.socket:
     """A TCP connection to the first address of the host that answers; a deaf one leaves time for those behind it."""
     addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     failure: OSError = OSError(f"{host} has no address")
@@ -310,10 +340,12 @@ def _connect(host: str, port: int, deadline: Deadline) -> socket.socket:
         left = _left(deadline, "connecting")
         sock = socket.socket(family, kind, protocol)
         try:
+            dialing.begin(sock)
             sock.settimeout(None if left is None else left / (len(addresses) - tried))
             sock.connect(address)
             return sock
         except OSError as error:
+            dialing.end()
             sock.close()
             failure = error
     raise failure

@@ -37,10 +37,12 @@ class WorkerPool:
         self._numbers = 0
         self._closed = False
 
-    def submit(self, task: Task) -> bool:
-        """Have the task run; False if the pool is closed. Never blocks."""
+    def submit(self, task: Task, *, queue: bool = True) -> bool:
+        """Have the task run; False if the pool is closed, or with queue=False if no thread is free. Never blocks."""
         with self._lock:
             if self._closed:
+                return False
+            if not queue and self._idle <= len(self._tasks) and len(self._threads) >= self.limit:
                 return False
             self._tasks.append(task)
             if self._idle >= len(self._tasks):

@@ -141,6 +141,9 @@ class Call:
             )
         )
 
+    def breaks(self, loss: LinkLoss) -> None:
+        return None
+
     def link_lost(self, loss: LinkLoss) -> None:
         if self._mark is not None and loss.took(self._frame, self._mark):
             reason = f"the link broke in mid-stream, chunks may be missing: {loss.reason}"
@@ -150,6 +153,12 @@ class Call:
         if not self.mode and subject == _subject.publish_subject(self.subject):
             self._fail(error, tell=False)
 
+    def connection_closing(self) -> None:
+        """Let the responder know while that can still be sent; the error comes with connection_closed()."""
+        control = self._control
+        if control is not None and not self._over:
+            self._connection.put_now(encode_pub(control, None, None, frames.encode_cancel("the requester closes")))
+
     def connection_closed(self, reason: Exception) -> None:
         self._fail(reason, tell=False)
 
@@ -158,24 +167,21 @@ class Call:
     def next_chunk(self, deadline: Deadline) -> bytes:
         """The next chunk. Raises StreamEnded, TimedOut, or what ended the stream."""
         while True:
-            for item in self.batch:
-                payload = item[2]
-                if item[1] is None and not payload.startswith(self.special):
-                    self.chunks += 1
-                    self.bytes += len(payload)
-                    return payload
-                chunk = self._judge(item)
+            batch = self.batch
+            for item in batch:
+                chunk = self.judge(item)
                 if chunk is not None:
                     return chunk
-            self._refill(deadline)
+            self._refill(batch, deadline)
 
     def next_message(self, deadline: Deadline) -> Message:
         """The next message in the seed's form: chunk, END or ERROR, as a Message."""
         while True:
-            for item in self.batch:
+            batch = self.batch
+            for item in batch:
                 message = Message.received(self.inbox, item, self._connection.publish_answer)
                 try:
-                    chunk = self._judge(item)
+                    chunk = self.judge(item)
                 except StreamEnded:
                     message.is_end = True
                     return message
@@ -186,13 +192,9 @@ class Call:
                     raise
                 if chunk is not None:
                     return message
-            self._refill(deadline)
+            self._refill(batch, deadline)
 
-    def put_back(self, item: Item) -> None:
-        """Have next_chunk() look at an item that was taken off the batch."""
-        self.batch = chain((item,), self.batch)
-
-    def _judge(self, item: Item) -> bytes | None:
+    def judge(self, item: Item) -> bytes | None:
         """What an item means: a chunk, None for a note; raises for an end."""
         _, block, payload = item
         if block is not None:
@@ -236,12 +238,12 @@ class Call:
         self._fail(error, tell=False)
         return error
 
-    def _refill(self, deadline: Deadline) -> None:
-        """Wait for more and take all of it; raises what there is to raise instead."""
+    def _refill(self, empty: Iterator[Item], deadline: Deadline) -> None:
+        """The batch is used up: wait for more and take all of it; raises what there is to raise instead."""
         if not self._taking.acquire(timeout=deadline.wait_time()):
             raise TimedOut(f"no chunk of {self.subject!r} in time: another thread is waiting for it")
         try:
-            while not self._take():
+            while self.batch is empty and not self._take():  # another thread may have refilled it meanwhile
                 self._wait(deadline)
         finally:
             self._taking.release()
@@ -433,6 +435,7 @@ class Stream(Closable[bytes]):
         self._retry = retry
         self._generation = fork_generation()
         self._hooks: list[Finished] = []
+        self._tries = 0
         self._call = self._open(0)
 
     def _open(self, attempt: int) -> Call:
@@ -453,8 +456,12 @@ class Stream(Closable[bytes]):
                 call.chunks += 1
                 call.bytes += len(payload)
                 return payload
-            call.put_back(item)
-            break
+            try:
+                chunk = call.judge(item)
+            except StreamEnded:
+                raise StopIteration from None
+            if chunk is not None:
+                return chunk
         try:
             return self._next(_NO_DEADLINE)
         except StreamEnded:
@@ -480,10 +487,12 @@ class Stream(Closable[bytes]):
     def _first(self, deadline: Deadline) -> bytes:
         """The first chunk: while there is none, a request that surely did not run may be sent again."""
         policy, self._retry = self._retry, None
+        scope = self._ctx if deadline.at is None else self._ctx.with_deadline(deadline.at)
 
         def attempt(number: int) -> bytes | TimedOut:
             if number:
-                self._call = self._open(number)
+                self._tries += 1
+                self._call = self._open(self._tries)
             try:
                 return self._call.next_chunk(deadline)
             except TimedOut as error:
@@ -492,13 +501,22 @@ class Stream(Closable[bytes]):
                 return error  # the wait ended, not the stream: nothing to repeat
 
         try:
-            outcome = run(attempt, policy, self._ctx)
+            outcome = run(attempt, policy, scope)
+        except DeadlineExceeded:
+            if self._ctx.cancelled:
+                self._attach_hooks()
+                raise
+            self._retry = policy  # the wait ended, between two tries
+            raise TimedOut(f"no chunk of {self.subject!r} in time; the stream goes on") from None
         except Cancelled as error:  # while it waited for another try
             self._attach_hooks()
             raise StreamCancelled(error.reason) from None
         except BaseException:
             self._attach_hooks()
             raise
+        finally:
+            if scope is not self._ctx:
+                scope.cancel("the wait is over")
         if isinstance(outcome, TimedOut):
             self._retry = policy
             raise outcome

@@ -112,16 +112,24 @@ def decode_opening(headers: Headers) -> Opening:
 
 def encode_status(status: Status) -> bytes:
     """The header block of a message that ends a stream with an error."""
-    code = status.code or Code.UNKNOWN
+    code = status.code if isinstance(status.code, int) and status.code else Code.UNKNOWN
     name = Code(code).name if code in Code._value2member_map_ else "CODE"
     headers = Headers({STATUS_HEADER: f"{int(code)} {name}"})
     if status.reason is not None:
         headers[REASON_HEADER] = status.reason
     if status.details is not None:
-        headers[DETAILS_HEADER] = json.dumps(status.details, default=str)
+        headers[DETAILS_HEADER] = _as_json(status.details)
     if status.retry_after is not None:
         headers[RETRY_AFTER_HEADER] = f"{status.retry_after:g}"
     return headers.encode()
+
+
+def _as_json(details: Any) -> str:
+    """Details as JSON; what has no JSON form goes as text: an error must not get lost over its details."""
+    try:
+        return json.dumps(details, default=str)
+    except (TypeError, ValueError, RecursionError):
+        return json.dumps(f"<{type(details).__name__} without a JSON form>")
 
 
 @dataclass(frozen=True)

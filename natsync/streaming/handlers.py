@@ -141,15 +141,15 @@ def _guarded(run: Runner) -> Runner:
             if core.closed.is_set():
                 log.debug("handler of %r stopped after its stream was over: %r", request.subject, error)
                 return
-            log.exception("handler of %r raised", request.subject)
             core.fail(describe(error), Status(code_of(error), getattr(error, "details", None)))
+            log.exception("handler of %r raised", request.subject)
 
     return guarded
 
 
 def code_of(error: BaseException) -> int:
     """The status code that says best how a handler failed."""
-    if isinstance(error, StreamError):
+    if isinstance(error, StreamError) and isinstance(error.code, int):
         return error.code
     if isinstance(error, DeadlineExceeded | TimeoutError):
         return Code.DEADLINE_EXCEEDED

@@ -69,6 +69,10 @@ class Handle:
             self.ctx.cancel_soon(Cancelled(f"the registration of {self.subject!r} was stopped"))
             self._work.wait_idle(Deadline.after(LEAVE_SECONDS if timeout else 0))
 
+    def connection_closed(self) -> None:
+        """The connection ended for good, and the registration with it."""
+        self._stopped.set()
+
     def in_force(self) -> None:
         """The subscription is in place: from now on the end of the context ends it."""
         self.ctx.on_end(lambda: self._responder.connection.in_supervisor(self._end))

@@ -109,8 +109,10 @@ class Responder:
             return
         core.when_closed(self._free_slot)
         work.begin(ctx)
-        if not self._pool.submit(lambda: _run_stream(request, runner, ctx, core, work)):
-            core.fail("the responder is shutting down", frames.Status(Code.UNAVAILABLE, reason=frames.REFUSED))
+        if not self._pool.submit(lambda: _run_stream(request, runner, ctx, core, work), queue=False):
+            # Shutting down, or all threads are held by handlers that go on although their streams are over.
+            status = frames.Status(Code.RESOURCE_EXHAUSTED, reason=frames.REFUSED, retry_after=RETRY_AFTER)
+            core.fail("no thread is free to run the handler", status)
             work.end(ctx, "dropped")
 
     def _sender(self, request: Message, ctx: HandlerContext, opening: frames.Opening) -> SenderCore:
@@ -152,8 +154,8 @@ class Responder:
             request.respond(handlers.reply_bytes(function(ctx, request)))
             outcome = "processed"
         except BaseException as error:  # SystemExit in a handler must not leave its requester waiting
-            log.exception("handler of %r raised", request.subject)
             _respond_error(request, error)
+            log.exception("handler of %r raised", request.subject)
         finally:
             work.end(ctx, outcome)
 
@@ -177,14 +179,17 @@ def _wants_answer(request: Message, work: Work) -> bool:
 
 def _run_stream(request: Message, runner: Runner, ctx: HandlerContext, core: SenderCore, work: Work) -> None:
     """The whole of a stream's handler; the request is over when it has returned and the stream is closed."""
-    core.accept()
-    runner(ctx, request, core)
-    core.when_closed(lambda: work.end(ctx, core.outcome))
+    try:
+        core.accept()
+        runner(ctx, request, core)
+    finally:
+        core.when_closed(lambda: work.end(ctx, core.outcome))
 
 
 def _respond_error(request: Message, error: BaseException) -> None:
     code = getattr(error, "code", None)
-    text = " ".join(describe(error).replace("\0", "").split())[:_ERROR_TEXT]
+    text = describe(error).encode("utf-8", "replace").decode().replace("\0", "")
+    text = " ".join(text.split())[:_ERROR_TEXT]
     number = code if isinstance(code, int) else _HANDLER_FAILED
     try:
         request.respond(b"", headers=Headers({ERROR_HEADER: text, ERROR_CODE_HEADER: str(int(number))}))

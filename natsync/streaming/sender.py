@@ -64,6 +64,7 @@ class SenderCore:
         self._lock = threading.Lock()
         self._error: Exception | None = None
         self._ended = False
+        self._broken: StreamClosed | None = None
         self._headers: Headers | None = None
         self._first_mark = 0
         self._last_mark = 0
@@ -90,21 +91,23 @@ class SenderCore:
 
     def send(self, data: bytes, deadline: Deadline) -> int:
         """Queue one chunk; waits while the link is far behind. Returns its number."""
-        frame = self._frame(data)
+        frame = self._frame(data, first=not self.count)
         while not (number := self._try(frame)):
-            self._connection.wait_room(deadline)
+            self._connection.wait_room(deadline, self.closed.is_set)
         return number
 
     def try_send(self, data: bytes) -> bool:
         """Queue one chunk if the link has room now."""
-        return self._try(self._frame(data)) > 0
+        return self._try(self._frame(data, first=not self.count)) > 0
 
     def send_many(self, chunks: list[bytes], deadline: Deadline) -> int:
         """Queue chunks behind each other, so that they leave in as few writes as possible."""
         number = self.count
         group: list[bytes] = []
         size = 0
-        for frame in [self._frame(chunk) for chunk in chunks]:  # all are checked before the first is queued
+        first = not self.count
+        # All are checked before the first is queued.
+        for frame in [self._frame(chunk, first=first and not index) for index, chunk in enumerate(chunks)]:
             group.append(frame)
             size += len(frame)
             if size >= GROUP_BYTES:
@@ -115,10 +118,10 @@ class SenderCore:
     def _send_group(self, frames_: list[bytes], deadline: Deadline) -> int:
         joined = b"".join(frames_)
         while not (number := self._try(joined, len(frames_))):
-            self._connection.wait_room(deadline)
+            self._connection.wait_room(deadline, self.closed.is_set)
         return number
 
-    def _frame(self, data: bytes) -> bytes:
+    def _frame(self, data: bytes, *, first: bool) -> bytes:
         if data.startswith(self._special) and self._sentinels.forges(data):
             raise InvalidArgument(
                 f"the chunk {data[:40]!r} is what ends a plain stream, so the requester would take it for the end; "
@@ -128,7 +131,7 @@ class SenderCore:
         if limit is not None and len(data) > limit:
             raise MaxPayloadExceeded(len(data), limit)
         headers = self._headers
-        if headers is not None and not self.count:
+        if headers is not None and first:
             return self._connection.encode(self._reply, self._inbox, headers.encode(), data)
         return b"%b%d\r\n%b\r\n" % (self._prefix, len(data), data)
 
@@ -192,33 +195,52 @@ class SenderCore:
         return encode_pub(self._reply, self._inbox, block, payload)
 
     def _close(self, error: Exception, last_frame: bytes | None) -> bool:
-        """End for this reason unless there is one already; the slot is free before the last frame is queued."""
+        """End for this reason, unless there is one already."""
         with self._lock:
             if self._error is not None:
                 return False
             self._error = error
             self._ended = isinstance(error, StreamError) and error.code == Code.OK
+        # From here on nobody sends: every chunk that was sent is queued, and the end goes behind it.
+        self._finish(last_frame)
+        return True
+
+    def _finish(self, last_frame: bytes | None) -> None:
+        """Tell everybody that the stream is over. Its slot is free before the last frame is queued."""
+        with self._lock:
             internal, self._internal = self._internal, []
             users, self._callbacks = self._callbacks, []
-        # From here on nobody sends: every chunk that was sent is queued, and the end goes behind it.
         self.closed.set()
         self._stop_watching()
         if not self._ended:
-            self.ctx.cancel_soon(Cancelled(str(error)))
+            self.ctx.cancel_soon(Cancelled(str(self._error)))
         for callback in internal:
             callback()
-        if last_frame is not None:
+        if last_frame is None:
+            self._control.unregister(self._token)
+        else:
             self._put_last(last_frame)
+        self._connection.wake_publishers()  # a send() of this stream may be waiting for room
         for callback in users:
             self._run_user(callback)
-        self._control.unregister(self._token)
-        return True
 
     def _put_last(self, frame: bytes) -> None:
+        """Queue the end; a link that is lost before the server has it must not leave the requester waiting."""
         try:
-            self._connection.try_put(frame, force=True)
+            mark = self._connection.try_put(frame, force=True)
         except NatsError as error:  # closed: there is nobody to tell any more
             log.debug("the end of a stream on %r was not sent: %s", self.subject, error)
+            self._control.unregister(self._token)
+            return
+        with self._lock:
+            self._last_mark = mark
+            self._first_mark = self._first_mark or mark
+        self._connection.when_confirmed(mark, lambda: self._confirmed(mark))
+
+    def _confirmed(self, mark: int) -> None:
+        """The server has everything up to this position."""
+        if mark == self._last_mark:
+            self._control.unregister(self._token)
 
     def _run_user(self, callback: Callable[[], object]) -> None:
         if not self._connection.dispatcher.workers.submit(callback):
@@ -253,17 +275,40 @@ class SenderCore:
                 self._close(StreamCancelled(reason), None)
                 return
 
+    def breaks(self, loss: LinkLoss) -> bytes | None:
+        """Whether messages of this stream may have been lost with the link: then nothing more of it may be sent.
+
+        Returns the reply subject, whose waiting messages are to be taken back.
+        """
+        with self._lock:
+            lost = loss.confirmed < self._last_mark and 0 < self._first_mark <= loss.taken
+            if not lost or (self._error is not None and self._last_mark > loss.position):
+                return None  # nothing was lost; or the end is in the new outbox already, behind the gap
+            self._broken = StreamClosed(
+                f"the responder's link broke in mid-stream, chunks may be missing: {loss.reason}", code=Code.UNAVAILABLE
+            )
+            if self._error is None:
+                self._error = self._broken
+            return self._reply
+
     def link_lost(self, loss: LinkLoss) -> None:
-        """Chunks that the server has not confirmed may be lost; then the stream must not seem complete."""
-        if not self._last_mark or self._last_mark <= loss.confirmed or self._first_mark > loss.taken:
+        """A stream with a gap must not seem complete, and one whose end was lost must not seem endless."""
+        broken, self._broken = self._broken, None
+        if broken is None:
             return
-        text = f"the responder's link broke in mid-stream, chunks may be missing: {loss.reason}"
-        self.fail(text, frames.Status(Code.UNAVAILABLE, reason=frames.LOST), StreamClosed(text, code=Code.UNAVAILABLE))
+        frame = self._error_frame(broken.message, frames.Status(Code.UNAVAILABLE, reason=frames.LOST))
+        if self._error is broken:
+            self._finish(frame)
+        else:
+            self._put_last(frame)
 
     def publish_denied(self, subject: bytes, error: Exception) -> None:
         if subject == self._reply:
             advice = "a responder's user needs allow_responses with max: -1 (one answer is the default)"
             self._close(StreamClosed(f"{error}; {advice}", code=Code.PERMISSION_DENIED), None)
+
+    def connection_closing(self) -> None:
+        self.fail("the responder is closing", frames.Status(Code.UNAVAILABLE, reason=frames.LOST))
 
     def connection_closed(self, reason: Exception) -> None:
         self._close(StreamClosed(str(reason), code=Code.UNAVAILABLE), None)
@@ -394,7 +439,10 @@ class ResponseSender:
 
 
 def describe(error: BaseException | str) -> str:
-    """The text of an error as the other side reads it; the type's name where there is none."""
+    """The text of an error as the other side reads it; the type's name where there is none to be had."""
     if isinstance(error, str):
         return error
-    return str(error) or type(error).__name__
+    try:
+        return str(error) or type(error).__name__
+    except Exception:  # a __str__ that raises must not leave the requester waiting
+        return type(error).__name__

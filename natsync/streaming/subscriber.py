@@ -266,6 +266,7 @@ class Subscriber:
             self._check_usable_locked()
             if self._responder is None:
                 connection = Connection(self._servers, self._options, self._max_workers)
+                connection.when_closed(self._connection_closed)
                 self._responder = Responder(connection, self._max_streams)
             responder = self._responder
         responder.connection.ensure_open()
@@ -286,7 +287,10 @@ class Subscriber:
 
         The first signal drains: no new requests, those under way get shutdown_timeout seconds. A second one cancels
         them. Off the main thread no signals are caught. ready() is called, here, once all handlers are live.
-        Raises as open() does.
+
+        Raises:
+            ConnectionClosed: the connection gave up for good; the text and the cause say why.
+            Whatever open() raises.
         """
         check_timeout(shutdown_timeout, "shutdown_timeout")
         self._serving = serving = Serving()
@@ -300,6 +304,9 @@ class Subscriber:
             serving.run(begin, lambda: self.close(shutdown_timeout), self._cancel_all)
         finally:
             self._serving = None
+        responder = self._responder
+        if responder is not None and responder.connection.close_reason is not None:
+            raise responder.connection.closed_error()
 
     def stop(self) -> None:
         """Have serve_forever() shut down and return, from any thread. Does not wait."""
@@ -350,9 +357,15 @@ class Subscriber:
         for handle in busy:
             handle.wait_idle(leave)
         responder.close(leave)
-        if self._serving is not None:
-            self._serving.stop("closed")
         return unfinished
+
+    def _connection_closed(self, reason: Exception | None) -> None:
+        """Nothing will come any more: let go whoever waits for it."""
+        for handle in self.handles:
+            handle.connection_closed()
+        serving = self._serving
+        if serving is not None:
+            serving.stop("the connection is closed")
 
     def _cancel_all(self, reason: str) -> None:
         for handle in self.handles:
