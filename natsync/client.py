@@ -69,15 +69,18 @@ class Client:
 
     # -- life ----------------------------------------------------------------------------------------------------
 
-    def open(self) -> Client:
-        """Connect now; returns itself. Blocks for one walk over the servers, connect_timeout seconds each.
+    def open(self, timeout: float | None = None) -> Client:
+        """Connect now; returns itself.
+
+        Blocks for one walk over the servers, connect_timeout seconds each, and no longer than timeout (None = no limit).
 
         Raises:
+            TimedOut: not connected in time; the walk goes on, and the next use waits for it.
             NoServersError: none could be reached; .causes says why for each. It is an AuthorizationError too if all
                 refused the credentials.
             ConnectionClosed: the client was closed.
         """
-        self._connection().ensure_open()
+        self._connection().ensure_open(Deadline.after(check_timeout(timeout)))
         return self
 
     def _connection(self) -> Connection:
@@ -100,8 +103,9 @@ class Client:
         are dropped (drain() handles them first).
         """
         check_timeout(timeout)
-        self._closed = True
-        core = self._core
+        with self._lock:
+            self._closed = True
+            core = self._core
         if core is not None:
             core.close(timeout)
 

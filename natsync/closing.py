@@ -19,6 +19,7 @@ _PATHS = (
     ("_fp", "fp", "raw", "_sock"),
     ("fp", "raw", "_sock"),  # http.client.HTTPResponse, urllib.request
     ("raw", "_sock"),  # socket.makefile("rb")
+    ("buffer", "raw", "_sock"),  # socket.makefile("r")
     ("sock",),  # http.client.HTTPConnection
     ("_sock",),  # many database and line-protocol clients
 )

@@ -101,10 +101,10 @@ def spawn(target: Callable[[], None], name: str) -> threading.Thread:
 
 
 def join_all(threads: Iterable[threading.Thread], deadline: Deadline) -> list[str]:
-    """Wait for the threads to end; names those that did not in time. The calling thread is passed over."""
+    """Wait for the threads to end; names those that did not in time. Passes over the caller and what never started."""
     stuck = []
     for thread in threads:
-        if thread is threading.current_thread():
+        if thread is threading.current_thread() or thread.ident is None:
             continue
         thread.join(deadline.remaining())
         if thread.is_alive():
@@ -137,7 +137,12 @@ class _Background:
             if self._threads == CALLBACK_THREADS:
                 return
             self._threads += 1
-        threading.Thread(target=self._work, name="natsync-callbacks-worker", daemon=True).start()
+        try:
+            threading.Thread(target=self._work, name="natsync-callbacks-worker", daemon=True).start()
+        except RuntimeError:  # no more threads just now: the next call finds what waits
+            log.warning("no thread can be started for %s; it waits for the next one", what)
+            with self._lock:
+                self._threads -= 1
 
     def _work(self) -> None:
         while True:

@@ -22,6 +22,7 @@ from natsync import subject as _subject
 from natsync.concurrency import Deadline, Signal, after_fork_in_child, fork_generation
 from natsync.dispatcher import CALLBACK_WORKERS, Dispatcher
 from natsync.errors import (
+    ConnectError,
     ConnectionClosed,
     ConnectionLost,
     ForkError,
@@ -104,6 +105,7 @@ class Connection:
         self._on_closed: list[Callable[[Exception | None], None]] = []
         self._close_reason: Exception | None = None
         self._draining = False
+        self._closed = threading.Event()
         self._sessions = 0
         self._past = {"in_bytes": 0, "out_messages": 0}
 
@@ -397,30 +399,46 @@ class Connection:
         return self._status is Status.CONNECTING or self._status is Status.RECONNECTING
 
     def on_link(self, transport: Transport, info: dict[str, Any]) -> bool:
+        self.info = info
+        self._drop_larger(info.get("max_payload", protocol.MAX_MESSAGE_BYTES))
         with self._lock:
             if not self.wants_link():
                 transport.close()
                 return False
-            self.info = info
             session = Session(transport, self._outbox, self.options, self, self.name)
-            too_large = self._outbox.attach(
-                self.dispatcher.resubscription(), info.get("max_payload", protocol.MAX_MESSAGE_BYTES)
-            )
+            self._outbox.attach(self.dispatcher.resubscription())
+            try:
+                session.start()
+            except RuntimeError as error:  # no more threads just now: as good as a server that does not answer
+                self._outbox.detach()
+                session.end(ConnectError(str(error)))
+                raise ConnectError(f"no thread can be started for the link: {error}") from error
             self._session = session
             self._status = Status.CONNECTED
             self._sessions += 1
             if self._attempt is not None:
                 self._attempt.pending = False
-            session.start()
             self._changed.notify_all()
+            self._supervisor.discovered(info.get("connect_urls") or [])
             self.event("reconnected" if self._sessions > 1 else "connected", {"server": str(transport.server)})
         if self._settling:
             self._settling_ping = True
             self._ping_to_settle()
         log.info("%s: connected to %s", self.name, transport.server)
-        if too_large:
-            self.event("error", {"error": f"{too_large} waiting messages exceed the new server's max_payload: dropped"})
         return True
+
+    def _drop_larger(self, max_payload: int) -> None:
+        """Messages that wait and that the new server would not take are dropped, and those whose they are told."""
+        dropped = self._outbox.drop_larger(max_payload)
+        if not dropped:
+            return
+        text = f"{len(dropped)} waiting messages exceed the new server's max_payload of {max_payload} bytes: dropped"
+        log.warning("%s: %s", self.name, text)
+        self.event("error", {"error": text})
+        muxes = self.dispatcher.muxes()
+        self._outbox.withdraw_to(set().union(*(mux.frames_dropped(dropped) for mux in muxes)))
+        for mux in muxes:
+            mux.repair()
 
     def on_first_walk_failed(self, error: NatsError) -> None:
         with self._lock:
@@ -487,11 +505,17 @@ class Connection:
         deadline = Deadline.after(timeout)
         for mux in self.dispatcher.muxes():
             mux.connection_closing()
-        if timeout != 0 and self._status is Status.CONNECTED and not self._is_reader():
+        if timeout != 0 and self._status is Status.CONNECTED:
             try:
                 self.flush(deadline)
             except NatsError as failure:
                 log.warning("%s: closed without the server's word that all has arrived: %s", self.name, failure)
+        with self._lock:
+            already = self._status is Status.CLOSED
+        if already:
+            if not self._is_own_thread():
+                self._closed.wait(deadline.remaining())  # the first closer is at it
+            return
         with self._lock:
             if self._status is Status.CLOSED:
                 return
@@ -521,10 +545,11 @@ class Connection:
         self._supervisor.stop()
         self._join(session, deadline)
         _open_connections.discard(self)
+        self._closed.set()
 
-    def _is_reader(self) -> bool:
-        """Whether this is a thread that must not wait for the server's answer: the reader delivers it."""
-        return threading.current_thread().name == f"{self.name}-reader"
+    def _is_own_thread(self) -> bool:
+        """Whether this is a thread that close() itself waits for."""
+        return threading.current_thread().name.startswith(f"{self.name}-")
 
     def _join(self, session: Session | None, deadline: Deadline) -> None:
         # Our own threads end in milliseconds, so they get a moment even if user code is to get none.

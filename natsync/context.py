@@ -63,7 +63,8 @@ class Context:
         if parent is not None:
             parent._adopt(self)
         if own and deadline is not None and self._error is None:
-            self._timer = timers.schedule(deadline, self._expire)
+            mine = weakref.ref(self)
+            self._timer = timers.schedule(deadline, lambda: _expire(mine))
 
     # -- deriving ----------------------------------------------------------------------------------------------
 
@@ -226,11 +227,6 @@ class Context:
         if error is not None:
             child._end(error)
 
-    def _pin(self, child: Context) -> None:
-        with self._lock:
-            if self._error is None:
-                self._pinned.add(child)
-
     def _forget(self, child: Context) -> None:
         with self._lock:
             self._pinned.discard(child)
@@ -246,35 +242,63 @@ class Context:
         if ended:
             run_safely(callback, "an on_cancel callback")
             return lambda: None
-        self._pin_upwards()
+        self._keep_or_let_go()
         return lambda: self._remove(key)
 
     def _remove(self, key: object) -> None:
         with self._lock:
             self._callbacks.pop(key, None)
-            idle = not self._callbacks and not self._pinned
-        child, parent = self, self._parent
-        while idle and parent is not None:
-            with parent._lock:
-                parent._pinned.discard(child)
-                idle = not parent._callbacks and not parent._pinned
-            child, parent = parent, parent._parent
+        self._keep_or_let_go()
 
-    def _pin_upwards(self) -> None:
-        child, parent = self, self._parent
-        while parent is not None:
-            parent._pin(child)
-            child, parent = parent, parent._parent
+    def _needed(self) -> bool:
+        """Whether this must be told of its parent's end, so that the parent has to hold it."""
+        with self._lock:
+            return self._error is None and bool(self._callbacks or self._pinned)
+
+    def _keep_or_let_go(self) -> None:
+        """Have every ancestor, and the timer of each, hold the next below it exactly if that is needed.
+
+        No two locks are held at once: each step looks again afterwards, and whoever changes something looks too, so the
+        last one to look leaves it right.
+        """
+        context: Context | None = self
+        while context is not None:
+            needed, timer, parent = context._needed(), context._timer, context._parent
+            if timer is not None:
+                timer.keep = context if needed else None
+            if parent is not None:
+                with parent._lock:
+                    if needed and parent._error is None:
+                        parent._pinned.add(context)
+                    else:
+                        parent._pinned.discard(context)
+            if context._needed() == needed:
+                context = parent
 
     def _end(self, error: Cancelled | DeadlineExceeded) -> list[Callable[[], object]]:
         """Mark this context and all below as ended, run the library's callbacks; returns those of users, to be run."""
+        users: list[Callable[[], object]] = []
+        ending = [self]
+        while ending:
+            context = ending.pop()
+            callbacks, children = context._end_alone(error)
+            ending.extend(children)
+            for function, internal in callbacks:
+                if internal:
+                    run_safely(function, "a callback at a context's end")
+                else:
+                    users.append(function)
+        return users
+
+    def _end_alone(self, error: Cancelled | DeadlineExceeded) -> tuple[list[_Callback], list[Context]]:
+        """Mark this context as ended; its callbacks, and the children that end with it. Nothing if it had ended."""
         with self._lock:
             if self._error is not None:
-                return []
+                return [], []
             self._error = error
             event, timer = self._event, self._timer
             callbacks = list(self._callbacks.values())
-            children = self._pinned.union(self._children or ())
+            children = list(self._pinned.union(self._children or ()))
             self._callbacks.clear()
             self._pinned.clear()
             self._timer = None
@@ -285,12 +309,12 @@ class Context:
             timer.cancel()
         if self._parent is not None:
             self._parent._forget(self)
-        users = []
-        for function, internal in callbacks:
-            if internal:
-                run_safely(function, "a callback at a context's end")
-            else:
-                users.append(function)
-        for child in children:
-            users.extend(child._end(error))
-        return users
+            self._parent._keep_or_let_go()
+        return callbacks, children
+
+
+def _expire(reference: weakref.ref[Context]) -> None:
+    """The deadline has come: end the context, unless nobody holds it any more."""
+    context = reference()
+    if context is not None:
+        context._expire()

@@ -84,9 +84,12 @@ class Headers(MutableMapping[str, str]):
     def __eq__(self, other: object) -> bool:
         if isinstance(other, Headers):
             return self._fields == other._fields
-        if isinstance(other, Mapping):
+        if not isinstance(other, Mapping):
+            return NotImplemented
+        try:
             return self._fields == Headers(other)._fields
-        return NotImplemented
+        except (TypeError, InvalidArgument):
+            return False
 
     __hash__ = None  # type: ignore[assignment]  # mutable
 
@@ -113,6 +116,10 @@ def _checked(key: str, value: str) -> tuple[str, str]:
         raise InvalidArgument(f"header key {key!r} must be printable ASCII without spaces and colons")
     if _FORBIDDEN_IN_VALUE.search(value):
         raise InvalidArgument(f"the value of header {key!r} contains a line break or NUL")
+    try:
+        value.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise InvalidArgument(f"the value of header {key!r} cannot be encoded as UTF-8") from None
     return key, value
 
 

@@ -62,13 +62,13 @@ class Message:
         subject: where it was published.
         reply: where an answer is wanted, or None.
         data: the payload, bytes.
-        headers: Headers, empty if there were none (or only unreadable ones: then malformed is True).
+        headers: Headers, empty if there were none (or unreadable ones: then malformed is True).
         status: the server's inline status such as 503, or None.
         is_end: True for the END of a stream, inside stream_request only.
         error: the text of a stream's error message, inside stream_request only; else None.
     """
 
-    __slots__ = ("_block", "_headers", "_publish", "data", "error", "is_end", "malformed", "reply", "subject")
+    __slots__ = ("_block", "_headers", "_malformed", "_publish", "data", "error", "is_end", "reply", "subject")
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class Message:
         self.reply = reply
         self.is_end = False
         self.error: str | None = None
-        self.malformed = False
+        self._malformed = False
         self._headers = headers
         self._block = block
         self._publish = publish
@@ -103,9 +103,15 @@ class Message:
             try:
                 self._headers = Headers() if self._block is None else _headers.decode(self._block)
             except ProtocolError:
-                self.malformed = True
+                self._malformed = True
                 self._headers = Headers()
         return self._headers
+
+    @property
+    def malformed(self) -> bool:
+        """Whether the header block could not be read: then headers is empty."""
+        _ = self.headers  # parses the block, if that is still to be done
+        return self._malformed
 
     @property
     def status(self) -> int | None:

@@ -10,7 +10,6 @@ import itertools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from natsync.message import Item
 from natsync.protocol import Batch
@@ -39,20 +38,29 @@ class LinkLoss:
         return mark <= self.position and id(frame) not in self.waiting
 
 
-class Waiter(Protocol):
-    """Who waits for answers. None of this may block or run user code."""
+class Waiter:
+    """Who waits for answers, or answers. None of this may block or run user code."""
 
     def deliver(self, items: list[Item]) -> None:
         """Take the messages of one read, in order."""
-
-    def breaks(self, loss: LinkLoss) -> bytes | None:
-        """Before link_lost(): a subject whose messages still waiting must not be sent any more; mostly None."""
-
-    def link_lost(self, loss: LinkLoss) -> None:
-        """The link was lost; another may follow."""
+        raise NotImplementedError
 
     def publish_denied(self, subject: bytes, error: Exception) -> None:
         """The server did not let a message to this subject pass; maybe this waiter's."""
+
+    def breaks(self, loss: LinkLoss) -> bytes | None:
+        """The link was lost. A subject whose messages that still wait must not be sent any more, or None."""
+        return None
+
+    def frames_dropped(self, dropped: list[bytes]) -> bytes | None:
+        """The next server would not take these messages, so they were dropped. Returns as breaks() does."""
+        return None
+
+    def link_lost(self, loss: LinkLoss) -> None:
+        """The link was lost, what is not to be sent has been withdrawn, and another link may follow."""
+
+    def repair(self) -> None:
+        """What frames_dropped() broke has been withdrawn."""
 
     def connection_closing(self) -> None:
         """The connection is about to be closed, and can still send."""
@@ -97,6 +105,14 @@ class Mux:
         self.late += len(batch.items)
         if self.on_late is not None:
             self.on_late(batch.items)
+
+    def frames_dropped(self, dropped: list[bytes]) -> set[bytes]:
+        found = {waiter.frames_dropped(dropped) for waiter in self._all()}
+        return {subject for subject in found if subject is not None}
+
+    def repair(self) -> None:
+        for waiter in self._all():
+            waiter.repair()
 
     def breaks(self, loss: LinkLoss) -> set[bytes]:
         found = {waiter.breaks(loss) for waiter in self._all()}

@@ -64,16 +64,16 @@ class Outbox:
                 if self._attached:
                     return 0
                 self._check_buffer_locked(len(frame))
-            self._frames.append(frame)
+            # Accounted for before it is there: an interrupt (Ctrl-C) in between errs on the safe side.
             self._size += len(frame)
             self.position += len(frame)
             self.messages += messages
+            self._frames.append(frame)
             if self._writer_waits:
-                self._writer_waits = False
                 self._ready.notify()
             return self.position
 
-    def wait_room(self, deadline: Deadline, over: Callable[[], bool]) -> None:
+    def wait_room(self, deadline: Deadline, over: Callable[[], bool] = lambda: False) -> None:
         """Block until try_put() is worth another try: the writer has caught up, the link is gone, or it is over().
 
         What ends the wait early by over() must call wake_publishers().
@@ -128,10 +128,10 @@ class Outbox:
 
     def withdraw_to(self, subjects: set[bytes]) -> None:
         """Take back all messages to these subjects."""
+        if not subjects:
+            return
         with self._lock:
-            self._frames = [frame for frame in self._frames if frame.split(b" ", 2)[1] not in subjects]
-            self._size = sum(map(len, self._frames))
-            self.taken = self.position - self._size
+            self._keep_locked([frame for frame in self._frames if destination(frame) not in subjects])
 
     @property
     def size_bytes(self) -> int:
@@ -140,22 +140,26 @@ class Outbox:
 
     # -- the connection ----------------------------------------------------------------------------------------
 
-    def attach(self, first: list[bytes], max_payload: int) -> int:
-        """A link is there: `first` goes out before all that waits. How many messages its server will not take.
-
-        Those are dropped: a larger payload than the server's limit would end the new link at once, again and again.
-        """
+    def drop_larger(self, max_payload: int) -> list[bytes]:
+        """Remove and return what the next link's server would not take: it would end that link, again and again."""
         with self._lock:
-            fitting = [frame for frame in self._frames if _payload_bytes(frame) <= max_payload]
-            too_large = len(self._frames) - len(fitting)
-            if too_large:
-                self._frames = fitting
-                self._size = sum(map(len, fitting))
-                self.taken = self.position - self._size
+            dropped = [frame for frame in self._frames if _largest_payload(frame) > max_payload]
+            if dropped:
+                self._keep_locked([frame for frame in self._frames if _largest_payload(frame) <= max_payload])
+            return dropped
+
+    def attach(self, first: list[bytes]) -> None:
+        """A link is there: `first` goes out before all that waits."""
+        with self._lock:
             self._control.extend(first)
             self._attached = True
             self._room.notify_all()
-            return too_large
+
+    def detach(self) -> None:
+        """The link came to nothing before anything was taken: a buffer again."""
+        with self._lock:
+            self._control.clear()
+            self._attached = False
 
     def close(self) -> list[bytes]:
         """The link is gone: returns the messages that its writer never took, and turns everybody away."""
@@ -177,9 +181,10 @@ class Outbox:
             while not (self._frames or self._control):
                 if self._closed:
                     return None
+                # Only the writer takes this back, so that a wake-up that was cut short is made up for by the next.
                 self._writer_waits = True
                 self._ready.wait()
-            self._writer_waits = False
+                self._writer_waits = False
             if self._control:
                 control, self._control = self._control, []
                 return b"".join(control)
@@ -209,8 +214,13 @@ class Outbox:
 
     def _wake_locked(self) -> None:
         if self._writer_waits:
-            self._writer_waits = False
             self._ready.notify()
+
+    def _keep_locked(self, frames: list[bytes]) -> None:
+        """Keep only these of the waiting frames. Those taken away count as taken, which errs on the safe side."""
+        self._frames = frames
+        self._size = sum(map(len, frames))
+        self.taken = self.position - self._size
 
     def _check_buffer_locked(self, size: int) -> None:
         if self._size + size > self._buffer_bytes:
@@ -220,6 +230,17 @@ class Outbox:
             )
 
 
-def _payload_bytes(frame: bytes) -> int:
-    """What counts against max_payload: the last number of the control line."""
-    return int(frame[: frame.index(b"\r\n")].rpartition(b" ")[2])
+def destination(frame: bytes) -> bytes:
+    """The subject of a message's frame; of several joined, the first one's."""
+    return frame.split(b" ", 2)[1].split(b"\r\n", 1)[0]
+
+
+def _largest_payload(frame: bytes) -> int:
+    """What counts against max_payload: the last number of the control line; of several joined, the largest."""
+    largest = start = 0
+    while start < len(frame):
+        end = frame.index(b"\r\n", start)
+        size = int(frame[start:end].rpartition(b" ")[2])
+        largest = max(largest, size)
+        start = end + 2 + size + 2
+    return largest

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -16,7 +17,7 @@ from typing import Any
 
 from natsync.client import Client
 from natsync.concurrency import Deadline, Signal, check_timeout, fork_generation, run_soon
-from natsync.errors import ForkError, InvalidArgument, PoolClosed, PoolTimeout
+from natsync.errors import ForkError, InvalidArgument, PoolClosed, PoolTimeout, TimedOut
 from natsync.message import Message, Payload
 from natsync.options import Servers, connect_options, parse_servers
 from natsync.streaming.call import Stream
@@ -30,12 +31,12 @@ TIMEOUT = 15.0
 
 
 class _Turn:
-    """A caller in the queue: woken with a client, with the right to make one (None), or because the pool closed."""
+    """A caller in the queue, and what it was granted: a client, the right to dial one, or nothing yet."""
 
     def __init__(self) -> None:
         self.signal = Signal()
         self.client: Client | None = None
-        self.granted = False
+        self.may_dial = False
 
 
 class ConnectionPool:
@@ -80,6 +81,7 @@ class ConnectionPool:
         self._returned = threading.Condition(self._lock)
         self._idle: list[Client] = []
         self._leased: set[Client] = set()
+        self._overdue: weakref.WeakSet[Client] = weakref.WeakSet()  # taken from their holders by close()
         self._dialing = 0
         self._turns: deque[_Turn] = deque()
         self._numbers = {"leases": 0, "dials": 0, "dials_failed": 0, "timeouts": 0}
@@ -93,7 +95,7 @@ class ConnectionPool:
         Blocks up to timeout seconds (None = the pool's own timeout) for a free one, dialing included.
 
         Raises:
-            PoolTimeout: none became free in time; the text says who holds them.
+            PoolTimeout: none became free in time; the text says how many are lent, and how many wait.
             PoolClosed: the pool was closed.
             NoServersError: a new connection was due and could not be made.
         """
@@ -101,113 +103,121 @@ class ConnectionPool:
         try:
             yield client
         finally:
-            self.putconn(client)
+            self._take_back(client)
 
     def getconn(self, timeout: float | None = None) -> Client:
         """Borrow a client; give it back with putconn(). Blocks and raises as connection() does."""
         limit = self._timeout if timeout is None else check_timeout(timeout)
         deadline = Deadline.after(limit)
-        turn = self._queue_up()
-        try:
-            if not turn.signal.wait(deadline):
-                return self._give_up(turn, limit)
-            if self._closed:
-                raise PoolClosed("the pool is closed")
-        except BaseException:
-            self._cancel(turn)
-            raise
-        return turn.client if turn.client is not None else self._dial()
-
-    def _queue_up(self) -> _Turn:
-        if self._generation != fork_generation():
-            self._generation = fork_generation()
-            self._forget_all()  # the parent's connections, its borrowers and their locks are the parent's
+        self._check_process()
         turn = _Turn()
-        with self._lock:
-            if self._closed:
-                raise PoolClosed("the pool is closed")
-            self._turns.append(turn)
-            self._serve_locked()
-        return turn
-
-    def _serve_locked(self) -> None:
-        """Grant turns, in order, as long as there is something to grant."""
-        while self._turns:
-            while self._idle and self._idle[-1].status == "closed":
-                self._idle.pop()
-            if self._idle:
-                client = self._idle.pop()
-                self._leased.add(client)
-            elif len(self._leased) + self._dialing < self._max_size:
-                client = None
-                self._dialing += 1
-            else:
-                return
-            turn = self._turns.popleft()
-            turn.client, turn.granted = client, True
-            self._numbers["leases"] += 1
-            turn.signal.set()
-
-    def _give_up(self, turn: _Turn, limit: float | None) -> Client:
-        """The wait is over; what was granted at the last moment is still taken."""
-        with self._lock:
-            if not turn.granted:
-                if self._closed:
-                    raise PoolClosed("the pool is closed")
-                self._turns.remove(turn)
-                self._numbers["timeouts"] += 1
-                state = f"{len(self._leased) + self._dialing} of {self._max_size} leased, {len(self._turns)} waiting"
-                raise PoolTimeout(f"no connection free after {limit} s ({state}); raise max_size or timeout")
-        return turn.client if turn.client is not None else self._dial()
-
-    def _cancel(self, turn: _Turn) -> None:
-        """The caller leaves without what it waited for: pass on what it may have been granted."""
-        with self._lock:
-            if not turn.granted:
-                with contextlib.suppress(ValueError):
-                    self._turns.remove(turn)
-                return
-        if turn.client is not None:
-            self.putconn(turn.client)
-        else:
-            with self._lock:
-                self._dialing -= 1
-                self._serve_locked()
-
-    def _dial(self) -> Client:
-        """Make a connection for a granted turn; the lock is not held meanwhile."""
-        client = Client(self._servers, **self._options)
         try:
-            client.open()
-        except BaseException:
-            client.close(0)
-            with self._lock:
-                self._dialing -= 1
-                self._numbers["dials_failed"] += 1
-                self._serve_locked()
+            self._queue(turn)
+            if not turn.signal.wait(deadline):
+                self._check_granted(turn, limit)
+            if turn.may_dial:
+                self._dial(turn, deadline, limit)
+            if turn.client is None:
+                raise PoolClosed("the pool is closed")
+            return turn.client
+        except BaseException:  # a Ctrl-C included: whatever was granted goes to the next
+            self._leave(turn)
             raise
-        with self._lock:
-            self._dialing -= 1
-            self._numbers["dials"] += 1
-            closed = self._closed
-            if not closed:
-                self._leased.add(client)
-        if closed:
-            client.close()
-            raise PoolClosed("the pool is closed")
-        return client
 
     def putconn(self, client: Client) -> None:
         """Give a borrowed client back; one that is closed by now is dropped and its place becomes free.
 
         Raises:
             InvalidArgument: it is not lent by this pool, or was given back before.
+            ForkError: it was borrowed in the parent process.
         """
         if self._generation != fork_generation():
             raise ForkError("this connection was borrowed in the parent process")
+        if not self._take_back(client):
+            raise InvalidArgument("this client is not on loan from this pool")
+
+    def _check_process(self) -> None:
+        if self._generation != fork_generation():
+            self._generation = fork_generation()
+            self._forget_all()  # the parent's connections, its borrowers and their locks are the parent's
+
+    def _queue(self, turn: _Turn) -> None:
+        with self._lock:
+            if self._closed:
+                raise PoolClosed("the pool is closed")
+            self._turns.append(turn)
+            self._serve_locked()
+
+    def _serve_locked(self) -> None:
+        """Grant turns, in order, as long as there is something to grant."""
+        while self._turns:
+            while self._idle and self._idle[-1].status == "closed":
+                self._idle.pop()
+            turn = self._turns[0]
+            if self._idle:
+                turn.client = self._idle.pop()
+                self._leased.add(turn.client)
+            elif len(self._leased) + self._dialing < self._max_size:
+                turn.may_dial = True
+                self._dialing += 1
+            else:
+                return
+            self._turns.popleft()
+            self._numbers["leases"] += 1
+            turn.signal.set()
+
+    def _check_granted(self, turn: _Turn, limit: float | None) -> None:
+        """The wait is over; what was granted at the last moment still counts."""
+        with self._lock:
+            if turn.client is None and not turn.may_dial and not self._closed:
+                self._numbers["timeouts"] += 1
+                lent, waiting = len(self._leased) + self._dialing, len(self._turns)
+                raise PoolTimeout(
+                    f"no connection free after {limit} s ({lent} of {self._max_size} leased, {waiting} waiting); "
+                    f"raise max_size or timeout"
+                )
+
+    def _leave(self, turn: _Turn) -> None:
+        """The caller goes away without a client: its place in the queue, or what it was granted, is free."""
+        with self._lock:
+            if turn in self._turns:
+                self._turns.remove(turn)
+            if turn.may_dial:
+                self._dialing -= 1
+                self._serve_locked()
+            client = turn.client
+        if client is not None:
+            self._take_back(client)
+
+    def _dial(self, turn: _Turn, deadline: Deadline, limit: float | None) -> None:
+        """Make the connection that the turn may make; the lock is not held meanwhile."""
+        client = Client(self._servers, **self._options)
+        try:
+            client.open(deadline.remaining())
+        except BaseException as error:
+            client.close(0)
+            with self._lock:
+                self._numbers["dials_failed"] += 1
+            if type(error) is TimedOut:
+                raise PoolTimeout(f"a new connection was not made within {limit} s") from error
+            raise
+        with self._lock:
+            self._numbers["dials"] += 1
+            self._dialing -= 1
+            turn.may_dial = False
+            if not self._closed:
+                self._leased.add(client)
+                turn.client = client
+                return
+        client.close()
+
+    def _take_back(self, client: Client) -> bool:
+        """Make a lent client free again; False if it is not lent (close() may have taken it from its holder)."""
+        if self._generation != fork_generation():
+            return False  # a forked child leaves a block that its parent entered: nothing here is the child's
         with self._lock:
             if client not in self._leased:
-                raise InvalidArgument("this client is not on loan from this pool")
+                return client in self._overdue
             self._leased.discard(client)
             keep = not self._closed and client.status != "closed"
             if keep:
@@ -216,6 +226,7 @@ class ConnectionPool:
             self._returned.notify_all()
         if not keep:
             client.close()
+        return True
 
     # -- the client's verbs --------------------------------------------------------------------------------------
 
@@ -241,15 +252,11 @@ class ConnectionPool:
         return stream
 
     def _return_soon(self, client: Client) -> None:
-        """putconn() from whichever thread ended a stream: that may be one that must not block, so close elsewhere."""
+        """Give back from whichever thread ended a stream: closing is for one that may block."""
         if client.status == "closed" or self._closed:
-            run_soon(lambda: self._give_back(client), "giving a connection back")
+            run_soon(lambda: self._take_back(client), "giving a connection back")
         else:
-            self._give_back(client)
-
-    def _give_back(self, client: Client) -> None:
-        with contextlib.suppress(InvalidArgument, ForkError):  # close() has taken it from its holder
-            self.putconn(client)
+            self._take_back(client)
 
     def stream_request(
         self, subject: str, payload: Payload, processor: Callable[[Message], object], **arguments: Any
@@ -294,16 +301,12 @@ class ConnectionPool:
         Blocks up to timeout seconds. Idempotent.
         """
         deadline = Deadline.after(check_timeout(timeout))
-        if self._generation != fork_generation():
-            self._closed = True
-            return
+        self._check_process()
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
             turns = list(self._turns)
             self._turns.clear()
-            for turn in turns:
-                turn.granted = False
         for turn in turns:
             turn.signal.set()
         for client in idle:
@@ -312,6 +315,8 @@ class ConnectionPool:
             while self._leased and not deadline.expired:
                 self._returned.wait(deadline.remaining())
             overdue, self._leased = self._leased, set()
+            self._overdue.update(overdue)
+            self._returned.notify_all()
         for client in overdue:
             client.close()
 

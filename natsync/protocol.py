@@ -118,6 +118,8 @@ Event: TypeAlias = Batch | Info | Err | Op
 Request: TypeAlias = Connect | Sub | Unsub | Pub | Op
 
 _CRLF = b"\r\n"
+_LONGEST_LINE = MAX_CONTROL_LINE + len(_CRLF)
+_MOST_DIGITS = 9
 _WORD = re.compile(rb"[^ \t]+")
 _MSG = re.compile(
     rb"[Mm][Ss][Gg][ \t]+([^ \t\r\n]+)[ \t]+([^ \t\r\n]+)[ \t]+(?:([^ \t\r\n]+)[ \t]+)?(\d{1,9})[ \t]*\r\n"
@@ -179,7 +181,16 @@ class Parser:
         if buf is None:
             return []
         events: list[Event] = []
-        self.events_before_error = events
+        try:
+            self._parse(buf, events)
+        except ProtocolError:
+            self.events_before_error = events
+            raise
+        return events
+
+    def _parse(self, buf: bytes, events: list[Event]) -> None:
+        """Append the events of buf; what is incomplete goes back into the buffer."""
+        limit = self._max_message_bytes
         pos, size = 0, len(buf)
         # The loop is written out, not split into calls: it runs once a message, and a call costs as much as the parse.
         match_msg = _MSG.match
@@ -189,20 +200,15 @@ class Parser:
             match = match_msg(buf, pos)
             if match is not None:
                 subject, sid, reply, digits = match.groups()
-                start = match.end()
+                begin = start = match.end()
                 end = start + int(digits)
-                if end + 2 > size:
-                    self._check_size(end - start)
-                    self._buffer.keep(buf[pos:], end + 2 - pos)
-                    return events
                 block = None
             else:
                 match = _HMSG.match(buf, pos)
                 if match is None:
-                    done = self._line(buf, pos, events)
-                    if not done:
-                        return events
-                    pos = done
+                    pos = self._line(buf, pos, events)
+                    if not pos:
+                        return
                     last_sid = b""
                     continue
                 subject, sid, reply, header_digits, digits = match.groups()
@@ -211,11 +217,12 @@ class Parser:
                 end = begin + int(digits)
                 if start > end:
                     raise ProtocolError(f"HMSG with more header bytes than bytes: {match.group()[:80]!r}")
-                if end + 2 > size:
-                    self._check_size(end - begin)
-                    self._buffer.keep(buf[pos:], end + 2 - pos)
-                    return events
                 block = buf[begin:start]
+            if end - begin > limit or begin - pos > _LONGEST_LINE:
+                raise self._too_large(end - begin)
+            if end + 2 > size:
+                self._buffer.keep(buf[pos:], end + 2 - pos)
+                return
             if buf[end : end + 2] != _CRLF:
                 raise ProtocolError(f"no CRLF after a payload of {end - start} bytes")
             item = (reply, block, buf[start:end])
@@ -225,11 +232,11 @@ class Parser:
             else:
                 last_sid, last_subject, items = sid, subject, [item]
                 events.append(Batch(sid, subject, items))
-        return events
 
-    def _check_size(self, size: int) -> None:
+    def _too_large(self, size: int) -> ProtocolError:
         if size > self._max_message_bytes:
-            raise ProtocolError(f"message of {size} bytes; the limit is {self._max_message_bytes} bytes")
+            return ProtocolError(f"message of {size} bytes; the limit is {self._max_message_bytes} bytes")
+        return ProtocolError(f"control line of more than {MAX_CONTROL_LINE} bytes")
 
     def _line(self, buf: bytes, pos: int, events: list[Event]) -> int:
         """Parse an operation other than a message; where the next begins, 0 if the line is incomplete (and kept)."""
@@ -288,7 +295,7 @@ class RequestParser:
     def _pub_words(self, words: list[bytes], line: bytes) -> tuple[bytes, bytes | None, int, int]:
         numbers = 1 if words[0].upper() == b"PUB" else 2
         names, sizes = words[1:-numbers], words[-numbers:]
-        if len(names) not in (1, 2) or not all(word.isdigit() for word in sizes):
+        if len(names) not in (1, 2) or not all(map(_is_number, sizes)):
             raise ProtocolError(f"malformed: {line[:80]!r}")
         size, header_size = int(sizes[-1]), int(sizes[0]) if numbers == 2 else 0
         if header_size > size or size > self._max_message_bytes:
@@ -312,9 +319,13 @@ def _request(name: bytes, words: list[bytes], line: bytes) -> Request:
         return Connect(_json_object(line.strip()[len(name) :], "CONNECT"))
     if name == b"SUB" and len(words) in (3, 4):
         return Sub(words[1], words[2] if len(words) == 4 else None, words[-1])
-    if name == b"UNSUB" and len(words) in (2, 3) and all(word.isdigit() for word in words[2:]):
+    if name == b"UNSUB" and len(words) in (2, 3) and all(map(_is_number, words[2:])):
         return Unsub(words[1], int(words[2]) if len(words) == 3 else None)
     raise ProtocolError(f"not an operation of a client: {line[:80]!r}")
+
+
+def _is_number(word: bytes) -> bool:
+    return word.isdigit() and len(word) <= _MOST_DIGITS
 
 
 def _is_info(start: bytes) -> bool:
@@ -328,7 +339,8 @@ def _is_connect(start: bytes) -> bool:
 def _take_line(buf: bytes, pos: int, is_long: Any) -> tuple[bytes | None, int]:
     """The line at pos without its CRLF, and where the next begins; (None, 0) if its end has not come."""
     end = buf.find(_CRLF, pos)
-    length = (len(buf) if end < 0 else end) - pos
+    # A CR at the end of what has come may be half of the line's own end.
+    length = (len(buf) - buf.endswith(b"\r") if end < 0 else end) - pos
     if length > MAX_CONTROL_LINE and (length > MAX_INFO_LINE or not is_long(buf[pos : pos + 8])):
         raise ProtocolError(f"control line of more than {MAX_CONTROL_LINE} bytes: {buf[pos : pos + 40]!r}...")
     return (None, 0) if end < 0 else (buf[pos:end], end + 2)

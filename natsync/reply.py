@@ -12,7 +12,7 @@ from natsync.connection import Connection
 from natsync.context import Context
 from natsync.errors import ConnectionLost, HandlerError, NoRespondersError, RequestTimeout, TimedOut
 from natsync.message import Item, Message
-from natsync.mux import LinkLoss
+from natsync.mux import LinkLoss, Waiter
 
 #: Headers by which a responder says that it failed; those of the NATS services convention (ADR-32).
 ERROR_HEADER = "Nats-Service-Error"
@@ -20,7 +20,7 @@ ERROR_CODE_HEADER = "Nats-Service-Error-Code"
 _NO_RESPONDERS = 503
 
 
-class _Reply:
+class _Reply(Waiter):
     """One waiting request."""
 
     def __init__(self, subject: bytes) -> None:
@@ -36,19 +36,17 @@ class _Reply:
             self.item = items[0]
             self.signal.set()
 
-    def breaks(self, loss: LinkLoss) -> None:
-        return None
-
     def link_lost(self, loss: LinkLoss) -> None:
         if self.mark is not None and loss.took(self.frame, self.mark):
             self.fail(ConnectionLost(f"the link broke while the request was under way: {loss.reason}", sent=True))
 
+    def frames_dropped(self, dropped: list[bytes]) -> None:
+        if any(frame is self.frame for frame in dropped):
+            self.fail(ConnectionLost("the next server takes no message as large as the request", sent=False))
+
     def publish_denied(self, subject: bytes, error: Exception) -> None:
         if subject == self.subject:
             self.fail(error)
-
-    def connection_closing(self) -> None:
-        pass  # it may still be answered while the connection flushes
 
     def connection_closed(self, reason: Exception) -> None:
         self.fail(reason)
@@ -134,4 +132,6 @@ def raise_service_error(message: Message) -> None:
     if text is None:
         return
     code = message.headers.get(ERROR_CODE_HEADER, "")
-    raise HandlerError(text, code=int(code) if code.isdigit() else None, details=message.data or None)
+    raise HandlerError(
+        text, code=int(code) if code.isascii() and code.isdigit() else None, details=message.data or None
+    )

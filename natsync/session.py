@@ -62,10 +62,8 @@ class Session:
 
     def start(self) -> None:
         """Start the two threads; from here on the owner is told of what comes."""
-        self._threads = [
-            spawn(self._read, f"{self._name}-reader"),
-            spawn(self._write, f"{self._name}-writer"),
-        ]
+        self._threads.append(spawn(self._read, f"{self._name}-reader"))
+        self._threads.append(spawn(self._write, f"{self._name}-writer"))
         self._schedule_ping()
 
     def ping(self, callback: PongCallback | None = None) -> bool:

@@ -84,7 +84,7 @@ class SubscriptionCore:
         self._pending: deque[tuple[bytes, Item]] = deque()
         self._pending_bytes = 0
         self._running = 0  # workers on this subscription
-        self._busy = 0  # those of them that are inside the callback
+        self._busy: set[int] = set()  # ids of those of them that are inside the callback
         self._slow = False
         self._error: Exception | None = None
 
@@ -149,7 +149,7 @@ class SubscriptionCore:
             self._changed.notify_all()
             return
         assert self._pool is not None
-        while self._running < self._concurrency and self._running - self._busy < len(self._pending):
+        while self._running < self._concurrency and self._running - len(self._busy) < len(self._pending):
             self._running += 1
             if not self._pool.submit(self._run):
                 self._running -= 1
@@ -189,17 +189,16 @@ class SubscriptionCore:
         """A turn of one worker: hand messages to the callback until none is left or others should go first."""
         assert self._callback is not None
         assert self._pool is not None
-        busy = 0
+        me = threading.get_ident()
         for _ in range(_TURN):
             with self._lock:
-                self._busy -= busy
+                self._busy.discard(me)
                 if not self._pending:
                     self._running -= 1
                     self._changed.notify_all()
                     return
                 message = self._pop_locked()
-                busy = 1
-                self._busy += busy
+                self._busy.add(me)
             try:
                 self._callback(message)
             except BaseException:  # SystemExit in a callback must not leave the subscription stuck
@@ -207,7 +206,7 @@ class SubscriptionCore:
                 log.exception("the callback for %r raised", message.subject)
             del message
         with self._lock:
-            self._busy -= busy
+            self._busy.discard(me)
         if not self._pool.submit(self._run):
             with self._lock:
                 self._running -= 1
@@ -244,9 +243,12 @@ class SubscriptionCore:
             self._changed.notify_all()
 
     def wait_empty(self, deadline: Deadline) -> bool:
-        """Block until everything was taken and every callback has returned; False if the deadline came first."""
+        """Block until everything was taken and every callback has returned; False if the deadline came first.
+
+        Called from the callback it does not wait: what comes behind it runs when it has returned.
+        """
         with self._lock:
-            while self._pending or self._running:
+            while (self._pending or self._running) and threading.get_ident() not in self._busy:
                 if not self._changed.wait(deadline.remaining()):
                     return not (self._pending or self._running)
         return True

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from natsync.concurrency import Deadline, join_all
+from natsync.concurrency import Deadline, join_all, run_soon
 from natsync.errors import AuthorizationError, ConnectError, NatsError, NoServersError
 from natsync.options import ConnectOptions, Server
 from natsync.servers import ServerList
@@ -63,6 +63,7 @@ class Supervisor:
         self._thread: threading.Thread | None = None
         self._refusals: dict[Server, str] = {}
         self._dialing = Dialing()
+        self._stopped = False
         self._linked_at = 0.0
         self._flaps = 0  # links in a row that were lost as soon as they were made
 
@@ -75,7 +76,10 @@ class Supervisor:
 
     def do(self, task: Callable[[], None]) -> None:
         """Have a brief chore done on the thread; may be called anywhere, finalizers included."""
-        self._tasks.put(task)
+        if self._stopped:
+            run_soon(task, "a chore")
+        else:
+            self._tasks.put(task)
 
     def link_lost(self, session: Session, reason: Exception) -> None:
         """Clear the session away and make the next link."""
@@ -87,6 +91,7 @@ class Supervisor:
 
     def stop(self) -> None:
         """Let the thread end; a dial under way is cut short."""
+        self._stopped = True
         self._tasks.put(None)
         self._dialing.cancel()
 
@@ -162,20 +167,20 @@ class Supervisor:
             if not self._keeper.wants_link():
                 break
             try:
-                transport, info = dial(server, self._options, self._dialing)
+                if self._keeper.on_link(*dial(server, self._options, self._dialing)):
+                    self._linked()
+                    return None
             except Exception as error:
                 if not isinstance(error, NatsError):
                     log.exception("%s: dialing %s failed", self._name, server)
                 causes[server] = error if isinstance(error, NatsError) else ConnectError(f"{server}: {error!r}")
                 log.info("%s: %s", self._name, causes[server])
                 self._servers.failed(server)
-                continue
-            if self._keeper.on_link(transport, info):
-                self._refusals.clear()
-                self._linked_at = time.monotonic()
-                self._discover(info.get("connect_urls") or [])
-                return None
         return causes
+
+    def _linked(self) -> None:
+        self._refusals.clear()
+        self._linked_at = time.monotonic()
 
     def _discover(self, urls: list[str]) -> None:
         for server in self._servers.discovered(urls):

@@ -22,14 +22,19 @@ _SWEEP_FROM = 64
 
 
 class Timer:
-    """One scheduled call; cancel() may be called from any thread, at any time, more than once."""
+    """One scheduled call; cancel() may be called from any thread, at any time, more than once.
 
-    __slots__ = ("_owner", "at", "callback")
+    Attributes:
+        keep: whatever must live until then; for callbacks that hold what they act on weakly.
+    """
+
+    __slots__ = ("_owner", "at", "callback", "keep")
 
     def __init__(self, owner: _Timers, at: float, callback: Callable[[], None]) -> None:
         self._owner = owner
         self.at = at
         self.callback: Callable[[], None] | None = callback
+        self.keep: object = None
 
     def cancel(self) -> None:
         """Make sure that the call does not start any more (one that is running goes on)."""
@@ -38,7 +43,8 @@ class Timer:
 
 class _Timers:
     def __init__(self) -> None:
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()  # entered itself: an interrupt inside Condition.__enter__ would leave it locked
+        self._changed = threading.Condition(self._lock)
         self._heap: list[tuple[float, int, Timer]] = []
         self._cancelled = 0
         self._numbers = itertools.count()
@@ -46,20 +52,28 @@ class _Timers:
 
     def schedule(self, at: float, callback: Callable[[], None]) -> Timer:
         timer = Timer(self, at, callback)
-        with self._changed:
+        with self._lock:
             heapq.heappush(self._heap, (at, next(self._numbers), timer))
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="natsync-timer", daemon=True)
-                self._thread.start()
+                self._start_locked()
             elif self._heap[0][2] is timer:
                 self._changed.notify()
         return timer
 
+    def _start_locked(self) -> None:
+        thread = threading.Thread(target=self._run, name="natsync-timer", daemon=True)
+        self._thread = thread
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads just now: the next schedule() tries again
+            log.warning("the timer's thread cannot be started; deadlines are late")
+            self._thread = None
+
     def cancel(self, timer: Timer) -> None:
-        with self._changed:
+        with self._lock:
             if timer.callback is None:
                 return
-            timer.callback = None
+            timer.callback = timer.keep = None
             self._cancelled += 1
             if self._cancelled == len(self._heap) or self._cancelled >= max(_SWEEP_FROM, len(self._heap) // 2):
                 self._heap = [entry for entry in self._heap if entry[2].callback is not None]
@@ -70,7 +84,7 @@ class _Timers:
 
     def settle(self) -> None:
         """Wait for the thread to leave if nothing is scheduled any more."""
-        with self._changed:
+        with self._lock:
             thread = None if self._heap else self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join(1.0)
@@ -88,7 +102,7 @@ class _Timers:
 
     def _next_due(self) -> Callable[[], None] | None:
         """Sleep until something is due and take it; None when nothing is scheduled any more."""
-        with self._changed:
+        with self._lock:
             while self._heap:
                 at, _, timer = self._heap[0]
                 if timer.callback is None:

@@ -78,10 +78,10 @@ class TLSTransport(Transport):
     def receive(self) -> bytes:
         if self._early:
             return super().receive()
-        while True:
+        data = None
+        while data is None and not self._tls.ended:
             data = self._tls.decrypt(self._sock.recv(READ_BYTES))
-            if data is not None:
-                return data
+        return data or b""
 
     def send(self, data: bytes) -> None:
         self._sock.sendall(self._tls.encrypt(data))
@@ -94,6 +94,7 @@ class _Tls:
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._object = context.wrap_bio(self._incoming, self._outgoing, server_hostname=hostname)
         self._lock = threading.Lock()
+        self.ended = False  # the peer has said goodbye, or its end was cut off
 
     def handshake(self, sock: socket.socket, deadline: Deadline) -> None:
         while True:
@@ -128,6 +129,7 @@ class _Tls:
                 return b"".join(plain) or None
             except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
                 pass
+            self.ended = True
             return b"".join(plain)
 
     def encrypt(self, data: bytes) -> bytes:
@@ -321,6 +323,8 @@ class _Handshake(_pynats2.NATSNoSubscribeClient):
         assert self._raw is not None
         while True:
             self._raw.settimeout(_left(self._deadline, "the handshake"))
+            if self._tls is not None and self._tls.ended:
+                return b""
             data = self._raw.recv(READ_BYTES)
             plain = data if self._tls is None else self._tls.decrypt(data)
             if plain is not None:

@@ -50,11 +50,22 @@ class WorkerPool:
                 return True
             if len(self._threads) >= self.limit:
                 return True
-            self._numbers += 1
-            thread = threading.Thread(target=self._run, name=f"{self.name}-{self._numbers}", daemon=True)
-            self._threads.add(thread)
+            return self._grow_locked()
+
+    def _grow_locked(self) -> bool:
+        """Start a thread for the newest task; False (the task is taken back) if there is none to run it."""
+        self._numbers += 1
+        thread = threading.Thread(target=self._run, name=f"{self.name}-{self._numbers}", daemon=True)
+        self._threads.add(thread)
+        try:
             thread.start()
-            return True
+        except RuntimeError:  # no more threads just now
+            self._threads.discard(thread)
+            if not self._threads:
+                self._tasks.pop()
+                log.warning("%s: no thread can be started", self.name)
+            return bool(self._threads)
+        return True
 
     @property
     def threads(self) -> int:

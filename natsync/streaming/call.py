@@ -21,6 +21,7 @@ from natsync.context import Context
 from natsync.errors import (
     Cancelled,
     Code,
+    ConnectionLost,
     DeadlineExceeded,
     ForkError,
     HandlerError,
@@ -37,7 +38,7 @@ from natsync.errors import (
 )
 from natsync.headers import Headers
 from natsync.message import Item, Message
-from natsync.mux import LinkLoss
+from natsync.mux import LinkLoss, Waiter
 from natsync.protocol import encode_pub
 from natsync.reply import ERROR_CODE_HEADER, ERROR_HEADER
 from natsync.retry import RetryPolicy, run
@@ -54,7 +55,7 @@ PENDING_BYTES = 64 << 20
 _NOTHING: Iterator[Item] = iter(())
 
 
-class Call:
+class Call(Waiter):
     """One attempt of one stream: registered, published, received."""
 
     def __init__(self, connection: Connection, subject: str, idle_timeout: float | None) -> None:
@@ -141,8 +142,10 @@ class Call:
             )
         )
 
-    def breaks(self, loss: LinkLoss) -> None:
-        return None
+    def frames_dropped(self, dropped: list[bytes]) -> None:
+        if any(frame is self._frame for frame in dropped):
+            error = ConnectionLost("the next server takes no message as large as the request", sent=False)
+            self._fail(error, tell=False)
 
     def link_lost(self, loss: LinkLoss) -> None:
         if self._mark is not None and loss.took(self._frame, self._mark):
@@ -203,6 +206,7 @@ class Call:
                 return None
             if status == frames.NO_RESPONDERS_STATUS and not payload:
                 raise self._ended_by(self._unheard())
+            self._check_service_error(_decode(block))
         if payload == self._sentinels.end:
             self.trailers = _decode(block)
             self.complete = True
@@ -212,19 +216,18 @@ class Call:
         if payload.startswith(self._sentinels.error_prefix):
             text = payload[len(self._sentinels.error_prefix) :].decode("utf-8", "replace")
             raise self._ended_by(_reported(text, _decode(block)))
-        if block is not None:
-            self._take_headers(_decode(block))
+        if block is not None and not self.chunks:
+            self.headers = _decode(block)
         self.chunks += 1
         self.bytes += len(payload)
         return payload
 
-    def _take_headers(self, headers: Headers) -> None:
+    def _check_service_error(self, headers: Headers) -> None:
+        """Raise what a request/reply handler answered when it failed."""
         text = headers.get(ERROR_HEADER)
         if text is not None:
             code = headers.get(ERROR_CODE_HEADER, "")
-            raise self._ended_by(HandlerError(text, code=int(code) if code.isdigit() else None))
-        if not self.chunks:
-            self.headers = headers
+            raise self._ended_by(HandlerError(text, code=int(code) if code.isascii() and code.isdigit() else None))
 
     def _unheard(self) -> Exception:
         if self.chunks or self._control is not None:

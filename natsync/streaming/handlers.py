@@ -110,10 +110,12 @@ def legacy_runner(function: Handler, pause: float) -> Runner:
 
 
 def single_runner(function: Handler) -> Runner:
-    """A request/reply handler asked for a stream: its one answer, and the end."""
+    """A request/reply handler asked for a stream: its one answer, unless that is empty, and the end."""
 
     def run(ctx: HandlerContext, request: Message, core: SenderCore) -> None:
-        core.send(reply_bytes(function(ctx, request)), _NO_DEADLINE)
+        reply = reply_bytes(function(ctx, request))
+        if reply:
+            core.send(reply, _NO_DEADLINE)
         core.end()
 
     return _guarded(run)

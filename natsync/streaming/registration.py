@@ -26,6 +26,7 @@ class Handle:
     Attributes:
         subject, queue: as registered.
         ctx: the parent of every request's context; cancelling it stops the registration and everything under way.
+            It has ended once stop() has returned.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Handle:
         self._work = work
         self._forget = forget
         self._stopped = threading.Event()
+        self._stop_watching: Callable[[], None] = lambda: None
 
     @property
     def stopped(self) -> bool:
@@ -65,8 +67,11 @@ class Handle:
         """
         deadline = Deadline.after(check_timeout(timeout))
         self.leave(deadline)
-        if not self._responder.in_handler() and not self.wait_idle(deadline):
-            self.ctx.cancel_soon(Cancelled(f"the registration of {self.subject!r} was stopped"))
+        if self._responder.in_handler():
+            return
+        idle = self.wait_idle(deadline)
+        self.ctx.cancel_soon(Cancelled(f"the registration of {self.subject!r} was stopped"))
+        if not idle:
             self._work.wait_idle(Deadline.after(LEAVE_SECONDS if timeout else 0))
 
     def connection_closed(self) -> None:
@@ -75,7 +80,7 @@ class Handle:
 
     def in_force(self) -> None:
         """The subscription is in place: from now on the end of the context ends it."""
-        self.ctx.on_end(lambda: self._responder.connection.in_supervisor(self._end))
+        self._stop_watching = self.ctx.on_end(lambda: self._responder.connection.in_supervisor(self._end))
 
     def leave(self, deadline: Deadline) -> None:
         """Have the server send no more, and take what was on its way."""
@@ -102,6 +107,7 @@ class Handle:
 
     def _end(self) -> None:
         self._responder.connection.unsubscribe(self._core)
+        self._stop_watching()
         self._forget(self)
         self._stopped.set()
 

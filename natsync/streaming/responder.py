@@ -32,6 +32,8 @@ log = logging.getLogger("natsync.streaming")
 
 #: Seconds after which a refused requester may try again.
 RETRY_AFTER = 1.0
+#: Seconds for the last flush and for threads to leave, at the least.
+CLOSE_SECONDS = 0.5
 #: The code in Nats-Service-Error-Code for a handler that raised; HTTP's, by convention of NATS services.
 _HANDLER_FAILED = 500
 #: Characters of an error's text that fit into a header.
@@ -86,9 +88,10 @@ class Responder:
         return self._pool.is_own_thread() or self.connection.dispatcher.workers.is_own_thread()
 
     def close(self, deadline: Deadline) -> None:
-        """Close the connection, and let the stream threads leave."""
-        self.connection.close()
-        stuck = self._pool.close(deadline)
+        """Close the connection, and let the stream threads leave; each gets a moment even if no time is left."""
+        left = deadline.remaining()
+        self.connection.close(None if left is None else max(left, CLOSE_SECONDS))
+        stuck = self._pool.close(Deadline.after(CLOSE_SECONDS))
         if stuck:
             log.warning("handlers still running after close(): %s", ", ".join(stuck))
 

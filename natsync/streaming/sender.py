@@ -33,7 +33,8 @@ from natsync.errors import (
 )
 from natsync.headers import Headers
 from natsync.message import Item, Payload, to_bytes
-from natsync.mux import LinkLoss, Mux
+from natsync.mux import LinkLoss, Mux, Waiter
+from natsync.outbox import destination
 from natsync.protocol import encode_pub
 from natsync.streaming import frames
 
@@ -44,7 +45,7 @@ GROUP_BYTES = 64 << 10
 _FAILED = frames.Status(Code.UNKNOWN)
 
 
-class SenderCore:
+class SenderCore(Waiter):
     """State of one response stream: open, then closed for one reason."""
 
     def __init__(
@@ -284,14 +285,25 @@ class SenderCore:
             lost = loss.confirmed < self._last_mark and 0 < self._first_mark <= loss.taken
             if not lost or (self._error is not None and self._last_mark > loss.position):
                 return None  # nothing was lost; or the end is in the new outbox already, behind the gap
-            self._broken = StreamClosed(
-                f"the responder's link broke in mid-stream, chunks may be missing: {loss.reason}", code=Code.UNAVAILABLE
-            )
-            if self._error is None:
-                self._error = self._broken
-            return self._reply
+            return self._break_locked(f"the responder's link broke in mid-stream, chunks may be missing: {loss.reason}")
+
+    def frames_dropped(self, dropped: list[bytes]) -> bytes | None:
+        if not any(destination(frame) == self._reply for frame in dropped):
+            return None
+        with self._lock:
+            return self._break_locked("a chunk was dropped: the responder's next server takes none as large as that")
+
+    def _break_locked(self, text: str) -> bytes:
+        """Chunks are missing: nothing behind them may be sent. Requires _lock."""
+        self._broken = StreamClosed(text, code=Code.UNAVAILABLE)
+        if self._error is None:
+            self._error = self._broken
+        return self._reply
 
     def link_lost(self, loss: LinkLoss) -> None:
+        self.repair()
+
+    def repair(self) -> None:
         """A stream with a gap must not seem complete, and one whose end was lost must not seem endless."""
         broken, self._broken = self._broken, None
         if broken is None:

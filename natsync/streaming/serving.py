@@ -10,6 +10,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from natsync.concurrency import fork_generation
+
 log = logging.getLogger("natsync.streaming")
 
 _DONE = "done"
@@ -47,7 +49,12 @@ class Serving:
         if threading.current_thread() is not threading.main_thread():
             return {}
 
+        generation = fork_generation()
+
         def caught(number: int, frame: FrameType | None) -> None:
+            if generation != fork_generation():  # a process that a handler forked: the signal means what it always does
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
             self._reasons.put(signal.Signals(number).name)
 
         return {number: signal.signal(number, caught) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -81,6 +81,7 @@ class Subscriber:
         self._handles: list[Handle] = []
         self._retired = dict.fromkeys(COUNTED, 0)
         self._closed = False
+        self._close_done = threading.Event()
 
     # -- registering ---------------------------------------------------------------------------------------------
 
@@ -182,7 +183,8 @@ class Subscriber:
             _subject.queue_name(queue)
         with self._lock:
             self._check_usable_locked()
-            is_open = self._responder is not None
+            responder = self._responder
+            is_open = responder is not None and responder.connection.status not in (Status.NEW, Status.CONNECTING)
             if not is_open:
                 self._recorded.append(register)
         if is_open:
@@ -329,8 +331,8 @@ class Subscriber:
     def close(self, timeout: float | None = CLOSE_SECONDS) -> None:
         """Take no more requests, let those under way finish, cancel what lasts longer than timeout seconds, close.
 
-        While it waits, requests that were on their way are served, and the server's PINGs answered. Idempotent; safe
-        from a handler, which then does not wait for itself.
+        While it waits, requests that were on their way are served, and the server's PINGs answered. Idempotent; a
+        second caller waits for the first. From a handler it waits for nothing: all that is under way is cancelled.
         """
         for what in self._close(Deadline.after(check_timeout(timeout))):
             log.warning("cancelled by close(): %s", what)
@@ -338,25 +340,34 @@ class Subscriber:
     def _close(self, deadline: Deadline) -> list[str]:
         """Close by the deadline; what had to be cancelled, in words."""
         with self._lock:
-            if self._closed or self._generation != fork_generation():
-                self._closed = True
-                return []
-            self._closed = True
+            first, self._closed = not self._closed, True
             handles, responder = list(self._handles), self._responder
-        if responder is None:
+        if responder is None or self._generation != fork_generation():
             return []
+        inside = responder.in_handler()
+        if not first:
+            if not inside:
+                self._close_done.wait(deadline.remaining())  # another thread is at it
+            return []
+        try:
+            return self._shut_down(handles, responder, deadline, inside)
+        finally:
+            self._close_done.set()
+
+    def _shut_down(self, handles: list[Handle], responder: Responder, deadline: Deadline, inside: bool) -> list[str]:
         responder.draining = True
         for handle in handles:
             handle.leave(deadline)
-        inside = responder.in_handler()
-        busy = [handle for handle in handles if not inside and not handle.wait_idle(deadline)]
+        # A handler that closes must not wait for itself: then everything under way is cancelled, and told so.
+        busy = [handle for handle in handles if inside or not handle.wait_idle(deadline)]
         unfinished = [
             f"{handle.cancel('the responder is shutting down')} requests on {handle.subject!r}" for handle in busy
         ]
         leave = Deadline.after(LEAVE_SECONDS)
         for handle in busy:
-            handle.wait_idle(leave)
-        responder.close(leave)
+            if not inside:
+                handle.wait_idle(leave)
+        responder.close(deadline)
         return unfinished
 
     def _connection_closed(self, reason: Exception | None) -> None:

@@ -21,22 +21,23 @@ class Work:
 
     def __init__(self, ctx: Context) -> None:
         self.ctx = ctx
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._under_way: set[Context] = set()
         self._numbers = dict.fromkeys(COUNTED, 0)
 
     def count(self, what: str) -> None:
-        with self._changed:
+        with self._lock:
             self._numbers[what] += 1
 
     def begin(self, ctx: Context) -> None:
-        with self._changed:
+        with self._lock:
             self._under_way.add(ctx)
 
     def end(self, ctx: Context, outcome: str) -> None:
         """The request is over: counted, its context ended, and whoever waits for the last one told."""
         ctx.cancel_soon(Cancelled("the request is over"))
-        with self._changed:
+        with self._lock:
             self._numbers[outcome] += 1
             self._under_way.discard(ctx)
             if not self._under_way:
@@ -47,12 +48,12 @@ class Work:
 
     def numbers(self) -> dict[str, int]:
         """The counters, and active: how many are under way."""
-        with self._changed:
+        with self._lock:
             return {**self._numbers, "active": len(self._under_way)}
 
     def wait_idle(self, deadline: Deadline) -> bool:
         """Block until nothing is under way; False if the deadline came first."""
-        with self._changed:
+        with self._lock:
             while self._under_way:
                 if deadline.expired or not self._changed.wait(deadline.remaining()):
                     return not self._under_way
@@ -60,7 +61,7 @@ class Work:
 
     def cancel(self, reason: str) -> None:
         """End the context of everything under way."""
-        with self._changed:
+        with self._lock:
             contexts = list(self._under_way)
         for ctx in contexts:
             ctx.cancel_soon(Cancelled(reason))
