@@ -22,8 +22,8 @@ from natsync.headers import HeaderInput, Headers
 from natsync.message import MISSING, Message, Payload, payload_of
 from natsync.options import Servers, connect_options, parse_servers
 from natsync.reply import request as _request
-from natsync.retry import RetryPolicy, run
-from natsync.streaming import call
+from natsync.retry import RetryPolicy, check_policy, run
+from natsync.streaming import call, frames
 from natsync.streaming.call import Stream
 from natsync.subscription import (
     PENDING_BYTES,
@@ -72,7 +72,7 @@ class Client:
     def open(self, timeout: float | None = None) -> Client:
         """Connect now; returns itself.
 
-        Blocks for one walk over the servers, connect_timeout seconds each, and no longer than timeout (None = no limit).
+        Blocks for one walk over the servers, connect_timeout seconds each, and at most timeout seconds in all.
 
         Raises:
             TimedOut: not connected in time; the walk goes on, and the next use waits for it.
@@ -196,6 +196,7 @@ class Client:
             NoServersError, ConnectionClosed: there is no connection.
         """
         check_timeout(timeout)
+        check_policy(retry)
         _subject.publish_subject(subject)
         data = payload_of(payload, json)
         block = Headers(headers).encode() if headers else None
@@ -305,10 +306,11 @@ class Client:
         """
         check_timeout(timeout)
         check_timeout(idle_timeout, "idle_timeout")
+        check_policy(retry)
         _check_window(window)
         _subject.publish_subject(subject)
         data = payload_of(payload, json)
-        given = Headers(headers)
+        given = frames.user_headers(headers)
         scope = (ctx or Context()).with_timeout(timeout)
         try:
             scope.check()
@@ -348,11 +350,12 @@ class Client:
         """
         check_timeout(timeout)
         check_timeout(idle_timeout, "idle_timeout")
+        check_policy(retry)
         if not callable(processor):
             raise TypeError(f"the processor is a function (message), not {type(processor).__name__}")
         _subject.publish_subject(subject)
         data = payload_of(payload, json)
-        given = Headers(headers)
+        given = frames.user_headers(headers)
         if client_id is not None:
             given[CONNECT_ID_HEADER] = client_id
         scope = (ctx or Context()).with_timeout(timeout)

@@ -93,6 +93,35 @@ class Signal:
         return self._lock.acquire(timeout=deadline.wait_time())
 
 
+class SafeEvent(threading.Event):
+    """A threading.Event that an interrupt (Ctrl-C) in wait() cannot leave locked.
+
+    Event enters its Condition, which is Python code; interrupted inside, the lock stays taken, and whoever sets the
+    event next, perhaps the reader, blocks for ever. Here the plain lock is entered.
+    """
+
+    _flag: bool
+    _cond: threading.Condition
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._plain = threading.Lock()
+        self._cond = threading.Condition(self._plain)
+
+    def set(self) -> None:
+        with self._plain:
+            self._flag = True
+            self._cond.notify_all()
+
+    def clear(self) -> None:
+        with self._plain:
+            self._flag = False
+
+    def wait(self, timeout: float | None = None) -> bool:
+        with self._plain:
+            return self._flag or self._cond.wait(timeout)
+
+
 def spawn(target: Callable[[], None], name: str) -> threading.Thread:
     """Start a daemon thread; daemon, so that one stuck in user code cannot keep the interpreter from leaving."""
     thread = threading.Thread(target=target, name=name, daemon=True)

@@ -242,19 +242,25 @@ class Connection:
             ConnectionLost: the link broke before it confirmed, so that some may be lost.
             ConnectionClosed: the connection is closed.
         """
+        while not self._confirm(self._await_session(deadline), deadline):
+            pass  # the link ended before the PING was queued: the next one takes over what waited
+
+    def _confirm(self, session: Session, deadline: Deadline) -> bool:
+        """flush() on this very link; False if it had ended already."""
         signal, answers = Signal(), list[int | None]()
 
         def answered(position: int | None) -> None:
             answers.append(position)
             signal.set()
 
-        while not (session := self._await_session(deadline)).ping(answered):
-            pass  # it ended in between
+        if not session.ping(answered):
+            return False
         if not signal.wait(deadline):
             raise TimedOut("the server did not confirm what was sent in time")
         if answers[0] is None:
             self._check_open()
             raise ConnectionLost(f"the link to {session.server} broke before the server confirmed what was sent")
+        return True
 
     def when_confirmed(self, mark: int, callback: Callable[[], None]) -> None:
         """Have callback() called on the reader's thread once the server has everything up to this position.
@@ -405,27 +411,35 @@ class Connection:
             if not self.wants_link():
                 transport.close()
                 return False
-            session = Session(transport, self._outbox, self.options, self, self.name)
-            self._outbox.attach(self.dispatcher.resubscription())
-            try:
-                session.start()
-            except RuntimeError as error:  # no more threads just now: as good as a server that does not answer
-                self._outbox.detach()
-                session.end(ConnectError(str(error)))
-                raise ConnectError(f"no thread can be started for the link: {error}") from error
-            self._session = session
-            self._status = Status.CONNECTED
-            self._sessions += 1
-            if self._attempt is not None:
-                self._attempt.pending = False
-            self._changed.notify_all()
-            self._supervisor.discovered(info.get("connect_urls") or [])
-            self.event("reconnected" if self._sessions > 1 else "connected", {"server": str(transport.server)})
+            confirmed = 0 if self._loss is None else self._loss.confirmed
+            session = Session(transport, self._outbox, self.options, self, self.name, confirmed)
+            failure = self._start_locked(session)
+        if failure is not None:  # as good as a server that does not answer: another walk will follow
+            session.end(ConnectError(str(failure)))
+            session.join(Deadline.after(LEAVE_SECONDS))
+            raise ConnectError(f"no thread can be started for the link: {failure}") from failure
+        self._supervisor.discovered(info.get("connect_urls") or [])
         if self._settling:
             self._settling_ping = True
             self._ping_to_settle()
         log.info("%s: connected to %s", self.name, transport.server)
         return True
+
+    def _start_locked(self, session: Session) -> RuntimeError | None:
+        """Put a new session in force; the error if there is no thread for it, and then nothing has changed."""
+        try:
+            session.start()
+        except RuntimeError as error:
+            return error
+        self._outbox.attach(self.dispatcher.resubscription())
+        self._session = session
+        self._status = Status.CONNECTED
+        self._sessions += 1
+        if self._attempt is not None:
+            self._attempt.pending = False
+        self._changed.notify_all()
+        self.event("reconnected" if self._sessions > 1 else "connected", {"server": str(session.server)})
+        return None
 
     def _drop_larger(self, max_payload: int) -> None:
         """Messages that wait and that the new server would not take are dropped, and those whose they are told."""
@@ -505,9 +519,10 @@ class Connection:
         deadline = Deadline.after(timeout)
         for mux in self.dispatcher.muxes():
             mux.connection_closing()
-        if timeout != 0 and self._status is Status.CONNECTED:
+        present = self._session
+        if timeout != 0 and present is not None:
             try:
-                self.flush(deadline)
+                self._confirm(present, deadline)
             except NatsError as failure:
                 log.warning("%s: closed without the server's word that all has arrived: %s", self.name, failure)
         with self._lock:

@@ -15,14 +15,14 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from natsync import closing, timers
-from natsync.concurrency import Deadline, check_timeout, run_safely, run_soon
+from natsync.concurrency import Deadline, SafeEvent, check_timeout, run_safely, run_soon
 from natsync.errors import Cancelled, DeadlineExceeded
 
 T = TypeVar("T")
 _Callback = tuple[Callable[[], object], bool]  # the function; whether it is the library's own, brief and non-blocking
 
 
-class _Done(threading.Event):
+class _Done(SafeEvent):
     """The event of a context; keeps the context alive, so that whoever holds only the event is still told."""
 
     context: Context | None

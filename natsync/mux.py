@@ -7,12 +7,18 @@ thread; the lock covers the table only.
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from natsync.message import Item
 from natsync.protocol import Batch
+
+log = logging.getLogger("natsync.connection")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -82,12 +88,15 @@ class Mux:
         self._tokens = itertools.count(1)
         self._prefix_length = len(self.inbox) + 1
 
-    def register(self, waiter: Waiter) -> tuple[bytes, bytes]:
-        """A new (token, inbox subject) whose messages go to the waiter from now on."""
+    def address(self) -> tuple[bytes, bytes]:
+        """A new (token, inbox subject)."""
         token = b"%d" % next(self._tokens)
+        return token, b"%b.%b" % (self.inbox, token)
+
+    def register(self, token: bytes, waiter: Waiter) -> None:
+        """Messages to the token's subject go to the waiter from now on."""
         with self._lock:
             self._waiters[token] = waiter
-        return token, b"%b.%b" % (self.inbox, token)
 
     def unregister(self, token: bytes) -> None:
         with self._lock:
@@ -106,34 +115,36 @@ class Mux:
         if self.on_late is not None:
             self.on_late(batch.items)
 
+    def breaks(self, loss: LinkLoss) -> set[bytes]:
+        return {subject for subject in self._each(lambda waiter: waiter.breaks(loss)) if subject is not None}
+
     def frames_dropped(self, dropped: list[bytes]) -> set[bytes]:
-        found = {waiter.frames_dropped(dropped) for waiter in self._all()}
+        found = self._each(lambda waiter: waiter.frames_dropped(dropped))
         return {subject for subject in found if subject is not None}
 
     def repair(self) -> None:
-        for waiter in self._all():
-            waiter.repair()
-
-    def breaks(self, loss: LinkLoss) -> set[bytes]:
-        found = {waiter.breaks(loss) for waiter in self._all()}
-        return {subject for subject in found if subject is not None}
+        self._each(lambda waiter: waiter.repair())
 
     def link_lost(self, loss: LinkLoss) -> None:
-        for waiter in self._all():
-            waiter.link_lost(loss)
+        self._each(lambda waiter: waiter.link_lost(loss))
 
     def publish_denied(self, subject: bytes, error: Exception) -> None:
-        for waiter in self._all():
-            waiter.publish_denied(subject, error)
+        self._each(lambda waiter: waiter.publish_denied(subject, error))
 
     def connection_closing(self) -> None:
-        for waiter in self._all():
-            waiter.connection_closing()
+        self._each(lambda waiter: waiter.connection_closing())
 
     def connection_closed(self, reason: Exception) -> None:
-        for waiter in self._all():
-            waiter.connection_closed(reason)
+        self._each(lambda waiter: waiter.connection_closed(reason))
 
-    def _all(self) -> list[Waiter]:
+    def _each(self, tell: Callable[[Waiter], T]) -> list[T]:
+        """Tell every waiter; a fault of one is logged, and the others are told all the same."""
         with self._lock:
-            return list(self._waiters.values())
+            waiters = list(self._waiters.values())
+        results = []
+        for waiter in waiters:
+            try:
+                results.append(tell(waiter))
+            except Exception:
+                log.exception("a waiter on %r failed", self.inbox)
+        return results

@@ -151,6 +151,13 @@ class ConnectOptions:
         if not 0 <= self.reconnect_jitter <= 1:
             raise InvalidArgument(f"reconnect_jitter={self.reconnect_jitter!r}: from 0 to 1")
         _subject.publish_subject(self.inbox_prefix)
+        for name in ("name", "user", "password", "token", "tls_hostname"):
+            if not isinstance(getattr(self, name), str | None):
+                raise TypeError(f"{name} is a str or None, not {type(getattr(self, name)).__name__}")
+        if not isinstance(self.sentinels, Sentinels):
+            raise TypeError(f"sentinels is a natsync.Sentinels, not {type(self.sentinels).__name__}")
+        if self.on_event is not None and not callable(self.on_event):
+            raise TypeError(f"on_event is a function (name, info), not {type(self.on_event).__name__}")
         if not isinstance(self.tls, ssl.SSLContext | bool | None):
             raise TypeError(f"tls is an ssl.SSLContext, True, False or None, not {type(self.tls).__name__}")
 
@@ -204,7 +211,9 @@ def parse_server(url: str) -> Server:
     Raises:
         InvalidURL: as for parse_servers().
     """
-    # The URL is never quoted in an error: it may hold credentials.
+    # No part of the URL is quoted in an error: where it is malformed, any may hold credentials.
+    if any(char.isspace() or not char.isprintable() for char in url):
+        raise InvalidURL("a server URL contains white space or a control character")
     try:
         parts = urlsplit(url if "://" in url else f"nats://{url}")
         port = parts.port
@@ -212,12 +221,12 @@ def parse_server(url: str) -> Server:
         raise InvalidURL(f"a server URL cannot be parsed: {_harmless(error)}") from None
     if parts.scheme not in ("nats", "tls"):
         raise InvalidURL(f"unknown scheme {parts.scheme!r} in a server URL; use nats:// or tls://")
-    if not parts.hostname or any(char.isspace() for char in parts.hostname):
+    if not parts.hostname:
         raise InvalidURL("a server URL has no usable host name; write nats://host:port")
     if port == 0:
         raise InvalidURL("port 0 in a server URL")
     if parts.path.strip("/") or parts.query or parts.fragment:
-        raise InvalidURL(f"the URL of server {parts.hostname!r} has a path, query or fragment, which NATS has not")
+        raise InvalidURL("a server URL has a path, query or fragment, which NATS has not; percent-encode / ? # in it")
     user, password, token = _userinfo(parts)
     return Server(parts.hostname, port or DEFAULT_PORT, parts.scheme == "tls", user, password, token)
 

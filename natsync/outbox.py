@@ -153,13 +153,8 @@ class Outbox:
         with self._lock:
             self._control.extend(first)
             self._attached = True
+            self._ready.notify()
             self._room.notify_all()
-
-    def detach(self) -> None:
-        """The link came to nothing before anything was taken: a buffer again."""
-        with self._lock:
-            self._control.clear()
-            self._attached = False
 
     def close(self) -> list[bytes]:
         """The link is gone: returns the messages that its writer never took, and turns everybody away."""
@@ -178,7 +173,7 @@ class Outbox:
     def take(self) -> bytes | None:
         """Block until there is something to write; None when the outbox is closed."""
         with self._lock:
-            while not (self._frames or self._control):
+            while not (self._attached and (self._frames or self._control)):
                 if self._closed:
                     return None
                 # Only the writer takes this back, so that a wake-up that was cut short is made up for by the next.

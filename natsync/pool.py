@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
-from natsync.client import Client
+from natsync.client import REQUEST_SECONDS, Client
 from natsync.concurrency import Deadline, Signal, check_timeout, fork_generation, run_soon
 from natsync.errors import ForkError, InvalidArgument, PoolClosed, PoolTimeout, TimedOut
 from natsync.message import Message, Payload
@@ -99,30 +99,34 @@ class ConnectionPool:
             PoolClosed: the pool was closed.
             NoServersError: a new connection was due and could not be made.
         """
-        client = self.getconn(timeout)
+        turn = _Turn()
         try:
-            yield client
+            yield self._borrow(turn, timeout)
         finally:
-            self._take_back(client)
+            self._leave(turn)
 
     def getconn(self, timeout: float | None = None) -> Client:
         """Borrow a client; give it back with putconn(). Blocks and raises as connection() does."""
-        limit = self._timeout if timeout is None else check_timeout(timeout)
-        deadline = Deadline.after(limit)
-        self._check_process()
         turn = _Turn()
         try:
-            self._queue(turn)
-            if not turn.signal.wait(deadline):
-                self._check_granted(turn, limit)
-            if turn.may_dial:
-                self._dial(turn, deadline, limit)
-            if turn.client is None:
-                raise PoolClosed("the pool is closed")
-            return turn.client
+            return self._borrow(turn, timeout)
         except BaseException:  # a Ctrl-C included: whatever was granted goes to the next
             self._leave(turn)
             raise
+
+    def _borrow(self, turn: _Turn, timeout: float | None) -> Client:
+        """Wait for the turn; whatever happens, the caller has to _leave() it."""
+        limit = self._timeout if timeout is None else check_timeout(timeout)
+        deadline = Deadline.after(limit)
+        self._check_process()
+        self._queue(turn)
+        if not turn.signal.wait(deadline):
+            self._check_granted(turn, limit)
+        if turn.may_dial:
+            self._dial(turn, deadline, limit)
+        if turn.client is None:
+            raise PoolClosed("the pool is closed")
+        return turn.client
 
     def putconn(self, client: Client) -> None:
         """Give a borrowed client back; one that is closed by now is dropped and its place becomes free.
@@ -178,7 +182,9 @@ class ConnectionPool:
                 )
 
     def _leave(self, turn: _Turn) -> None:
-        """The caller goes away without a client: its place in the queue, or what it was granted, is free."""
+        """The caller goes away: its place in the queue, or what it was granted, is free."""
+        if self._generation != fork_generation():
+            return  # a forked child leaves a block that its parent entered: nothing here is the child's
         with self._lock:
             if turn in self._turns:
                 self._turns.remove(turn)
@@ -214,7 +220,7 @@ class ConnectionPool:
     def _take_back(self, client: Client) -> bool:
         """Make a lent client free again; False if it is not lent (close() may have taken it from its holder)."""
         if self._generation != fork_generation():
-            return False  # a forked child leaves a block that its parent entered: nothing here is the child's
+            return False
         with self._lock:
             if client not in self._leased:
                 return client in self._overdue
@@ -237,16 +243,17 @@ class ConnectionPool:
 
     def request(self, subject: str, payload: Payload = b"", **arguments: Any) -> Message:
         """Client.request() on a borrowed connection, which is held until the reply is there."""
-        with self.connection() as client:
-            return client.request(subject, payload, **arguments)
+        with self._within({"timeout": REQUEST_SECONDS, **arguments}) as (client, rest):
+            return client.request(subject, payload, **rest)
 
     def stream(self, subject: str, payload: Payload = b"", **arguments: Any) -> Stream:
         """Client.stream() on a borrowed connection, which is held until the stream is over."""
-        client = self.getconn()
+        turn = _Turn()
         try:
-            stream = client.stream(subject, payload, **arguments)
+            client, rest = self._borrow_within(turn, arguments)
+            stream = client.stream(subject, payload, **rest)
         except BaseException:
-            self.putconn(client)
+            self._leave(turn)
             raise
         stream.when_finished(lambda: self._return_soon(client))
         return stream
@@ -262,8 +269,24 @@ class ConnectionPool:
         self, subject: str, payload: Payload, processor: Callable[[Message], object], **arguments: Any
     ) -> None:
         """Client.stream_request() on a borrowed connection, which is held until it returns."""
-        with self.connection() as client:
-            client.stream_request(subject, payload, processor, **arguments)
+        with self._within(arguments) as (client, rest):
+            client.stream_request(subject, payload, processor, **rest)
+
+    @contextlib.contextmanager
+    def _within(self, arguments: dict[str, Any]) -> Iterator[tuple[Client, dict[str, Any]]]:
+        turn = _Turn()
+        try:
+            yield self._borrow_within(turn, arguments)
+        finally:
+            self._leave(turn)
+
+    def _borrow_within(self, turn: _Turn, arguments: dict[str, Any]) -> tuple[Client, dict[str, Any]]:
+        """A client within the verb's own timeout and ctx, and the arguments with the time that is left."""
+        ctx = arguments.get("ctx")
+        own = Deadline.after(check_timeout(arguments.get("timeout")))
+        limit = (own if ctx is None else own.or_sooner(ctx.remaining())).or_sooner(self._timeout)
+        client = self._borrow(turn, limit.remaining())
+        return client, arguments if own.at is None else {**arguments, "timeout": own.remaining()}
 
     def wait(self, timeout: float | None = None) -> None:
         """Make connections until there are min_size, so that the first callers need not wait for dialing.

@@ -5,6 +5,8 @@ The caller's thread publishes and waits; the reader's thread hands over the firs
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from natsync import headers as _headers
 from natsync import subject as _subject
 from natsync.concurrency import Deadline, Signal
@@ -28,13 +30,17 @@ class _Reply(Waiter):
         self.signal = Signal()
         self.item: Item | None = None
         self.error: Exception | None = None
+        self.late = 0  # replies behind the first
         self.frame = b""
         self.mark: int | None = None  # the frame's position in the outbox, once it is there
 
     def deliver(self, items: list[Item]) -> None:
-        if self.item is None:
-            self.item = items[0]
-            self.signal.set()
+        if self.item is not None:
+            self.late += len(items)
+            return
+        self.late += len(items) - 1
+        self.item = items[0]
+        self.signal.set()
 
     def link_lost(self, loss: LinkLoss) -> None:
         if self.mark is not None and loss.took(self.frame, self.mark):
@@ -72,9 +78,12 @@ def request(
     to = _subject.publish_subject(subject)
     waiter = _Reply(to)
     _open(connection, deadline, subject)
-    token, inbox = connection.mux.register(waiter)
-    remove = ctx.on_end(waiter.signal.set) if ctx is not None else None
+    token, inbox = connection.mux.address()
+    remove: Callable[[], None] | None = None
     try:
+        connection.mux.register(token, waiter)
+        if ctx is not None:
+            remove = ctx.on_end(waiter.signal.set)
         waiter.frame = connection.encode(to, inbox, block, payload)
         try:
             waiter.mark = connection.put(waiter.frame, deadline)
@@ -90,6 +99,7 @@ def request(
         if remove is not None:
             remove()
         connection.mux.unregister(token)
+        connection.mux.late += waiter.late
     assert waiter.item is not None
     return _reply(connection, inbox, waiter.item, subject)
 

@@ -128,13 +128,20 @@ def run(function: Callable[[int], T], policy: RetryPolicy, ctx: Context | None, 
     return _retrying(policy, ctx, rerun_errors)(once)
 
 
+def check_policy(policy: RetryPolicy) -> None:
+    """Raises TypeError if it is no policy: before anything is sent."""
+    if policy is not None and not isinstance(policy, Retry | tenacity.Retrying):
+        raise TypeError(f"retry is a natsync.Retry or a tenacity.Retrying, not {type(policy).__name__}")
+
+
 def _retrying(policy: Retry | tenacity.Retrying, ctx: Context | None, rerun_errors: bool) -> tenacity.Retrying:
-    may_repeat = tenacity.retry_if_exception(lambda error: not isinstance(error, _FINAL) and not _over(ctx))
+    # Exception: a Ctrl-C is no failure to be made up for.
+    may_repeat = tenacity.retry_if_exception(
+        lambda error: isinstance(error, Exception) and not isinstance(error, _FINAL) and not _over(ctx)
+    )
     if isinstance(policy, tenacity.Retrying):
         wanted: Any = policy.retry
         return policy.copy(retry=may_repeat & wanted, sleep=_sleeper(ctx), reraise=True)
-    if not isinstance(policy, Retry):
-        raise TypeError(f"retry is a natsync.Retry or a tenacity.Retrying, not {type(policy).__name__}")
     wants = tenacity.retry_if_exception(
         lambda error: policy.wants(error) or (rerun_errors and policy.on is None and _reported(error))
     )

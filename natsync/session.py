@@ -40,10 +40,12 @@ PongCallback = Callable[[int | None], None]
 class Session:
     """One link's life: two threads, a parser, the PINGs in flight."""
 
-    def __init__(self, transport: Transport, outbox: Outbox, options: ConnectOptions, owner: Owner, name: str) -> None:
+    def __init__(
+        self, transport: Transport, outbox: Outbox, options: ConnectOptions, owner: Owner, name: str, confirmed: int
+    ) -> None:
         self.server = transport.server
         self.outbox = outbox
-        self.confirmed = outbox.taken  # the server had everything up to this position when it answered a PING
+        self.confirmed = confirmed  # a server had everything up to this position when it answered a PING
         self.received_bytes = 0
         self._transport = transport
         self._options = options

@@ -16,7 +16,6 @@ _FORBIDDEN = re.compile(r"[\x00-\x20\x7f]")  # white space and control character
 _CACHED = 1024
 
 
-@lru_cache(_CACHED)
 def publish_subject(subject: str) -> bytes:
     """The subject as bytes, checked for publishing: no wildcard, no empty token, no white space.
 
@@ -24,13 +23,9 @@ def publish_subject(subject: str) -> bytes:
         InvalidArgument: it cannot be published to.
         TypeError: it is not a str.
     """
-    tokens = _tokens(subject, "subject")
-    if "*" in tokens or ">" in tokens:
-        raise InvalidArgument(f"subject {subject!r} has a wildcard, which only a subscription may have")
-    return _encode(subject)
+    return _publish(_text(subject, "subject"))
 
 
-@lru_cache(_CACHED)
 def subscribe_subject(subject: str) -> bytes:
     """The subject as bytes, checked for subscribing: `>` only as the last token.
 
@@ -38,12 +33,9 @@ def subscribe_subject(subject: str) -> bytes:
         InvalidArgument: it cannot be subscribed to.
         TypeError: it is not a str.
     """
-    if ">" in _tokens(subject, "subject")[:-1]:
-        raise InvalidArgument(f"subject {subject!r}: the wildcard '>' may only be the last token")
-    return _encode(subject)
+    return _subscribe(_text(subject, "subject"))
 
 
-@lru_cache(_CACHED)
 def queue_name(queue: str) -> bytes:
     """The queue group's name as bytes.
 
@@ -51,6 +43,32 @@ def queue_name(queue: str) -> bytes:
         InvalidArgument: it is empty or has white space.
         TypeError: it is not a str.
     """
+    return _queue(_text(queue, "queue group"))
+
+
+def _text(text: str, what: str) -> str:
+    if not isinstance(text, str):
+        raise TypeError(f"a {what} is a str, not {type(text).__name__}")
+    return text
+
+
+@lru_cache(_CACHED)
+def _publish(subject: str) -> bytes:
+    tokens = _tokens(subject, "subject")
+    if "*" in tokens or ">" in tokens:
+        raise InvalidArgument(f"subject {subject!r} has a wildcard, which only a subscription may have")
+    return _encode(subject)
+
+
+@lru_cache(_CACHED)
+def _subscribe(subject: str) -> bytes:
+    if ">" in _tokens(subject, "subject")[:-1]:
+        raise InvalidArgument(f"subject {subject!r}: the wildcard '>' may only be the last token")
+    return _encode(subject)
+
+
+@lru_cache(_CACHED)
+def _queue(queue: str) -> bytes:
     _word(queue, "queue group")
     return _encode(queue)
 
@@ -64,8 +82,6 @@ def _tokens(subject: str, what: str) -> list[str]:
 
 
 def _word(text: str, what: str) -> None:
-    if not isinstance(text, str):
-        raise TypeError(f"a {what} is a str, not {type(text).__name__}")
     if not text:
         raise InvalidArgument(f"the {what} is empty")
     if _FORBIDDEN.search(text):

@@ -61,7 +61,7 @@ class SubscriptionCore:
         concurrency: int = 1,
         pool: WorkerPool | None = None,
     ) -> None:
-        _check_limits(max_messages, pending_messages, pending_bytes, overflow, concurrency)
+        check_limits(max_messages, pending_messages, pending_bytes, overflow, concurrency)
         self.sid = b""  # given by the dispatcher
         self.subject = subject
         self.queue = queue
@@ -379,7 +379,7 @@ def _release(link: Link, core: SubscriptionCore) -> None:
     core.deactivate(forget=True)
 
 
-def _check_limits(
+def check_limits(
     max_messages: int | None, pending_messages: int, pending_bytes: int, overflow: str, concurrency: int
 ) -> None:
     for name, value in (

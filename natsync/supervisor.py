@@ -146,7 +146,7 @@ class Supervisor:
         """
         fruitless = 0
         while self._keeper.wants_link():
-            pauses = fruitless or self._flaps
+            pauses = fruitless or max(0, self._flaps - 1)
             if pauses and not self._chores(Deadline.after(self._servers.backoff(pauses))):
                 self._tasks.put(None)  # the end was for the loop around this one
                 return

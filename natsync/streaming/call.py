@@ -86,7 +86,8 @@ class Call(Waiter):
         self._frame = b""
         self._mark: int | None = None
         self._finished: list[Finished] = []
-        self.token, self.inbox = connection.mux.register(self)
+        self.token, self.inbox = connection.mux.address()
+        connection.mux.register(self.token, self)
 
     # -- opening -------------------------------------------------------------------------------------------------
 

@@ -13,8 +13,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from natsync.errors import Code
-from natsync.headers import Headers
+from natsync.concurrency import check_timeout
+from natsync.errors import Code, InvalidArgument
+from natsync.headers import HeaderInput, Headers
 
 #: Request: "<version>[;…]". 0 = the requester understands notes and control subjects, in plain mode.
 STREAM_HEADER = "Natsync-Stream"
@@ -84,6 +85,19 @@ class Opening:
     metadata: Headers
 
 
+def user_headers(given: HeaderInput) -> Headers:
+    """The user's headers of a request that opens a stream.
+
+    Raises:
+        InvalidArgument: one has a name that the library or the server keeps to itself.
+    """
+    headers = Headers(given)
+    for key in headers:
+        if key.lower().startswith(RESERVED):
+            raise InvalidArgument(f"header {key!r}: names with Natsync- and Nats- are reserved")
+    return headers
+
+
 def encode_opening(headers: Headers, timeout: float | None, attempt: int) -> bytes:
     """The header block of a request that opens a stream."""
     block = Headers(headers)
@@ -147,10 +161,10 @@ def decode_status(headers: Headers) -> Status:
     number = headers.get(STATUS_HEADER, "").partition(" ")[0]
     try:
         details = json.loads(headers.get(DETAILS_HEADER, "null"))
-    except ValueError:
+    except (ValueError, RecursionError):
         details = headers[DETAILS_HEADER]
     try:
-        retry_after = float(headers[RETRY_AFTER_HEADER])
+        retry_after = check_timeout(float(headers[RETRY_AFTER_HEADER]))
     except (KeyError, ValueError):
         retry_after = None
     return Status(int(number) if _is_number(number) else None, details, headers.get(REASON_HEADER), retry_after)

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from natsync import headers as _headers
-from natsync.concurrency import Deadline, check_timeout, fork_generation, run_soon
+from natsync.concurrency import Deadline, SafeEvent, check_timeout, fork_generation, run_soon
 from natsync.connection import Connection
 from natsync.context import Context
 from natsync.errors import (
@@ -53,7 +53,7 @@ class SenderCore(Waiter):
     ) -> None:
         sentinels = connection.options.sentinels
         self.ctx = ctx
-        self.closed = threading.Event()
+        self.closed: threading.Event = SafeEvent()
         self.count = 0
         self.subject = subject
         self.peer_is_natsync = natsync_peer
@@ -67,12 +67,14 @@ class SenderCore(Waiter):
         self._ended = False
         self._broken: StreamClosed | None = None
         self._headers: Headers | None = None
-        self._first_mark = 0
-        self._last_mark = 0
+        self._first_mark = 0  # positions in the outbox: of the first message,
+        self._last_mark = 0  # of the last chunk,
+        self._end_mark = 0  # and of the end
         self._callbacks: list[Callable[[], object]] = []
         self._internal: list[Callable[[], object]] = []
-        self._token, self._inbox = control.register(self)
+        self._token, self._inbox = control.address()
         self._prefix = b"PUB %b %b " % (reply, self._inbox)
+        control.register(self._token, self)
         self._stop_watching: Callable[[], None] = lambda: None  # until on_end() returns, which may call us at once
         self._stop_watching = ctx.on_end(self._context_ended)
 
@@ -228,19 +230,17 @@ class SenderCore(Waiter):
     def _put_last(self, frame: bytes) -> None:
         """Queue the end; a link that is lost before the server has it must not leave the requester waiting."""
         try:
-            mark = self._connection.try_put(frame, force=True)
+            with self._lock:  # so that breaks() sees the end either not sent or with its mark
+                mark = self._end_mark = self._connection.try_put(frame, force=True)
         except NatsError as error:  # closed: there is nobody to tell any more
             log.debug("the end of a stream on %r was not sent: %s", self.subject, error)
             self._control.unregister(self._token)
             return
-        with self._lock:
-            self._last_mark = mark
-            self._first_mark = self._first_mark or mark
         self._connection.when_confirmed(mark, lambda: self._confirmed(mark))
 
     def _confirmed(self, mark: int) -> None:
         """The server has everything up to this position."""
-        if mark == self._last_mark:
+        if mark == self._end_mark:
             self._control.unregister(self._token)
 
     def _run_user(self, callback: Callable[[], object]) -> None:
@@ -282,9 +282,10 @@ class SenderCore(Waiter):
         Returns the reply subject, whose waiting messages are to be taken back.
         """
         with self._lock:
-            lost = loss.confirmed < self._last_mark and 0 < self._first_mark <= loss.taken
-            if not lost or (self._error is not None and self._last_mark > loss.position):
-                return None  # nothing was lost; or the end is in the new outbox already, behind the gap
+            # What is in the new outbox already, behind the gap, is taken back: chunks, and an end too.
+            chunks_lost = 0 < self._first_mark <= loss.taken and loss.confirmed < self._last_mark
+            if not chunks_lost and not loss.confirmed < self._end_mark <= loss.taken:
+                return None
             return self._break_locked(f"the responder's link broke in mid-stream, chunks may be missing: {loss.reason}")
 
     def frames_dropped(self, dropped: list[bytes]) -> bytes | None:

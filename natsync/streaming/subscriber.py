@@ -26,7 +26,7 @@ from natsync.streaming.registration import LEAVE_SECONDS, Handle
 from natsync.streaming.responder import Responder, StreamIntake
 from natsync.streaming.serving import Serving
 from natsync.streaming.work import COUNTED, Work
-from natsync.subscription import PENDING_BYTES, PENDING_MESSAGES, Overflow, SubscriptionCore
+from natsync.subscription import PENDING_BYTES, PENDING_MESSAGES, Overflow, SubscriptionCore, check_limits
 
 log = logging.getLogger("natsync.streaming")
 
@@ -68,6 +68,7 @@ class Subscriber:
         for name, value in (("max_workers", max_workers), ("max_streams", max_streams)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InvalidArgument(f"{name}={value!r}: a whole number from 1 up")
+        check_limits(None, pending_messages, pending_bytes, "drop_new", 1)
         self._servers = parse_servers(servers)
         self._options = connect_options(options)
         self._max_workers = max_workers
