@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 
 from jobs import Job
 
+#: Different flaws of a row that its remark spells out.
+SHOWN_FLAWS = 2
+
 
 @dataclass
 class Row:
@@ -67,6 +70,10 @@ def _spread(row: Row) -> str:
 
 
 def _remarks(row: Row) -> str:
-    """Each different flaw once, with the number of rounds that had it."""
-    counts = {flaw: row.flaws.count(flaw) for flaw in row.flaws}
-    return "; ".join(flaw if count == 1 else f"{flaw} ({count} rounds)" for flaw, count in counts.items())
+    """The first flaws, each different one once, with the number of rounds that had any."""
+    if not row.flaws:
+        return ""
+    different = list(dict.fromkeys(row.flaws))
+    more = "; …" if len(different) > SHOWN_FLAWS else ""
+    rounds = "1 round" if len(row.flaws) == 1 else f"{len(row.flaws)} rounds"
+    return f"{'; '.join(different[:SHOWN_FLAWS])}{more} ({rounds})"

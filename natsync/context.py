@@ -309,7 +309,8 @@ class Context:
             timer.cancel()
         if self._parent is not None:
             self._parent._forget(self)
-            self._parent._keep_or_let_go()
+            if self._parent._error is None:  # otherwise its own end has seen to those above
+                self._parent._keep_or_let_go()
         return callbacks, children
 
 

@@ -142,6 +142,9 @@ class ConnectOptions:
     def __post_init__(self) -> None:
         for name in ("connect_timeout", "ping_interval", "write_timeout", "reconnect_wait", "reconnect_wait_max"):
             check_timeout(getattr(self, name), name)
+        for name in ("reconnect_wait", "reconnect_wait_max"):
+            if getattr(self, name) is None:
+                raise InvalidArgument(f"{name}=None: a number of seconds")
         if not self.connect_timeout:
             raise InvalidArgument("connect_timeout must be more than 0 s")
         _check_whole("max_pings_outstanding", self.max_pings_outstanding, 1)

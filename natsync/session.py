@@ -41,7 +41,7 @@ class Session:
     """One link's life: two threads, a parser, the PINGs in flight."""
 
     def __init__(
-        self, transport: Transport, outbox: Outbox, options: ConnectOptions, owner: Owner, name: str, confirmed: int
+        self, transport: Transport, outbox: Outbox, options: ConnectOptions, owner: Owner, name: str, confirmed: int = 0
     ) -> None:
         self.server = transport.server
         self.outbox = outbox

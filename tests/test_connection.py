@@ -10,11 +10,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
 import natsync
+from natsync.connection import Connection
 from natsync.errors import (
     AuthorizationError,
     ConnectionClosed,
@@ -171,7 +173,7 @@ def open_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-# -- the first connection --------------------------------------------------------------------------------------------------
+# -- the first connection ---------------------------------------------------------------------------------------------
 
 
 def test_open_tries_each_server_once_and_says_what_each_one_did() -> None:
@@ -227,6 +229,22 @@ def test_threads_that_open_at_once_share_one_connection() -> None:
         assert peer.accepted == 1
 
 
+def test_a_ping_right_behind_the_handshake_is_answered() -> None:
+    answered: list[bytes] = []
+
+    def script(peer: PeerConnection) -> None:
+        peer.send_info()
+        peer.recv_line()
+        peer.recv_line()
+        peer.send(b"PONG\r\nPING\r\n")
+        while b"PONG" not in answered:
+            answered.append(peer.recv_line())
+        peer.hold()
+
+    with ScriptedPeer(script) as peer, opened(peer, patience=0.1):
+        eventually(lambda: b"PONG" in answered, 1)
+
+
 def test_retry_on_failed_connect_opens_at_once_and_connects_when_it_can() -> None:
     events = Events()
     ready = threading.Event()
@@ -256,7 +274,7 @@ def test_a_client_may_be_opened_while_nothing_listens_yet_and_a_real_server_come
             assert got.next(timeout=5).data == b"sent before there was a server"
 
 
-# -- a link that is lost -----------------------------------------------------------------------------------------------------
+# -- a link that is lost ----------------------------------------------------------------------------------------------
 
 
 def test_a_lost_link_is_made_again_with_its_subscriptions() -> None:
@@ -392,6 +410,8 @@ def test_threads_that_publish_through_lost_links_double_nothing_tear_nothing_and
                 end = min(end, number + after)
             client.publish(f"s.{sender}", b"%d " % number + b"x" * (number * 31 % 700))
             number += 1
+            if number % 50 == 0:
+                time.sleep(0.001)  # or the links' ends would be waited for with a hundred megabytes
         return number
 
     with ScriptedPeer(cutter) as peer, opened(peer, reconnect_buffer_bytes=1 << 28) as client:
@@ -406,6 +426,29 @@ def test_threads_that_publish_through_lost_links_double_nothing_tear_nothing_and
             together = [number for numbers in links for number in numbers]
             assert together == sorted(set(together))
             assert together[-1] == outcomes[sender].value - 1
+
+
+@pytest.mark.parametrize("role", ["reader", "writer"])
+def test_a_link_for_which_no_thread_can_be_started_is_given_up_and_made_again(
+    role: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker = Broker()
+    with ScriptedPeer(broker) as peer:
+        client = natsync.connect(peer.url, **QUICK)
+        start, failures = threading.Thread.start, [RuntimeError("can't start new thread")] * 2
+
+        def scarce(thread: threading.Thread) -> None:
+            if thread.name.startswith("natsync-") and thread.name.endswith(f"-{role}") and failures:
+                raise failures.pop()
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", scarce)
+        broker.drop()
+        eventually(lambda: len(broker.links) == 1 + 3)
+        client.publish("s", b"kept")
+        client.flush()
+        client.close()
+        assert [pub.payload for pub in broker.published()] == [b"kept"]
 
 
 def test_garbage_from_the_server_is_told_and_the_link_made_again() -> None:
@@ -507,13 +550,21 @@ def test_a_killed_server_is_found_again_with_everything_in_place(make_nats_serve
         assert pending.value.data == b"cdcd"
 
 
-# -- how often -------------------------------------------------------------------------------------------------------------
+# -- how often --------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_attempt_after_a_loss_comes_at_once_however_short_the_link_was() -> None:
+    broker = Broker()
+    with ScriptedPeer(broker) as peer, opened(peer, reconnect_wait=30, reconnect_wait_max=30) as client:
+        broker.drop()
+        eventually(lambda: len(broker.links) == 2)
+        client.flush()
 
 
 def test_attempts_are_spaced_while_the_server_refuses() -> None:
     gate = Gate(Broker())
     with ScriptedPeer(gate) as peer:
-        with opened(peer, reconnect_wait=0.1, reconnect_wait_max=0.1) as client:
+        with opened(peer, reconnect_wait=0.1, reconnect_wait_max=0.1):
             gate.broker.drop()
             eventually(lambda: peer.accepted >= 2)
             before, begin = peer.accepted, time.monotonic()
@@ -523,7 +574,7 @@ def test_attempts_are_spaced_while_the_server_refuses() -> None:
 
 def test_attempts_are_spaced_while_the_server_greets_and_then_hangs_up() -> None:
     with ScriptedPeer(PeerConnection.handshake) as peer:
-        with opened(peer, reconnect_wait=0.1, reconnect_wait_max=0.1) as client:
+        with opened(peer, reconnect_wait=0.1, reconnect_wait_max=0.1):
             begin = time.monotonic()
             eventually(lambda: peer.accepted >= 7)
             # The first attempt after a loss may come at once; those after a link that never served must not.
@@ -537,12 +588,10 @@ def test_waits_between_attempts_grow() -> None:
         times.append(time.monotonic())
 
     with ScriptedPeer(script) as peer:
-        with opened(
-            peer, retry_on_failed_connect=True, reconnect_wait=0.05, reconnect_wait_max=0.2, reconnect_jitter=0
-        ) as client:
+        with opened(peer, retry_on_failed_connect=True, reconnect_wait=0.05, reconnect_wait_max=0.2):
             eventually(lambda: len(times) >= 6)
 
-    waits = [after - before for before, after in zip(times, times[1:], strict=False)]
+    waits = [after - before for before, after in pairwise(times)]
     for wait, planned in zip(waits, (0.05, 0.1, 0.2, 0.2, 0.2), strict=False):
         assert planned - 0.01 <= wait < planned + SLACK
 
@@ -620,7 +669,7 @@ def test_an_authorization_that_expires_is_told_and_the_next_link_made() -> None:
         client.flush()
 
 
-# -- who waits while a link is lost ------------------------------------------------------------------------------------------
+# -- who waits while a link is lost -----------------------------------------------------------------------------------
 
 
 def test_a_request_under_way_is_told_that_it_may_have_run() -> None:
@@ -705,7 +754,7 @@ def test_a_request_that_times_out_behind_a_blocked_link_was_surely_not_sent() ->
 
     with ScriptedPeer(deaf) as peer:
         with opened(peer, write_timeout=None, patience=0.1) as client:
-            fill(client)
+            publisher_that_waits(client)
             with pytest.raises(RequestTimeout) as raised:
                 client.request("s", b"", timeout=0.1)
             assert raised.value.sent is False
@@ -752,7 +801,7 @@ def test_flush_returns_once_the_server_has_everything() -> None:
         assert len(broker.published()) == 5000
 
 
-# -- bounds ------------------------------------------------------------------------------------------------------------------
+# -- bounds -----------------------------------------------------------------------------------------------------------
 
 
 def test_the_buffer_for_the_next_link_is_bounded_and_what_it_took_arrives() -> None:
@@ -785,14 +834,6 @@ def test_without_a_buffer_nothing_is_taken_without_a_link() -> None:
         client.publish("s", b"")
 
 
-def fill(client: natsync.Client) -> None:
-    """Publish to a server that does not read until publishers have to wait."""
-    payload = b"x" * 100_000
-    full = Outcome(lambda: [client.publish("filler", payload) for _ in range(1000)])
-    eventually(lambda: client.stats()["out_pending_bytes"] >= HIGH_WATER_BYTES)
-    assert full.running
-
-
 class DeafUntil:
     """A script that shakes hands, then reads nothing until it is told to."""
 
@@ -814,10 +855,18 @@ class DeafUntil:
 
 
 def publisher_that_waits(client: natsync.Client) -> Outcome:
-    """One that publishes 20 MB, and has come to wait for room."""
+    """One that publishes 20 MB to a server that does not read, and has come to wait for room."""
+
+    def stuck() -> bool:
+        before = client.stats()
+        threading.Event().wait(0.05)
+        after = client.stats()
+        return after["out_pending_bytes"] >= HIGH_WATER_BYTES and after["out_bytes"] == before["out_bytes"]
+
     payload = b"x" * 100_000
-    waiting = Outcome(lambda: [client.publish("s", payload) for _ in range(200)])
-    eventually(lambda: client.stats()["out_pending_bytes"] >= HIGH_WATER_BYTES)
+    waiting = Outcome(lambda: [client.publish("filler", payload) for _ in range(200)])
+    eventually(stuck)
+    assert waiting.running
     return waiting
 
 
@@ -827,19 +876,31 @@ def test_publishers_wait_for_a_link_that_is_far_behind() -> None:
         with opened(peer) as client:
             waiting = publisher_that_waits(client)
             assert client.stats()["out_pending_bytes"] < HIGH_WATER_BYTES + 200_000
-            assert waiting.running
             deaf.read.set()
             assert waiting.within(10) is None
 
 
 def test_publishers_that_wait_are_woken_when_the_link_is_lost() -> None:
     deaf = DeafUntil()
-    with ScriptedPeer(deaf) as peer:
+    with ScriptedPeer(lambda peer: None if peer.index else deaf(peer)) as peer:
         with opened(peer, reconnect_buffer_bytes=64 << 20) as client:
             waiting = publisher_that_waits(client)
-            deaf.read.set()
             deaf.links[0].sock.shutdown(socket.SHUT_RDWR)
             assert waiting.within(10) is None
+            assert client.status == "reconnecting"
+
+
+def test_what_was_said_behind_a_blocked_link_is_said_once_on_the_next() -> None:
+    deaf = DeafUntil()
+    broker = Broker(deaf)
+    with ScriptedPeer(broker) as peer, opened(peer, reconnect_buffer_bytes=64 << 20) as client:
+        waiting = publisher_that_waits(client)
+        client.subscribe("late", lambda message: None)
+        deaf.links[0].sock.shutdown(socket.SHUT_RDWR)
+        assert waiting.within(10) is None
+        client.flush()
+        assert [sub.subject for sub in broker.subscribed()] == [b"late"]
+        assert {pub.subject for pub in broker.published()} == {b"filler"}
 
 
 def test_publishers_that_wait_are_woken_by_close() -> None:
@@ -850,7 +911,7 @@ def test_publishers_that_wait_are_woken_by_close() -> None:
             assert isinstance(waiting.within(2), ConnectionClosed)
 
 
-# -- what the server tells ---------------------------------------------------------------------------------------------------
+# -- what the server tells --------------------------------------------------------------------------------------------
 
 
 def test_a_message_waiting_for_a_link_is_dropped_with_an_event_if_the_next_server_takes_less() -> None:
@@ -991,7 +1052,7 @@ def test_an_on_event_that_raises_harms_nothing(caplog: pytest.LogCaptureFixture)
         eventually(lambda: caplog.text.count("ZeroDivisionError: a fault of the user's") >= 3)
 
 
-# -- closing -------------------------------------------------------------------------------------------------------------------
+# -- closing ----------------------------------------------------------------------------------------------------------
 
 
 def waits_for_a_reply(client: natsync.Client) -> object:
@@ -1059,6 +1120,25 @@ def test_close_while_waiting_to_reconnect_returns_promptly() -> None:
             client.close()
             assert time.monotonic() - begin < SLACK
             assert client.status == "closed"
+
+
+def test_close_does_not_wait_for_the_next_link_if_this_one_is_lost_as_it_begins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gate = Gate(Broker())
+    with ScriptedPeer(gate) as peer, opened(peer, reconnect_wait=30, reconnect_wait_max=30) as client:
+        original = Connection._await_session
+
+        def lost_just_before(self: Connection, *args: Any) -> Any:
+            """What flush() waits by, with a link that breaks behind close()'s look at it."""
+            gate.broker.drop()
+            eventually(lambda: self.status == "reconnecting")
+            return original(self, *args)
+
+        monkeypatch.setattr(Connection, "_await_session", lost_just_before)
+        begin = time.monotonic()
+        client.close()
+        assert time.monotonic() - begin < SLACK
 
 
 def test_close_while_a_silent_server_is_dialed_again_returns_promptly() -> None:
@@ -1187,7 +1267,7 @@ def test_an_idle_client_uses_no_processor_time(nats_server: NatsServer) -> None:
         assert min(used) < 0.01
 
 
-# -- hooks for the whole module ------------------------------------------------------------------------------------------------
+# -- hooks for the whole module ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)

@@ -224,6 +224,7 @@ def test_any_bytes_decode_or_are_a_protocol_error(raw: bytes) -> None:
         (b"NATS/1.0\r\n503: x\r\n\r\n", None),
         (b"NATS/1.0 abc\r\n\r\n", None),
         (b"NATS/1.0 5\r\n\r\n", None),
+        (b"NATS/1.0 50", None),
         (b"NATS/1.0 -50\r\n\r\n", None),
         (b"NATS/1.0 \xd9\xa5\xd9\r\n\r\n", None),
         (b"", None),

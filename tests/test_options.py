@@ -180,14 +180,18 @@ def test_an_unknown_option_is_refused_by_name() -> None:
         connect_options({"pasword": "x", "colour": "red", "name": "n"})
 
 
-@pytest.mark.parametrize("name", ["connect_timeout", "ping_interval", "write_timeout", "reconnect_wait", "reconnect_wait_max"])
+@pytest.mark.parametrize(
+    "name", ["connect_timeout", "ping_interval", "write_timeout", "reconnect_wait", "reconnect_wait_max"]
+)
 @pytest.mark.parametrize("value", [-1, -0.001, float("nan")])
 def test_a_negative_time_is_refused_by_name(name: str, value: float) -> None:
     with pytest.raises(InvalidArgument, match=name):
         connect_options({name: value})
 
 
-@pytest.mark.parametrize("name", ["connect_timeout", "ping_interval", "write_timeout", "reconnect_wait", "reconnect_wait_max"])
+@pytest.mark.parametrize(
+    "name", ["connect_timeout", "ping_interval", "write_timeout", "reconnect_wait", "reconnect_wait_max"]
+)
 @pytest.mark.parametrize("value", ["5", True, [1]])
 def test_a_time_that_is_no_number_is_a_type_error(name: str, value: Any) -> None:
     with pytest.raises(TypeError, match=name):

@@ -1,7 +1,8 @@
-"""natsync.protocol: every case whole, byte by byte and with a tail; limits; any split; garbage; the cost of large input."""
+"""natsync.protocol: every case whole, byte by byte and with a tail; limits, splits, garbage, and what it costs."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import tracemalloc
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ def one(sid: bytes, subject: bytes, payload: bytes, reply: bytes | None = None, 
     return Batch(sid, subject, [(reply, block, payload)])
 
 
-#: What a server sends -> the events it means. The first entry of a pair is one frame or line, so that it can be cut anywhere.
+#: What a server sends -> the events it means: one frame each, so that it can be cut anywhere.
 FROM_SERVER: dict[str, tuple[bytes, list[Any]]] = {
     "ping": (b"PING\r\n", [Op.PING]),
     "pong": (b"PONG\r\n", [Op.PONG]),
@@ -76,7 +77,10 @@ FROM_SERVER: dict[str, tuple[bytes, list[Any]]] = {
         b"MSG a 1 %d\r\n%b\r\n" % (len(LOOKS_LIKE_PROTOCOL), LOOKS_LIKE_PROTOCOL),
         [one(b"1", b"a", LOOKS_LIKE_PROTOCOL)],
     ),
-    "msg whose payload is all bytes": (b"MSG a 1 256\r\n" + bytes(range(256)) + b"\r\n", [one(b"1", b"a", bytes(range(256)))]),
+    "msg whose payload is all bytes": (
+        b"MSG a 1 256\r\n" + bytes(range(256)) + b"\r\n",
+        [one(b"1", b"a", bytes(range(256)))],
+    ),
     "msg on a subject that is not UTF-8": (b"MSG a.\xff 1 2\r\nhi\r\n", [one(b"1", b"a.\xff", b"hi")]),
     "msg on a subject like a number": (b"MSG 12 1 2\r\nhi\r\n", [one(b"1", b"12", b"hi")]),
     "msg whose reply is like a number": (b"MSG a 1 12 2\r\nhi\r\n", [one(b"1", b"a", b"hi", b"12")]),
@@ -97,7 +101,7 @@ FROM_SERVER: dict[str, tuple[bytes, list[Any]]] = {
         b"HMSG r.1 1 30 30\r\nNATS/1.0 503 No Responders\r\n\r\n\r\n",
         [one(b"1", b"r.1", b"", None, b"NATS/1.0 503 No Responders\r\n\r\n")],
     ),
-}  # fmt: skip
+}
 
 #: What a client sends -> the requests it means.
 FROM_CLIENT: dict[str, tuple[bytes, list[Any]]] = {
@@ -159,7 +163,11 @@ def merged(events: list[Any]) -> list[Any]:
     out: list[Any] = []
     for event in events:
         last = out[-1] if out else None
-        if isinstance(event, Batch) and isinstance(last, Batch) and (last.sid, last.subject) == (event.sid, event.subject):
+        if (
+            isinstance(event, Batch)
+            and isinstance(last, Batch)
+            and (last.sid, last.subject) == (event.sid, event.subject)
+        ):
             out[-1] = Batch(last.sid, last.subject, last.items + event.items)
         else:
             out.append(event)
@@ -455,7 +463,9 @@ payloads = st.one_of(
     st.lists(st.sampled_from([b"\r\n", b"MSG a 1 3\r\n", b"PING", b"\r", b"\n", b"x"]), max_size=6).map(b"".join),
 )
 blocks = st.one_of(st.none(), st.just(BLOCK), st.binary(min_size=1, max_size=20))
-json_values = st.dictionaries(st.text(max_size=5), st.one_of(st.integers(), st.text(max_size=10), st.none()), max_size=3)
+json_values = st.dictionaries(
+    st.text(max_size=5), st.one_of(st.integers(), st.text(max_size=10), st.none()), max_size=3
+)
 
 
 @st.composite
@@ -481,7 +491,9 @@ client_frames = st.one_of(
     st.builds(Pub, tokens, st.none() | tokens, blocks, payloads).map(
         lambda pub: (encode_pub(pub.subject, pub.reply, pub.block, pub.payload), pub)
     ),
-    st.builds(Sub, tokens, st.none() | tokens, sids).map(lambda sub: (encode_sub(sub.subject, sub.queue, sub.sid), sub)),
+    st.builds(Sub, tokens, st.none() | tokens, sids).map(
+        lambda sub: (encode_sub(sub.subject, sub.queue, sub.sid), sub)
+    ),
     st.builds(Unsub, sids, st.none() | st.integers(0, 10**6)).map(
         lambda unsub: (encode_unsub(unsub.sid, unsub.max_messages), unsub)
     ),
@@ -492,7 +504,7 @@ client_frames = st.one_of(
 
 def pieces_of(data: bytes, cuts: list[int]) -> list[bytes]:
     bounds = [0, *sorted(cut % (len(data) + 1) for cut in cuts), len(data)]
-    return [data[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+    return [data[start:end] for start, end in itertools.pairwise(bounds)]
 
 
 @given(st.lists(server_frames, max_size=12), st.lists(st.integers(0, 2000), max_size=12))
@@ -516,8 +528,8 @@ def test_an_encoded_message_parses_to_what_went_in(
 
 
 GARBAGE_WORDS = [
-    b"MSG", b"HMSG", b"INFO", b"PING", b"-ERR", b"+OK", b"PUB", b"HPUB", b"SUB", b"CONNECT", b" ", b"\t", b"\r\n", b"\r",
-    b"\n", b"a", b"1", b"5", b"-1", b"99999999999", b"{}", b'{"a":', b"hello", b"\0", b"\xff", BLOCK,
+    b"MSG", b"HMSG", b"INFO", b"PING", b"-ERR", b"+OK", b"PUB", b"HPUB", b"SUB", b"CONNECT", b" ", b"\t", b"\r\n",
+    b"\r", b"\n", b"a", b"1", b"5", b"-1", b"99999999999", b"{}", b'{"a":', b"hello", b"\0", b"\xff", BLOCK,
 ]  # fmt: skip
 garbage = st.one_of(st.binary(max_size=200), st.lists(st.sampled_from(GARBAGE_WORDS), max_size=40).map(b"".join))
 

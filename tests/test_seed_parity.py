@@ -376,7 +376,9 @@ def test_legacy_stream_pauses_between_calls_only_if_told_to(raw: RawClient, subs
 
 
 @pytest.mark.parametrize("form", ["stream_subscribe", "batch_stream_subscribe", "legacy_stream_subscribe"])
-def test_stream_queue_subscribe_one_member_of_the_group_answers(raw: RawClient, nats_server: NatsServer, form: str) -> None:
+def test_stream_queue_subscribe_one_member_of_the_group_answers(
+    raw: RawClient, nats_server: NatsServer, form: str
+) -> None:
     handler = {
         "stream_subscribe": lambda ctx, request: [b"x"],
         "batch_stream_subscribe": lambda request, index: ([b"x"], False),
@@ -434,7 +436,7 @@ def test_sender_send_fails_once_its_context_is_done(raw: RawClient, held: Held) 
 
 def test_sender_send_error_sends_it_and_closes(raw: RawClient, held: Held) -> None:
     raw.request("parity.sender")
-    sender, ctx = held()
+    sender, _ = held()
     sender.send_error(ValueError("bad input"))
     assert sender.is_closed()
     assert sender.end() is False
@@ -498,6 +500,7 @@ def test_is_closed_when_a_plain_requester_dies(nats_server: NatsServer, held: He
 def test_is_closed_when_a_natsync_requester_cancels(client: natsync.Client, held: Held) -> None:
     stream = client.stream("parity.sender")
     sender, ctx = held()
+    eventually(lambda: stream.mode)  # the handler's address is known here
     stream.cancel("changed my mind")
     assert sender.closed.wait(0.5)  # nothing had to be sent to find out
     assert ctx.wait(PATIENCE)
@@ -836,7 +839,10 @@ def test_stream_request_shows_chunks_and_the_end_sentinel(
     raw.subscribe("parity.sr")
     seen: list[tuple[bytes, bool, str | None]] = []
     call = in_background.submit(
-        verbs.stream_request, "parity.sr", b"?", lambda message: seen.append((message.data, message.is_end, message.error))
+        verbs.stream_request,
+        "parity.sr",
+        b"?",
+        lambda message: seen.append((message.data, message.is_end, message.error)),
     )
     raw.answer(raw.next(), b"1", b"2", END)
     assert call.result(PATIENCE) is None
@@ -1011,7 +1017,9 @@ def test_stream_request_with_client_id_is_silent_when_it_ends_by_itself(
 ) -> None:
     raw.subscribe("parity.sr.quiet")
     raw.subscribe("client.offline")
-    call = in_background.submit(client.stream_request, "parity.sr.quiet", b"?", lambda message: None, client_id="user-8")
+    call = in_background.submit(
+        client.stream_request, "parity.sr.quiet", b"?", lambda message: None, client_id="user-8"
+    )
     raw.answer(raw.next(), b"1", END)
     call.result(PATIENCE)
     client.flush()
@@ -1036,7 +1044,11 @@ def test_urls_in_logs_and_errors_never_show_credentials(caplog: pytest.LogCaptur
     with RecordingServer() as server:
         url = server.url.replace("nats://", "nats://alice:s3cr3t@")
         with caplog.at_level(logging.DEBUG, "natsync"):
-            with natsync.Client(url) as client, natsync.ConnectionPool(url) as pool, natsync.Subscriber(url) as subscriber:
+            with (
+                natsync.Client(url) as client,
+                natsync.ConnectionPool(url) as pool,
+                natsync.Subscriber(url) as subscriber,
+            ):
                 pool.publish("x")
                 shown = f"{client!r} {pool!r} {subscriber!r} {client.stats()} {pool.stats()} {subscriber.stats()}"
         assert server.connects[0]["pass"] == "s3cr3t"

@@ -70,9 +70,9 @@ class Link:
         self.peer.settimeout(5)
         self.owner = Owner()
         self.outbox = outbox or Outbox(1 << 20)
-        self.outbox.attach([], 1 << 20)
+        self.outbox.attach([])
         transport = Transport(ours, Server("127.0.0.1", 4222), b"")
-        self.session = Session(transport, self.outbox, ConnectOptions(**options), self.owner, "natsync-test")
+        self.session = Session(transport, self.outbox, ConnectOptions(**options), self.owner, "natsync-test", 0)
 
     def ended(self, timeout: float = 5.0) -> Exception:
         """The reason with which the link ended, waited for."""
@@ -118,7 +118,7 @@ def reset(peer: socket.socket) -> None:
     peer.close()
 
 
-# -- reading -------------------------------------------------------------------------------------------------------------
+# -- reading ----------------------------------------------------------------------------------------------------------
 
 
 def test_messages_reach_the_owner_in_order() -> None:
@@ -138,12 +138,22 @@ def test_a_message_in_single_bytes_arrives_whole() -> None:
 
 def test_info_and_errors_do_not_end_the_reader() -> None:
     with link() as it:
-        it.peer.sendall(b'INFO {"max_payload":9}\r\n-ERR \'Permissions Violation for Publish to "x"\'\r\n+OK\r\nPONG\r\n')
+        it.peer.sendall(
+            b'INFO {"max_payload":9}\r\n-ERR \'Permissions Violation for Publish to "x"\'\r\n+OK\r\nPONG\r\n'
+        )
         it.peer.sendall(b"-ERR 'something nobody has heard of'\r\nMSG s 1 2\r\nhi\r\n")
         eventually(lambda: it.owner.batches)
         assert it.owner.infos == [{"max_payload": 9}]
         assert it.owner.errors == ['Permissions Violation for Publish to "x"', "something nobody has heard of"]
         assert not it.owner.lost.is_set()
+
+
+def test_an_info_of_more_than_64_kib_between_messages_is_taken() -> None:
+    urls = ",".join(f'"10.0.{index // 250}.{index % 250}:4222"' for index in range(10_000))
+    with link() as it:
+        it.peer.sendall(b"MSG s 1 1\r\na\r\nINFO {" + f'"connect_urls":[{urls}]'.encode() + b"}\r\nMSG s 1 1\r\nb\r\n")
+        eventually(lambda: len(it.owner.payloads) == 2)
+        assert len(it.owner.infos[0]["connect_urls"]) == 10_000
 
 
 def test_received_bytes_are_counted() -> None:
@@ -153,7 +163,7 @@ def test_received_bytes_are_counted() -> None:
         assert it.session.received_bytes == 15
 
 
-# -- PING and PONG -------------------------------------------------------------------------------------------------------
+# -- PING and PONG ----------------------------------------------------------------------------------------------------
 
 
 def test_a_ping_is_answered() -> None:
@@ -185,6 +195,25 @@ def test_a_pong_never_lands_inside_a_frame() -> None:
         it.peer.sendall(b"PING\r\n" * 3)
         data = it.receive(30 * len(frame) + 3 * 6)
     assert data.replace(frame, b"") == b"PONG\r\n" * 3
+
+
+def test_what_has_gathered_leaves_in_one_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    writes: list[int] = []
+    original = Transport.send
+
+    def send(transport: Transport, data: bytes) -> None:
+        writes.append(len(data))
+        original(transport, data)
+
+    monkeypatch.setattr(Transport, "send", send)
+    frame = encode_pub(b"s", None, None, b"x" * 20)
+    made = Link(socket.socketpair())
+    for _ in range(1000):
+        made.outbox.try_put(frame)
+    made.session.start()
+    assert made.receive(1000 * len(frame)) == frame * 1000
+    assert writes == [1000 * len(frame)]
+    made.stop()
 
 
 def test_a_ping_of_ours_goes_behind_what_was_queued_before() -> None:
@@ -246,7 +275,7 @@ def test_a_pong_nobody_asked_for_is_passed_over() -> None:
         assert confirmed == []
 
 
-# -- a link that has gone stale --------------------------------------------------------------------------------------------
+# -- a link that has gone stale ---------------------------------------------------------------------------------------
 
 
 def test_a_server_that_stops_answering_pings_ends_the_link() -> None:
@@ -299,7 +328,7 @@ def test_without_a_ping_interval_no_ping_is_sent() -> None:
             it.peer.recv(1)
 
 
-# -- a writer that is blocked ----------------------------------------------------------------------------------------------
+# -- a writer that is blocked -----------------------------------------------------------------------------------------
 
 
 def test_a_write_that_is_blocked_ends_the_link_at_write_timeout() -> None:
@@ -330,7 +359,7 @@ def test_an_idle_writer_is_not_a_blocked_one() -> None:
         assert not it.owner.lost.wait(0.4)
 
 
-# -- endings -----------------------------------------------------------------------------------------------------------------
+# -- endings ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_end_of_the_link_is_noticed_and_both_threads_leave() -> None:
@@ -381,7 +410,9 @@ def test_a_message_above_the_limit_ends_the_link_before_it_is_held() -> None:
         assert isinstance(it.ended(), ProtocolError)
 
 
-@pytest.mark.parametrize("text", ["Authorization Violation", "User Authentication Expired", "Account Authentication Expired"])
+@pytest.mark.parametrize(
+    "text", ["Authorization Violation", "User Authentication Expired", "Account Authentication Expired"]
+)
 def test_credentials_that_ended_are_the_reason(text: str) -> None:
     with link() as it:
         it.peer.sendall(f"-ERR '{text}'\r\n".encode())

@@ -189,9 +189,7 @@ def test_streams_that_are_over_leave_nothing_behind(client: natsync.Client) -> N
     [b"__STREAM_END__ ", b"_", b"__", b"__STREAM_", b"__STREAM_ERROR__", b"x__STREAM_END__", b"__stream_end__", b""],
     ids=repr,
 )
-def test_a_chunk_that_only_looks_like_a_sentinel_is_data(
-    client: natsync.Client, raw: RawClient, chunk: bytes
-) -> None:
+def test_a_chunk_that_only_looks_like_a_sentinel_is_data(client: natsync.Client, raw: RawClient, chunk: bytes) -> None:
     raw.subscribe("sc.lookalike")
     stream = client.stream("sc.lookalike")
     raw.answer(raw.next(), chunk, b"more", chunk, END)
@@ -290,6 +288,7 @@ def test_close_after_the_end_changes_nothing(client: natsync.Client) -> None:
 def test_cancel_tells_the_handler_why(client: natsync.Client, hold: Hold) -> None:
     stream = client.stream("sc.hold")
     sender = hold.sender
+    eventually(lambda: stream.mode)  # the handler's address is known here
     stream.cancel("the user pressed stop")
     assert sender.closed.wait(PATIENCE)
     with pytest.raises(natsync.StreamCancelled, match="the user pressed stop"):
@@ -497,9 +496,7 @@ def test_a_stream_that_is_over_lets_go_of_its_context(client: natsync.Client) ->
 
 
 @pytest.mark.parametrize("code", [code for code in Code if code is not Code.OK], ids=lambda code: code.name)
-def test_a_handlers_error_comes_with_its_text_code_and_details(
-    client: natsync.Client, hold: Hold, code: Code
-) -> None:
+def test_a_handlers_error_comes_with_its_text_code_and_details(client: natsync.Client, hold: Hold, code: Code) -> None:
     stream = client.stream("sc.hold")
     hold.sender.send(b"1")
     hold.sender.send_error("quota used up", code=code, details={"limit": 5, "unit": "€"})
@@ -885,9 +882,7 @@ def test_sentinels_empty_a_cancel_before_the_first_chunk_reaches_the_handler(emp
     assert sender.closed.wait(1)
 
 
-@pytest.mark.parametrize(
-    ("value", "chunk"), [(b"raw", b"raw"), ("text", b"text"), ({"a": 1}, b'{"a":1}'), (None, b"")]
-)
+@pytest.mark.parametrize(("value", "chunk"), [(b"raw", b"raw"), ("text", b"text"), ({"a": 1}, b'{"a":1}'), (None, b"")])
 def test_a_stream_to_a_request_handler_is_one_chunk_and_the_end(
     client: natsync.Client, subscriber: natsync.Subscriber, value: object, chunk: bytes
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import sys
@@ -26,14 +27,14 @@ def timer_threads() -> list[threading.Thread]:
 
 @pytest.fixture(autouse=True)
 def own_timers(monkeypatch: pytest.MonkeyPatch) -> Iterator[timers._Timers]:
-    """Timers that nobody else uses, so that their heap can be counted; a test that fails leaves no thread to the next."""
+    """Timers that nobody else uses, to count what they hold; a test that fails leaves no thread to the next."""
     own = timers._Timers()
     monkeypatch.setattr(timers, "_timers", own)
     yield own
     with own._changed:
         own._heap.clear()
         own._changed.notify_all()
-    eventually(lambda: own._thread is None)
+    eventually(lambda: not timer_threads())
 
 
 @pytest.fixture
@@ -192,6 +193,22 @@ def test_nothing_is_lost_when_it_is_scheduled_as_the_thread_leaves(ran: list[Any
     finally:
         sys.setswitchinterval(interval)
     assert ran == list(range(300))
+
+
+def test_a_thread_that_cannot_be_started_is_started_at_the_next_chance(
+    monkeypatch: pytest.MonkeyPatch, ran: list[Any]
+) -> None:
+    """The system may refuse a thread for a moment; deadlines must not be dead from then on."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with contextlib.suppress(RuntimeError):
+            schedule_after(FAR, lambda: None).cancel()
+    schedule_after(0, lambda: ran.append(1))
+    eventually(lambda: ran)
 
 
 # -- cost ------------------------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def send_bytewise(peer: PeerConnection, data: bytes, pause: float = 0.0) -> None
             time.sleep(pause)
 
 
-# -- one deadline ------------------------------------------------------------------------------------------------------
+# -- one deadline -----------------------------------------------------------------------------------------------------
 
 
 def test_a_silent_server_is_given_up_at_the_deadline() -> None:
@@ -166,7 +166,7 @@ def test_an_address_that_does_not_answer_leaves_time_for_the_next_one(
         transport.close()
 
 
-# -- the end is noticed --------------------------------------------------------------------------------------------------
+# -- the end is noticed -----------------------------------------------------------------------------------------------
 
 
 def close_at_once(peer: PeerConnection) -> None:
@@ -253,7 +253,7 @@ def test_a_failed_handshake_closes_its_socket() -> None:
     assert rest == [b""]
 
 
-# -- what may come during the handshake ----------------------------------------------------------------------------------
+# -- what may come during the handshake -------------------------------------------------------------------------------
 
 
 def test_a_handshake_in_single_bytes_succeeds() -> None:
@@ -338,7 +338,7 @@ def test_what_follows_the_pong_is_the_first_that_the_transport_receives(in_one_p
     assert received == following
 
 
-# -- refusals --------------------------------------------------------------------------------------------------------------
+# -- refusals ---------------------------------------------------------------------------------------------------------
 
 
 def refuse(text: bytes) -> Callable[[PeerConnection], None]:
@@ -368,7 +368,9 @@ def test_refused_credentials_are_an_authorization_error(text: bytes) -> None:
     assert text.decode() in str(error)
 
 
-@pytest.mark.parametrize("text", [b"maximum connections exceeded", b"Secure Connection - TLS Required", b"what is this"])
+@pytest.mark.parametrize(
+    "text", [b"maximum connections exceeded", b"Secure Connection - TLS Required", b"what is this"]
+)
 def test_another_refusal_is_a_connect_error_with_the_servers_words(text: bytes) -> None:
     error = failure(refuse(text))
     assert isinstance(error, ConnectError)
@@ -392,7 +394,7 @@ def test_a_refusal_does_not_quote_the_credentials() -> None:
     assert "s3cret" not in str(raised.value)
 
 
-# -- not a NATS server ---------------------------------------------------------------------------------------------------
+# -- not a NATS server ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -440,7 +442,7 @@ def test_an_info_nested_too_deeply_is_a_typed_error() -> None:
     assert isinstance(failure(script), NatsError)
 
 
-# -- TLS is never given up silently --------------------------------------------------------------------------------------
+# -- TLS is never given up silently -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("scheme", "tls"), [("tls", None), ("nats", True), ("tls", True)])
@@ -479,7 +481,7 @@ def test_plain_bytes_between_info_and_tls_are_refused() -> None:
     assert isinstance(failure(script), ProtocolError)
 
 
-# -- CONNECT -----------------------------------------------------------------------------------------------------------------
+# -- CONNECT ----------------------------------------------------------------------------------------------------------
 
 
 def test_connect_states_every_option_whose_default_at_the_server_is_another() -> None:
@@ -545,7 +547,7 @@ def test_connect_is_one_line_of_json_whatever_the_name_holds() -> None:
     assert lines[1] == b"PING"
 
 
-# -- the transport ---------------------------------------------------------------------------------------------------------
+# -- the transport ----------------------------------------------------------------------------------------------------
 
 
 def test_an_ipv6_server_can_be_dialed() -> None:

@@ -64,7 +64,7 @@ def _handler_of(party: ThirdParty) -> type[BaseHTTPRequestHandler]:
                 self.wfile.write(b"%x\r\n%b\r\n" % (len(line), line))
                 party.released.wait(party.pause)
 
-        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+        def log_message(self, format: str, *args: Any) -> None:
             """Say nothing on stderr."""
 
     return Handler

@@ -1,0 +1,160 @@
+"""natsync.mux: every answer reaches who waits for it, and nobody else."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+
+from natsync.message import Item
+from natsync.mux import LinkLoss, Mux
+from natsync.protocol import Batch
+
+
+class Waiter:
+    """Writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.items: list[Item] = []
+        self.told: list[Any] = []
+
+    def deliver(self, items: list[Item]) -> None:
+        self.items += items
+
+    def link_lost(self, loss: LinkLoss) -> None:
+        self.told.append(loss)
+
+    def publish_denied(self, subject: bytes, error: Exception) -> None:
+        self.told.append((subject, error))
+
+    def connection_closed(self, reason: Exception) -> None:
+        self.told.append(reason)
+
+
+@pytest.fixture
+def mux() -> Mux:
+    return Mux("_INBOX.abc")
+
+
+def answer(subject: bytes, *payloads: bytes) -> Batch:
+    return Batch(b"1", subject, [(None, None, payload) for payload in payloads])
+
+
+def test_one_wildcard_covers_every_inbox(mux: Mux) -> None:
+    inboxes = [mux.register(Waiter())[1] for _ in range(3)]
+    assert mux.wildcard == b"_INBOX.abc.*"
+    assert len(set(inboxes)) == 3
+    for inbox in inboxes:
+        assert inbox.startswith(b"_INBOX.abc.")
+        assert inbox.count(b".") == 2
+
+
+def test_an_answer_reaches_its_waiter_and_no_other(mux: Mux) -> None:
+    waiters = [Waiter() for _ in range(12)]
+    inboxes = [mux.register(waiter)[1] for waiter in waiters]
+    for number, inbox in enumerate(inboxes):
+        mux.deliver(answer(inbox, b"%d" % number, b"more"))
+    assert [waiter.items for waiter in waiters] == [
+        [(None, None, b"%d" % number), (None, None, b"more")] for number in range(12)
+    ]
+    assert mux.late == 0
+
+
+def test_a_late_answer_is_counted_and_shown(mux: Mux) -> None:
+    waiter, shown = Waiter(), list[Any]()
+    token, inbox = mux.register(waiter)
+    mux.unregister(token)
+    mux.deliver(answer(inbox, b"1"))
+    mux.on_late = shown.append
+    mux.deliver(answer(inbox, b"2", b"3"))
+    assert waiter.items == []
+    assert mux.late == 3
+    assert shown == [[(None, None, b"2"), (None, None, b"3")]]
+
+
+def test_a_late_answer_cannot_reach_whoever_comes_next(mux: Mux) -> None:
+    token, inbox = mux.register(Waiter())
+    mux.unregister(token)
+    later = [Waiter() for _ in range(100)]
+    inboxes = [mux.register(waiter)[1] for waiter in later]
+    mux.deliver(answer(inbox, b"late"))
+    assert inbox not in inboxes
+    assert all(waiter.items == [] for waiter in later)
+
+
+@pytest.mark.parametrize("subject", [b"_INBOX.abc.", b"_INBOX.abc", b"_INBOX.abc.1.2", b"_INBOX.abc.x", b"", b"other"])
+def test_an_answer_to_an_unknown_inbox_is_late_and_no_error(mux: Mux, subject: bytes) -> None:
+    waiter = Waiter()
+    mux.register(waiter)
+    mux.deliver(answer(subject, b"x"))
+    assert (waiter.items, mux.late) == ([], 1)
+
+
+def test_who_unregisters_is_forgotten(mux: Mux) -> None:
+    tokens = [mux.register(Waiter())[0] for _ in range(3)]
+    assert len(mux) == 3
+    for token in tokens:
+        mux.unregister(token)
+        mux.unregister(token)
+    assert len(mux) == 0
+
+
+def test_ten_thousand_abandoned_requests_leave_nothing(mux: Mux) -> None:
+    for _ in range(10_000):
+        token, _ = mux.register(Waiter())
+        mux.unregister(token)
+    assert len(mux) == 0
+    assert not mux._waiters
+
+
+def test_everybody_is_told_of_a_lost_link_a_denial_and_the_end(mux: Mux) -> None:
+    waiters = [Waiter() for _ in range(3)]
+    for waiter in waiters:
+        mux.register(waiter)
+    loss = LinkLoss(OSError("gone"), 10, 5, 0, frozenset())
+    denial, end = PermissionError("no"), RuntimeError("closed")
+    mux.link_lost(loss)
+    mux.publish_denied(b"a", denial)
+    mux.connection_closed(end)
+    assert [waiter.told for waiter in waiters] == [[loss, (b"a", denial), end]] * 3
+
+
+def test_a_waiter_may_unregister_itself_or_another_while_being_told(mux: Mux) -> None:
+    tokens: list[bytes] = []
+
+    class Leaving(Waiter):
+        def connection_closed(self, reason: Exception) -> None:
+            super().connection_closed(reason)
+            for token in tokens:
+                mux.unregister(token)
+
+    waiters = [Leaving(), Leaving()]
+    tokens += [mux.register(waiter)[0] for waiter in waiters]
+    mux.connection_closed(RuntimeError("closed"))
+    assert len(mux) == 0
+    assert waiters[0].told
+
+
+def test_threads_that_register_at_once_get_tokens_of_their_own(mux: Mux) -> None:
+    tokens: list[bytes] = []
+    threads = [
+        threading.Thread(target=lambda: tokens.extend(mux.register(Waiter())[0] for _ in range(500))) for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert len(set(tokens)) == len(mux) == 4000
+
+
+# -- LinkLoss --------------------------------------------------------------------------------------------------------
+
+
+def test_a_frame_that_was_handed_over_is_lost_with_the_link() -> None:
+    frame, waiting, later = b"frame", b"waiting", b"later"
+    loss = LinkLoss(OSError(), 100, 60, 20, frozenset([id(waiting)]))
+    assert loss.took(frame, 50)
+    assert loss.took(frame, 100)
+    assert not loss.took(waiting, 100)  # it goes out on the next link
+    assert not loss.took(later, 101)  # it was put after the loss

@@ -1,0 +1,389 @@
+"""ConnectionPool: bounds, turns, leases and endings."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+import natsync
+from natsync.testing import NatsServer, eventually
+from rawclient import END, PATIENCE, RawClient, RecordingServer
+
+Make = Callable[..., NatsServer]
+
+
+@pytest.fixture
+def raw(nats_server: NatsServer) -> Iterator[RawClient]:
+    with RawClient(nats_server.url) as raw:
+        yield raw
+
+
+@pytest.fixture
+def pool(nats_server: NatsServer) -> Iterator[natsync.ConnectionPool]:
+    """Of one connection."""
+    with natsync.ConnectionPool(nats_server.url, max_size=1, timeout=PATIENCE) as pool:
+        yield pool
+
+
+# -- lending -------------------------------------------------------------------------------------------------------
+
+
+def test_the_constructor_opens_nothing_and_the_first_use_one_connection() -> None:
+    with RecordingServer() as server:
+        pool = natsync.ConnectionPool(server.url)
+        assert (server.accepted, pool.stats()["size"]) == (0, 0)
+        for _ in range(10):
+            pool.publish("p.x")
+        assert (server.accepted, pool.stats()["size"]) == (1, 1)
+        pool.close()
+
+
+def test_never_more_than_max_size_connections_however_many_callers() -> None:
+    with RecordingServer() as server, natsync.ConnectionPool(server.url, max_size=3) as pool:
+        held: list[int] = []
+        most: list[int] = []
+        lock = threading.Lock()
+
+        def borrow() -> None:
+            with pool.connection(timeout=30) as client:
+                with lock:
+                    held.append(1)
+                    most.append(len(held))
+                client.flush()
+                with lock:
+                    held.pop()
+
+        with ThreadPoolExecutor(16) as callers:
+            for done in [callers.submit(borrow) for _ in range(200)]:
+                done.result(30)
+        assert max(most) == 3
+        assert server.accepted == 3
+        stats = pool.stats()
+        assert (stats["idle"], stats["leased"], stats["waiting"], stats["leases"]) == (3, 0, 0, 200)
+
+
+def test_a_client_is_lent_to_one_holder_at_a_time(nats_server: NatsServer) -> None:
+    with natsync.ConnectionPool(nats_server.url, max_size=3) as pool:
+        clients = [pool.getconn() for _ in range(3)]
+        assert len({id(client) for client in clients}) == 3
+        for client in clients:
+            pool.putconn(client)
+
+
+def test_waiting_callers_are_served_in_the_order_they_came(pool: natsync.ConnectionPool) -> None:
+    served: list[int] = []
+    first = pool.getconn()
+
+    def borrow(number: int) -> None:
+        with pool.connection():
+            served.append(number)
+
+    with ThreadPoolExecutor(8) as callers:
+        waiting = []
+        for number in range(8):
+            waiting.append(callers.submit(borrow, number))
+            eventually(lambda number=number: pool.stats()["waiting"] == number + 1)
+        pool.putconn(first)
+        for one in waiting:
+            one.result(PATIENCE)
+    assert served == list(range(8))
+
+
+def test_a_caller_that_gives_up_does_not_hold_up_those_behind_it(pool: natsync.ConnectionPool) -> None:
+    first = pool.getconn()
+    with ThreadPoolExecutor(2) as callers:
+        impatient = callers.submit(pool.getconn, 0.1)
+        eventually(lambda: pool.stats()["waiting"] == 1)
+        patient = callers.submit(pool.getconn, PATIENCE)
+        with pytest.raises(natsync.PoolTimeout):
+            impatient.result(PATIENCE)
+        pool.putconn(first)
+        assert patient.result(PATIENCE) is first
+    pool.putconn(first)
+
+
+def test_a_timeout_says_who_holds_the_connections_and_what_to_do(pool: natsync.ConnectionPool) -> None:
+    with pool.connection():
+        begin = time.monotonic()
+        with pytest.raises(natsync.PoolTimeout) as caught:
+            pool.getconn(timeout=0.1)
+        assert 0.09 <= time.monotonic() - begin < 1
+    assert str(caught.value) == "no connection free after 0.1 s (1 of 1 leased, 1 waiting); raise max_size or timeout"
+    assert isinstance(caught.value, TimeoutError)
+    assert pool.stats()["timeouts"] == 1
+
+
+def test_the_pools_own_timeout_is_the_default_and_0_does_not_wait(nats_server: NatsServer) -> None:
+    with natsync.ConnectionPool(nats_server.url, max_size=1, timeout=0.1) as pool:
+        with pool.connection(timeout=PATIENCE):
+            begin = time.monotonic()
+            for timeout in (None, 0):
+                with pytest.raises(natsync.PoolTimeout):
+                    pool.getconn(timeout)
+            assert 0.09 <= time.monotonic() - begin < 1
+
+
+def test_an_exception_in_the_block_gives_the_connection_back(pool: natsync.ConnectionPool) -> None:
+    with pytest.raises(ZeroDivisionError):
+        with pool.connection():
+            1 / 0
+    assert pool.stats()["idle"] == 1
+
+
+def test_what_is_not_on_loan_cannot_be_given_back(pool: natsync.ConnectionPool, nats_server: NatsServer) -> None:
+    client = pool.getconn()
+    pool.putconn(client)
+    for stranger in (client, natsync.Client(nats_server.url)):
+        with pytest.raises(natsync.InvalidArgument, match="not on loan"):
+            pool.putconn(stranger)
+
+
+def test_wait_makes_the_minimum_of_connections(nats_server: NatsServer) -> None:
+    with natsync.ConnectionPool(nats_server.url, min_size=3, max_size=5) as pool:
+        pool.wait(PATIENCE)
+        assert (pool.stats()["idle"], pool.stats()["dials"]) == (3, 3)
+
+
+@pytest.mark.parametrize("verb", ["request", "stream", "stream_request"])
+def test_a_verbs_timeout_covers_the_wait_for_a_connection(nats_server: NatsServer, verb: str) -> None:
+    with natsync.ConnectionPool(nats_server.url, max_size=1, timeout=3) as pool, pool.connection():
+        arguments = ["p.x", b"", print] if verb == "stream_request" else ["p.x"]
+        begin = time.monotonic()
+        with pytest.raises(natsync.TimedOut):
+            getattr(pool, verb)(*arguments, timeout=0.2)
+        assert time.monotonic() - begin < 1
+
+
+# -- faults --------------------------------------------------------------------------------------------------------
+
+
+def test_a_client_that_its_borrower_closed_is_replaced(pool: natsync.ConnectionPool) -> None:
+    with pool.connection() as client:
+        client.close()
+    assert pool.stats()["size"] == 0
+    with pool.connection() as other:
+        assert other is not client
+        other.flush()
+
+
+def test_a_connection_that_broke_for_good_is_replaced(make_nats_server: Make) -> None:
+    server = make_nats_server()
+    with natsync.ConnectionPool(server.url, max_size=1, reconnect=False) as pool:
+        with pool.connection() as client:
+            client.flush()
+        server.kill()
+        eventually(lambda: client.status == "closed")
+        server.start()
+        with pool.connection() as other:
+            assert other is not client
+            other.flush()
+        assert pool.stats()["dials"] == 2
+
+
+def test_a_connection_that_is_made_again_stays_in_the_pool(make_nats_server: Make) -> None:
+    server = make_nats_server()
+    with natsync.ConnectionPool(server.url, max_size=1, reconnect_wait=0.02) as pool:
+        with pool.connection() as client:
+            client.flush()
+        server.kill()
+        server.start()
+        with pool.connection() as other:
+            assert other is client
+            eventually(lambda: client.stats()["reconnects"] == 1)
+            client.flush()
+
+
+def test_a_dial_that_fails_is_raised_and_its_slot_is_free_again(make_nats_server: Make) -> None:
+    server = make_nats_server()
+    server.kill()
+    with natsync.ConnectionPool(server.url, max_size=1, connect_timeout=1) as pool:
+        for _ in range(3):
+            with pytest.raises(natsync.NoServersError):
+                pool.publish("p.x")
+        assert (pool.stats()["dials_failed"], pool.stats()["size"]) == (3, 0)
+        server.start()
+        pool.publish("p.x")
+
+
+def test_a_dial_that_fails_passes_the_turn_on(make_nats_server: Make) -> None:
+    server = make_nats_server()
+    with natsync.ConnectionPool(server.url, max_size=1, connect_timeout=1, reconnect=False, timeout=PATIENCE) as pool:
+        first = pool.getconn()
+        with ThreadPoolExecutor(4) as callers:
+            waiting = [callers.submit(pool.publish, "p.x") for _ in range(4)]
+            eventually(lambda: pool.stats()["waiting"] == 4)
+            server.kill()
+            eventually(lambda: first.status == "closed")
+            pool.putconn(first)
+            for one in waiting:
+                with pytest.raises(natsync.NoServersError):
+                    one.result(PATIENCE)
+
+
+# -- streams -------------------------------------------------------------------------------------------------------
+
+
+def test_a_stream_holds_its_connection_until_it_ends(pool: natsync.ConnectionPool, raw: RawClient) -> None:
+    raw.subscribe("p.stream")
+    stream = pool.stream("p.stream")
+    request = raw.next()
+    raw.answer(request, b"1")
+    assert stream.next(PATIENCE) == b"1"
+    assert pool.stats()["leased"] == 1
+    with pytest.raises(natsync.PoolTimeout):
+        pool.getconn(timeout=0.02)
+    raw.answer(request, END)
+    assert list(stream) == []
+    assert pool.stats()["leased"] == 0
+    pool.publish("p.x")
+
+
+@pytest.mark.parametrize("how", ["close", "cancel", "with", "garbage", "timeout"])
+def test_a_stream_that_is_given_up_gives_its_connection_back(
+    pool: natsync.ConnectionPool, raw: RawClient, how: str
+) -> None:
+    raw.subscribe("p.given")
+    stream: natsync.Stream | None = pool.stream("p.given", timeout=0.1 if how == "timeout" else None)
+    assert stream is not None
+    assert pool.stats()["leased"] == 1
+    if how == "with":
+        with stream:
+            pass
+    elif how in ("close", "cancel"):
+        getattr(stream, how)()
+    elif how == "garbage":
+        stream = None
+        gc.collect()
+    eventually(lambda: pool.stats()["leased"] == 0)
+    assert pool.stats()["idle"] == 1
+    pool.publish("p.x")
+
+
+def test_a_stream_that_fails_gives_its_connection_back(pool: natsync.ConnectionPool) -> None:
+    for _ in range(3):
+        with pytest.raises(natsync.NoRespondersError):
+            list(pool.stream("p.nobody"))
+        with pytest.raises(natsync.NoRespondersError):
+            list(pool.stream("p.nobody", retry=natsync.Retry(attempts=2, initial=0.01)))
+        with pytest.raises(natsync.InvalidArgument):
+            pool.stream("p.bad subject")
+    assert pool.stats()["leased"] == 0
+
+
+def test_stream_request_holds_a_connection_until_it_returns(pool: natsync.ConnectionPool, raw: RawClient) -> None:
+    raw.subscribe("p.request")
+    with ThreadPoolExecutor() as callers:
+        calling = callers.submit(pool.stream_request, "p.request", b"", lambda message: None)
+        request = raw.next()
+        assert pool.stats()["leased"] == 1
+        raw.answer(request, b"1", END)
+        calling.result(PATIENCE)
+    assert pool.stats()["leased"] == 0
+
+
+def test_many_streams_over_few_connections_are_all_served(nats_server: NatsServer) -> None:
+    with (
+        natsync.Subscriber(nats_server.url) as subscriber,
+        natsync.ConnectionPool(nats_server.url, max_size=4, timeout=30) as pool,
+    ):
+        subscriber.stream_subscribe("p.count", lambda ctx, request: [request.data + b"/%d" % n for n in range(20)])
+        with ThreadPoolExecutor(24) as callers:
+            results = list(callers.map(lambda n: list(pool.stream("p.count", b"%d" % n)), range(120)))
+        assert results == [[b"%d/%d" % (n, chunk) for chunk in range(20)] for n in range(120)]
+        assert pool.stats()["dials"] <= 4
+
+
+# -- closing -------------------------------------------------------------------------------------------------------
+
+
+def test_close_fails_those_who_wait(nats_server: NatsServer) -> None:
+    pool = natsync.ConnectionPool(nats_server.url, max_size=1, timeout=30)
+    pool.getconn()
+    with ThreadPoolExecutor(4) as callers:
+        waiting = [callers.submit(pool.getconn) for _ in range(3)]
+        eventually(lambda: pool.stats()["waiting"] == 3)
+        pool.close(timeout=0)
+        for one in waiting:
+            with pytest.raises(natsync.PoolClosed):
+                one.result(PATIENCE)
+
+
+def test_everything_after_close_raises_pool_closed(nats_server: NatsServer) -> None:
+    pool = natsync.ConnectionPool(nats_server.url)
+    pool.publish("p.x")
+    pool.close()
+    pool.close()
+    for verb in (
+        pool.getconn,
+        lambda: pool.publish("p.x"),
+        lambda: pool.request("p.x"),
+        lambda: pool.stream("p.x"),
+        lambda: pool.stream_request("p.x", b"", print),
+        lambda: pool.connection().__enter__(),
+    ):
+        with pytest.raises(natsync.PoolClosed):
+            verb()
+    assert pool.stats()["size"] == 0
+
+
+def test_what_is_lent_at_close_works_until_it_comes_back_and_is_closed_then(nats_server: NatsServer) -> None:
+    pool = natsync.ConnectionPool(nats_server.url)
+    client = pool.getconn()
+    with ThreadPoolExecutor() as closer:
+        closing = closer.submit(pool.close, PATIENCE)
+        with pytest.raises(natsync.PoolClosed):
+            while not closing.done():
+                pool.putconn(pool.getconn(timeout=0.01))
+        client.flush()
+        assert not closing.done()
+        pool.putconn(client)
+        closing.result(PATIENCE)
+    assert client.status == "closed"
+
+
+def test_what_is_lent_is_closed_at_the_deadline_of_close(nats_server: NatsServer) -> None:
+    pool = natsync.ConnectionPool(nats_server.url)
+    client = pool.getconn()
+    begin = time.monotonic()
+    pool.close(timeout=0.1)
+    assert 0.09 <= time.monotonic() - begin < 1.5
+    assert client.status == "closed"
+
+
+def test_the_pool_closes_itself_behind_its_with_block(nats_server: NatsServer) -> None:
+    with natsync.ConnectionPool(nats_server.url) as pool:
+        with pool.connection() as client:
+            pass
+    assert client.status == "closed"
+
+
+# -- arguments -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"max_size": 0},
+        {"max_size": -1},
+        {"max_size": True},
+        {"min_size": -1},
+        {"timeout": -1},
+        {"timeout": float("nan")},
+    ],
+    ids=repr,
+)
+def test_arguments_that_make_no_sense_are_refused(arguments: dict[str, float]) -> None:
+    with pytest.raises(natsync.InvalidArgument):
+        natsync.ConnectionPool("nats://127.0.0.1", **arguments)  # type: ignore[arg-type]
+
+
+def test_unknown_options_and_bad_urls_are_refused_by_the_constructor() -> None:
+    with pytest.raises(TypeError, match="no_such_option"):
+        natsync.ConnectionPool("nats://127.0.0.1", no_such_option=1)
+    with pytest.raises(natsync.InvalidURL):
+        natsync.ConnectionPool("http://127.0.0.1")

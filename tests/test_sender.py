@@ -1,0 +1,793 @@
+"""ResponseSender and what runs around a handler: threads, ends, guards, faults, cancels, against a real nats-server."""
+
+from __future__ import annotations
+
+import gc
+import http.client
+import logging
+import queue
+import socket
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import requests
+
+import natsync
+from natsync.streaming.sender import SenderCore
+from natsync.testing import NatsServer, eventually
+from rawclient import END, ERROR, PATIENCE, RawClient
+from thirdparty import ThirdParty
+
+Handler = Callable[[natsync.HandlerContext, natsync.Message, natsync.ResponseSender], object]
+
+
+@pytest.fixture
+def client(natsync_client: natsync.Client) -> natsync.Client:
+    return natsync_client.open()
+
+
+@pytest.fixture
+def subscriber(natsync_subscriber: natsync.Subscriber) -> natsync.Subscriber:
+    return natsync_subscriber.open()
+
+
+@pytest.fixture
+def raw(nats_server: NatsServer) -> Iterator[RawClient]:
+    with RawClient(nats_server.url) as raw:
+        yield raw
+
+
+class Open:
+    """A stream between `client` and a sender that the test drives: .sender, .ctx, .stream."""
+
+    def __init__(self, client: natsync.Client, subscriber: natsync.Subscriber) -> None:
+        arrived: queue.SimpleQueue[tuple[natsync.ResponseSender, natsync.HandlerContext]] = queue.SimpleQueue()
+        self.handle = subscriber.stream_subscribe("s.open", lambda ctx, request, sender: arrived.put((sender, ctx)))
+        self.stream = client.stream("s.open")
+        self.sender, self.ctx = arrived.get(timeout=PATIENCE)
+
+
+def fill(sender: natsync.ResponseSender) -> int:
+    """Send until the link takes no more: the kernel's buffers are full, the writer is blocked. Chunks sent so far."""
+    begin = moved = time.monotonic()
+    while time.monotonic() < moved + 0.25:
+        if sender.try_send(b"x" * 100_000):
+            moved = time.monotonic()
+            assert moved < begin + PATIENCE, "an endless queue"
+        else:
+            sender.closed.wait(0.005)
+    return sender.send_count
+
+
+@pytest.fixture
+def opened(client: natsync.Client, subscriber: natsync.Subscriber) -> Iterator[Open]:
+    opened = Open(client, subscriber)
+    yield opened
+    opened.stream.close()
+    assert opened.sender.closed.wait(PATIENCE)
+
+
+# -- threads -------------------------------------------------------------------------------------------------------
+
+
+def test_several_threads_lose_and_tear_nothing_and_the_end_is_last(opened: Open) -> None:
+    def send(thread: int) -> None:
+        for n in range(500):
+            opened.sender.send(b"%d:%d:" % (thread, n) + b"x" * (n % 50))
+
+    def run() -> None:
+        with ThreadPoolExecutor(8) as pool:
+            for done in [pool.submit(send, thread) for thread in range(8)]:
+                done.result(PATIENCE)
+        opened.sender.end()
+
+    worker = threading.Thread(target=run)
+    worker.start()
+    chunks = list(opened.stream)
+    worker.join(PATIENCE)
+    assert opened.sender.send_count == len(chunks) == 4000
+    for thread in range(8):
+        own = [chunk for chunk in chunks if chunk.startswith(b"%d:" % thread)]
+        assert own == [b"%d:%d:" % (thread, n) + b"x" * (n % 50) for n in range(500)]
+
+
+def test_an_end_from_one_thread_comes_behind_every_send_that_had_returned(
+    client: natsync.Client, subscriber: natsync.Subscriber
+) -> None:
+    returned: list[list[int]] = []
+
+    def handler(ctx: natsync.HandlerContext, request: natsync.Message, sender: natsync.ResponseSender) -> None:
+        numbers: list[int] = []
+        returned.append(numbers)
+
+        def send() -> None:
+            try:
+                while True:
+                    numbers.append(sender.send(b"x"))
+            except natsync.StreamClosed:
+                pass
+
+        threads = [threading.Thread(target=send) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        eventually(lambda: sender.send_count > 100)
+        sender.end()
+        for thread in threads:
+            thread.join()
+
+    subscriber.stream_subscribe("s.race", handler)
+    for _ in range(5):
+        count = len(list(client.stream("s.race", timeout=PATIENCE)))
+        eventually(lambda count=count: len(returned[-1]) == count)
+        assert sorted(returned[-1]) == list(range(1, count + 1))
+
+
+def test_concurrent_ends_send_one_end(raw: RawClient, subscriber: natsync.Subscriber) -> None:
+    kept: list[natsync.ResponseSender] = []
+    subscriber.stream_subscribe("s.ends", lambda ctx, request, sender: kept.append(sender))
+    raw.request("s.ends")
+    eventually(lambda: kept)
+    together = threading.Barrier(8, timeout=PATIENCE)
+
+    def end() -> bool:
+        together.wait()
+        return kept[0].end()
+
+    with ThreadPoolExecutor(8) as pool:
+        ends = [pool.submit(end) for _ in range(8)]
+        assert [one.result(PATIENCE) for one in ends] == [True] * 8
+    assert [one.payload for one in raw.stream()] == [END]
+    assert raw.received() == []
+
+
+# -- sending -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "chunk"),
+    [("tëxt", "tëxt".encode()), (b"bytes", b"bytes"), (bytearray(b"ba"), b"ba"), (memoryview(b"mv"), b"mv"), ("", b"")],
+    ids=["str", "bytes", "bytearray", "memoryview", "empty"],
+)
+def test_send_takes_bytes_like_and_text(opened: Open, data: natsync.message.Payload, chunk: bytes) -> None:
+    assert opened.sender.send(data) == 1
+    assert opened.stream.next(PATIENCE) == chunk
+
+
+@pytest.mark.parametrize("data", [None, 5, 1.5, ["a"], {"a": 1}, object()], ids=repr)
+def test_send_refuses_what_is_no_payload(opened: Open, data: object) -> None:
+    with pytest.raises(TypeError):
+        opened.sender.send(data)  # type: ignore[arg-type]
+    assert opened.sender.send_count == 0
+    assert not opened.sender.is_closed()
+
+
+def test_a_buffer_may_be_reused_once_send_has_returned(opened: Open) -> None:
+    buffer = bytearray(b"1111")
+    for n in (b"2222", b"3333"):
+        opened.sender.send(buffer)
+        buffer[:] = n
+    opened.sender.end()
+    assert list(opened.stream) == [b"1111", b"2222"]
+
+
+def test_send_after_end_raises_stream_closed(opened: Open) -> None:
+    opened.sender.send(b"1")
+    opened.sender.end()
+    for send in (opened.sender.send, opened.sender.try_send):
+        with pytest.raises(natsync.StreamClosed) as caught:
+            send(b"2")
+        assert caught.value.last_seq == 1
+    with pytest.raises(natsync.StreamClosed):
+        opened.sender.send_many([b"2"])
+    assert list(opened.stream) == [b"1"]
+
+
+def test_send_many_keeps_the_order_and_returns_the_last_number(opened: Open) -> None:
+    opened.sender.send(b"0")
+    assert opened.sender.send_many(b"%d" % n for n in range(1, 2001)) == 2001
+    assert opened.sender.send_many([]) == 2001
+    opened.sender.end()
+    assert list(opened.stream) == [b"%d" % n for n in range(2001)]
+
+
+def test_send_many_queues_nothing_if_one_chunk_cannot_be_sent(opened: Open) -> None:
+    for bad in (None, END, b"x" * (2 << 20)):
+        with pytest.raises((TypeError, natsync.InvalidArgument, natsync.MaxPayloadExceeded)):
+            opened.sender.send_many([b"1", b"2", bad])  # type: ignore[list-item]
+    assert opened.sender.send_count == 0
+    opened.sender.end()
+    assert list(opened.stream) == []
+
+
+def test_send_many_keeps_the_headers_with_the_first_chunk_only(raw: RawClient, subscriber: natsync.Subscriber) -> None:
+    def handler(ctx: natsync.HandlerContext, request: natsync.Message, sender: natsync.ResponseSender) -> None:
+        sender.set_header("K", "v")
+        sender.send_many([b"1", b"2", b"3"])
+        sender.end()
+
+    subscriber.stream_subscribe("s.many.headers", handler)
+    raw.request("s.many.headers")
+    blocks = [one.block for one in raw.stream()]
+    assert blocks == [b"NATS/1.0\r\nK: v\r\n\r\n", None, None, None]
+
+
+def test_chunks_of_two_threads_do_not_get_into_each_others_batches(opened: Open) -> None:
+    def send(thread: int) -> None:
+        for batch in range(50):
+            opened.sender.send_many(b"%d:%d:%d" % (thread, batch, n) for n in range(20))
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(send, thread) for thread in range(4)]:
+            done.result(PATIENCE)
+    opened.sender.end()
+    chunks = list(opened.stream)
+    assert len(chunks) == 4000
+    for begin in range(0, 4000, 20):
+        assert len({chunk.rpartition(b":")[0] for chunk in chunks[begin : begin + 20]}) == 1
+
+
+def test_try_send_says_whether_the_chunk_was_taken(opened: Open) -> None:
+    assert opened.sender.try_send(b"1") is True
+    assert opened.sender.send_count == 1
+    assert opened.stream.next(PATIENCE) == b"1"
+
+
+def test_try_send_does_not_wait_while_the_link_takes_nothing(make_nats_server: Callable[..., NatsServer]) -> None:
+    server = make_nats_server()
+    with natsync.Subscriber(server.url) as subscriber, natsync.connect(server.url) as client:
+        opened = Open(client, subscriber)
+        server.pause()
+        count = fill(opened.sender)
+        begin = time.monotonic()
+        assert opened.sender.try_send(b"x") is False
+        assert time.monotonic() - begin < 0.1
+        assert opened.sender.send_count == count
+        server.resume()
+        opened.stream.close()
+        assert opened.sender.closed.wait(PATIENCE)
+
+
+def test_send_waits_for_room_up_to_its_timeout(make_nats_server: Callable[..., NatsServer]) -> None:
+    server = make_nats_server()
+    with natsync.Subscriber(server.url) as subscriber, natsync.connect(server.url) as client:
+        opened = Open(client, subscriber)
+        server.pause()
+        count = fill(opened.sender)
+        begin = time.monotonic()
+        with pytest.raises(natsync.TimedOut):
+            opened.sender.send(b"x" * 100_000, timeout=0.1)
+        assert 0.09 <= time.monotonic() - begin < 2
+        with ThreadPoolExecutor() as pool:
+            waiting = pool.submit(opened.sender.send, b"y", timeout=PATIENCE)
+            server.resume()
+            assert waiting.result(PATIENCE) == count + 1
+        opened.sender.end()
+        assert len(list(opened.stream)) == count + 1
+
+
+def test_a_send_that_waits_for_room_is_woken_by_a_cancel(make_nats_server: Callable[..., NatsServer]) -> None:
+    server = make_nats_server()
+    with natsync.Subscriber(server.url) as subscriber, natsync.connect(server.url) as client:
+        opened = Open(client, subscriber)
+        server.pause()
+        fill(opened.sender)
+        with ThreadPoolExecutor() as pool:
+            waiting = pool.submit(opened.sender.send, b"y")
+            opened.handle.ctx.cancel("enough")
+            try:
+                with pytest.raises(natsync.StreamCancelled):
+                    waiting.result(2)
+            finally:
+                server.resume()
+
+
+# -- ending --------------------------------------------------------------------------------------------------------
+
+
+def test_end_with_wait_returns_when_the_server_has_everything(opened: Open) -> None:
+    opened.sender.send(b"1")
+    assert opened.sender.end(wait=PATIENCE) is True
+    assert list(opened.stream) == [b"1"]
+
+
+def test_end_with_wait_is_false_if_the_server_does_not_confirm(make_nats_server: Callable[..., NatsServer]) -> None:
+    server = make_nats_server()
+    with natsync.Subscriber(server.url) as subscriber, natsync.connect(server.url) as client:
+        opened = Open(client, subscriber)
+        server.pause()
+        opened.sender.send(b"1")
+        begin = time.monotonic()
+        assert opened.sender.end(wait=0.2) is False
+        assert 0.19 <= time.monotonic() - begin < 2
+        server.resume()
+        assert list(opened.stream) == [b"1"]
+
+
+def test_end_is_false_after_an_error(opened: Open) -> None:
+    opened.sender.send_error("broken")
+    assert opened.sender.end() is False
+
+
+def test_end_is_false_after_a_cancel(opened: Open) -> None:
+    opened.stream.cancel()
+    assert opened.sender.closed.wait(PATIENCE)
+    assert opened.sender.end() is False
+
+
+def test_send_error_after_the_end_has_no_effect(opened: Open) -> None:
+    opened.sender.end()
+    opened.sender.send_error("too late")
+    assert list(opened.stream) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        ("plain text", "plain text"),
+        (ValueError("bad input"), "bad input"),
+        (KeyError("k"), "'k'"),
+        (OSError(), "OSError"),
+    ],
+)
+def test_send_error_takes_a_text_or_an_exception(opened: Open, error: str | BaseException, text: str) -> None:
+    opened.sender.send_error(error)
+    with pytest.raises(natsync.HandlerError) as caught:
+        next(opened.stream)
+    assert caught.value.message == text
+    assert caught.value.code == natsync.Code.UNKNOWN
+
+
+def test_details_that_would_exceed_max_payload_do_not_break_the_link(opened: Open, client: natsync.Client) -> None:
+    opened.sender.send_error("too much to tell", details="x" * (2 << 20))
+    with pytest.raises(natsync.HandlerError, match="too much to tell"):
+        opened.stream.next(PATIENCE)
+    with pytest.raises(natsync.NoRespondersError):
+        client.request("s.nobody")
+
+
+def test_an_error_text_beyond_max_payload_is_cut(opened: Open) -> None:
+    opened.sender.send_error("ü" * (1 << 20))
+    with pytest.raises(natsync.HandlerError) as caught:
+        opened.stream.next(PATIENCE)
+    assert caught.value.message.startswith("ü" * 100_000)
+
+
+def test_trailers_beyond_max_payload_are_refused_and_the_stream_goes_on(opened: Open) -> None:
+    with pytest.raises(natsync.MaxPayloadExceeded):
+        opened.sender.end(trailers={"T": "x" * (2 << 20)})
+    assert not opened.sender.is_closed()
+    opened.sender.end(trailers={"T": "x"})
+    assert list(opened.stream) == []
+    assert opened.stream.trailers["T"] == "x"
+
+
+# -- learning of the end -------------------------------------------------------------------------------------------
+
+
+def test_closed_is_an_event_set_by_end(opened: Open) -> None:
+    assert isinstance(opened.sender.closed, threading.Event)
+    assert not opened.sender.closed.is_set()
+    assert not opened.sender.is_closed()
+    opened.sender.end()
+    assert opened.sender.closed.is_set()
+    assert opened.sender.is_closed()
+
+
+def test_closed_wakes_a_thread_that_waits_for_it(opened: Open) -> None:
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(opened.sender.closed.wait, PATIENCE)
+        opened.stream.close()
+        assert waiting.result(PATIENCE) is True
+
+
+def test_a_cancel_ends_the_handlers_context_with_the_requesters_reason(
+    client: natsync.Client, subscriber: natsync.Subscriber
+) -> None:
+    seen: list[str | None] = []
+    inside = threading.Event()
+
+    def handler(ctx: natsync.HandlerContext, request: natsync.Message, sender: natsync.ResponseSender) -> None:
+        inside.set()
+        ctx.wait(PATIENCE)
+        seen.append(ctx.reason)
+
+    subscriber.stream_subscribe("s.reason", handler)
+    stream = client.stream("s.reason")
+    assert inside.wait(PATIENCE)
+    eventually(lambda: stream.mode)  # the handler's address is known here
+    stream.cancel("the tab was closed")
+    eventually(lambda: seen)
+    assert seen == ["the tab was closed"]
+
+
+@pytest.mark.parametrize("how", ["end", "send_error", "cancel", "ctx"])
+def test_on_close_runs_once_on_a_worker_however_the_stream_ends(opened: Open, how: str) -> None:
+    threads: queue.SimpleQueue[str] = queue.SimpleQueue()
+    opened.sender.on_close(lambda: threads.put(threading.current_thread().name))
+    {
+        "end": opened.sender.end,
+        "send_error": lambda: opened.sender.send_error("x"),
+        "cancel": opened.stream.cancel,
+        "ctx": opened.ctx.cancel,
+    }[how]()
+    name = threads.get(timeout=PATIENCE)
+    assert "worker" in name
+    opened.sender.end()
+    with pytest.raises(queue.Empty):
+        threads.get(timeout=0.05)
+
+
+def test_on_close_after_the_end_runs_soon(opened: Open) -> None:
+    opened.sender.end()
+    ran = threading.Event()
+    opened.sender.on_close(ran.set)
+    assert ran.wait(PATIENCE)
+
+
+def test_on_close_may_block_without_blocking_anybody_else(opened: Open, client: natsync.Client) -> None:
+    go_on = threading.Event()
+    opened.sender.on_close(lambda: go_on.wait(PATIENCE))
+    opened.sender.end()
+    assert list(opened.stream) == []
+    assert client.rtt(PATIENCE) < PATIENCE
+    go_on.set()
+
+
+def test_on_close_that_raises_is_logged(opened: Open, caplog: pytest.LogCaptureFixture) -> None:
+    opened.sender.on_close(lambda: 1 / 0)
+    opened.sender.end()
+    eventually(lambda: "ZeroDivisionError" in caplog.text)
+
+
+# -- the guard against forged ends ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("payload", [END, ERROR, ERROR + b"text", "__STREAM_END__", bytearray(END)], ids=repr)
+def test_a_chunk_that_would_forge_an_end_is_a_value_error(opened: Open, payload: natsync.message.Payload) -> None:
+    for send in (opened.sender.send, opened.sender.try_send, lambda data: opened.sender.send_many([data])):
+        with pytest.raises(ValueError, match="end"):
+            send(payload)
+    assert opened.sender.send_count == 0
+    assert not opened.sender.is_closed()
+    opened.sender.send(b"harmless")
+    assert opened.stream.next(PATIENCE) == b"harmless"
+
+
+def test_a_generator_that_would_forge_an_end_is_answered_with_an_error(
+    raw: RawClient, subscriber: natsync.Subscriber
+) -> None:
+    subscriber.stream_subscribe("s.forge", lambda ctx, request: [b"1", END, b"3"])
+    raw.request("s.forge")
+    payloads = [one.payload for one in raw.stream()]
+    assert payloads[0] == b"1"
+    assert payloads[1].startswith(ERROR)
+    assert len(payloads) == 2
+
+
+# -- handlers that fail ---------------------------------------------------------------------------------------------
+
+
+def test_a_handler_that_raises_is_answered_logged_and_the_next_request_works(
+    client: natsync.Client, subscriber: natsync.Subscriber, caplog: pytest.LogCaptureFixture
+) -> None:
+    def handler(ctx: natsync.HandlerContext, request: natsync.Message, sender: natsync.ResponseSender) -> None:
+        if request.data == b"bad":
+            raise LookupError("a fault of the handler")
+        sender.send(b"fine")
+        sender.end()
+
+    subscriber.stream_subscribe("s.raise", handler)
+    with caplog.at_level(logging.ERROR, "natsync"), pytest.raises(natsync.HandlerError, match="a fault of the handler"):
+        list(client.stream("s.raise", b"bad"))
+    (record,) = [one for one in caplog.records if one.exc_info]
+    assert record.levelno == logging.ERROR
+    assert "Traceback" in caplog.text
+    assert "s.raise" in record.getMessage()
+    assert list(client.stream("s.raise", b"good")) == [b"fine"]
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt("k"), BaseException("base")], ids=repr)
+def test_even_a_handler_that_wants_to_exit_is_answered(
+    client: natsync.Client, subscriber: natsync.Subscriber, error: BaseException
+) -> None:
+    def handler(ctx: natsync.HandlerContext, request: natsync.Message, sender: natsync.ResponseSender) -> None:
+        raise error
+
+    subscriber.stream_subscribe("s.exit", handler)
+    for _ in range(2):
+        with pytest.raises(natsync.HandlerError):
+            list(client.stream("s.exit", timeout=PATIENCE))
+
+
+def test_a_handler_that_raises_after_its_end_changes_nothing_for_the_client(
+    client: natsync.Client, subscriber: natsync.Subscriber
+) -> None:
+    def handler(ctx: natsync.HandlerContext, request: natsync.Message, sender: natsync.ResponseSender) -> None:
+        sender.send(b"1")
+        sender.end()
+        raise RuntimeError("behind the end")
+
+    subscriber.stream_subscribe("s.behind", handler)
+    assert list(client.stream("s.behind")) == [b"1"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ValueError("x"), natsync.Code.UNKNOWN),
+        (TimeoutError("x"), natsync.Code.DEADLINE_EXCEEDED),
+        (natsync.StreamError("x", code=natsync.Code.NOT_FOUND), natsync.Code.NOT_FOUND),
+    ],
+    ids=["any", "timeout", "with a code of its own"],
+)
+def test_the_code_of_a_raised_error_reaches_the_client(
+    client: natsync.Client, subscriber: natsync.Subscriber, error: Exception, code: natsync.Code
+) -> None:
+    def handler(ctx: natsync.HandlerContext, request: natsync.Message) -> Iterator[bytes]:
+        yield b"1"
+        raise error
+
+    subscriber.stream_subscribe("s.code", handler)
+    with pytest.raises(natsync.HandlerError) as caught:
+        list(client.stream("s.code"))
+    assert caught.value.code == code
+
+
+def test_a_sender_that_is_dropped_without_an_end_is_an_error_at_the_client(
+    client: natsync.Client, subscriber: natsync.Subscriber, caplog: pytest.LogCaptureFixture
+) -> None:
+    def handler(ctx: natsync.HandlerContext, request: natsync.Message, sender: natsync.ResponseSender) -> None:
+        sender.send(b"1")
+
+    subscriber.stream_subscribe("s.drop", handler)
+    stream = client.stream("s.drop")
+    assert stream.next(PATIENCE) == b"1"
+    with pytest.raises(natsync.HandlerError, match="without ending") as caught:
+        stream.next(PATIENCE)
+    assert caught.value.code == natsync.Code.INTERNAL
+    eventually(lambda: "s.drop" in caplog.text)
+
+
+def test_a_thread_that_dies_with_its_sender_ends_the_stream_with_an_error(
+    client: natsync.Client, subscriber: natsync.Subscriber
+) -> None:
+    def handler(ctx: natsync.HandlerContext, request: natsync.Message, sender: natsync.ResponseSender) -> None:
+        def work(sender: natsync.ResponseSender) -> None:
+            sender.send(b"1")  # and forgets the end
+
+        threading.Thread(target=work, args=(sender,)).start()
+
+    subscriber.stream_subscribe("s.dies", handler)
+    stream = client.stream("s.dies")
+    assert stream.next(PATIENCE) == b"1"
+    gc.collect()
+    with pytest.raises(natsync.HandlerError):
+        stream.next(PATIENCE)
+
+
+def test_a_handler_may_return_what_is_no_iterator_only_with_a_sender(
+    client: natsync.Client, subscriber: natsync.Subscriber
+) -> None:
+    subscriber.stream_subscribe("s.number", lambda ctx, request: 5)
+    with pytest.raises(natsync.HandlerError, match="int"):
+        list(client.stream("s.number"))
+
+
+def test_a_generator_that_yields_what_is_no_payload_is_an_error(
+    client: natsync.Client, subscriber: natsync.Subscriber
+) -> None:
+    subscriber.stream_subscribe("s.payload", lambda ctx, request: [b"1", 2])
+    stream = client.stream("s.payload")
+    assert stream.next(PATIENCE) == b"1"
+    with pytest.raises(natsync.HandlerError, match="int"):
+        stream.next(PATIENCE)
+
+
+def test_a_request_without_a_reply_subject_is_logged_and_ignored(
+    client: natsync.Client, subscriber: natsync.Subscriber, caplog: pytest.LogCaptureFixture
+) -> None:
+    runs: list[bytes] = []
+
+    def handler(ctx: natsync.HandlerContext, request: natsync.Message) -> list[bytes]:
+        runs.append(request.data)
+        return [b"x"]
+
+    subscriber.stream_subscribe("s.noreply", handler)
+    client.publish("s.noreply", b"no answer wanted")
+    assert list(client.stream("s.noreply", b"answer wanted")) == [b"x"]
+    assert runs == [b"answer wanted"]
+    assert "reply subject" in caplog.text
+
+
+def test_a_request_whose_context_has_ended_already_is_closed_without_a_fault(
+    opened: Open, subscriber: natsync.Subscriber, caplog: pytest.LogCaptureFixture
+) -> None:
+    ended = natsync.Context()
+    ended.cancel("before the request came")
+    responder = subscriber._responder
+    assert responder is not None
+    control = responder._control
+    waiters = len(control)
+    core = SenderCore(responder.connection, control, b"s.gone", ended, natsync_peer=False, subject="s.x")
+    assert core.closed.is_set()
+    eventually(lambda: len(control) == waiters)
+    assert "raised" not in caplog.text
+
+
+# -- generators ----------------------------------------------------------------------------------------------------
+
+
+class Watched:
+    """A generator handler that tells how it went."""
+
+    def __init__(self) -> None:
+        self.finally_ran = threading.Event()
+        self.threads: list[str] = []
+        self.first_sent = threading.Event()
+
+    def handler(self, ctx: natsync.HandlerContext, request: natsync.Message) -> Iterator[bytes]:
+        self.threads.append(threading.current_thread().name)
+        try:
+            yield b"first"
+            while True:
+                self.first_sent.set()
+                ctx.wait(0.005)
+                yield b"more"
+        finally:
+            self.threads.append(threading.current_thread().name)
+            self.finally_ran.set()
+
+
+def test_a_generators_finally_runs_in_its_own_thread_after_a_cancel(
+    client: natsync.Client, subscriber: natsync.Subscriber
+) -> None:
+    watched = Watched()
+    subscriber.stream_subscribe("s.generator", watched.handler)
+    with client.stream("s.generator") as stream:
+        assert stream.next(PATIENCE) == b"first"
+    assert watched.finally_ran.wait(PATIENCE)
+    assert len(set(watched.threads)) == 1
+    assert "stream-worker" in watched.threads[0]
+
+
+def test_a_generators_finally_runs_when_a_plain_requester_is_gone(
+    raw: RawClient, subscriber: natsync.Subscriber
+) -> None:
+    watched = Watched()
+    subscriber.stream_subscribe("s.generator", watched.handler)
+    raw.request("s.generator")
+    assert raw.next().payload == b"first"
+    raw.close()
+    assert watched.finally_ran.wait(PATIENCE)
+
+
+def test_a_generators_finally_runs_when_its_registration_is_cancelled(
+    raw: RawClient, subscriber: natsync.Subscriber
+) -> None:
+    watched = Watched()
+    handle = subscriber.stream_subscribe("s.generator", watched.handler)
+    raw.request("s.generator")
+    assert watched.first_sent.wait(PATIENCE)
+    handle.ctx.cancel("maintenance")
+    assert watched.finally_ran.wait(PATIENCE)
+    assert raw.stream()[-1].payload == ERROR + b"maintenance"
+
+
+def test_an_exception_in_a_generators_finally_is_logged_not_lost(
+    client: natsync.Client, subscriber: natsync.Subscriber
+) -> None:
+    def handler(ctx: natsync.HandlerContext, request: natsync.Message) -> Iterator[bytes]:
+        try:
+            yield b"1"
+        finally:
+            raise RuntimeError("cleaning up failed")
+
+    subscriber.stream_subscribe("s.cleanup", handler)
+    with pytest.raises(natsync.HandlerError, match="cleaning up failed"):
+        list(client.stream("s.cleanup"))
+
+
+def test_any_iterable_of_chunks_will_do(client: natsync.Client, subscriber: natsync.Subscriber) -> None:
+    subscriber.stream_subscribe("s.iterable", lambda ctx, request: (text for text in ("a", b"b", bytearray(b"c"))))
+    subscriber.stream_subscribe("s.none", lambda ctx, request: None)
+    subscriber.stream_subscribe("s.bytes", lambda ctx, request: b"one chunk")
+    assert list(client.stream("s.iterable")) == [b"a", b"b", b"c"]
+    assert list(client.stream("s.none")) == []
+    assert list(client.stream("s.bytes")) == [b"one chunk"]
+
+
+# -- third parties -------------------------------------------------------------------------------------------------
+
+
+def read_requests(ctx: natsync.Context, url: str) -> Iterator[bytes]:
+    with ctx.closing(requests.get(url, stream=True, timeout=60)) as response:
+        yield from response.iter_lines(chunk_size=None)
+
+
+def read_http_client(ctx: natsync.Context, url: str) -> Iterator[bytes]:
+    host, _, path = url.removeprefix("http://").partition("/")
+    connection = http.client.HTTPConnection(host, timeout=60)
+    connection.request("GET", "/" + path)
+    with ctx.closing(connection.getresponse()) as response:
+        while line := response.readline():
+            yield line.rstrip()
+    connection.close()
+
+
+def read_urllib(ctx: natsync.Context, url: str) -> Iterator[bytes]:
+    with ctx.closing(urllib.request.urlopen(url, timeout=60)) as response:
+        for line in response:
+            yield line.rstrip()
+
+
+def read_socket(ctx: natsync.Context, url: str) -> Iterator[bytes]:
+    host, _, path = url.removeprefix("http://").partition("/")
+    name, port = host.split(":")
+    with ctx.closing(socket.create_connection((name, int(port)), timeout=60)) as sock:
+        sock.sendall(f"GET /{path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+        pending = b""
+        while data := sock.recv(4096):
+            *lines, pending = (pending + data).split(b"\n")
+            yield from (line for line in lines if line.startswith(b"{"))
+
+
+READERS = [read_requests, read_http_client, read_urllib, read_socket]
+
+
+@pytest.mark.parametrize("read", READERS, ids=lambda read: read.__name__)
+def test_closing_wakes_a_blocked_read_from_a_third_party_on_cancel(
+    client: natsync.Client, subscriber: natsync.Subscriber, read: Callable[[natsync.Context, str], Iterator[bytes]]
+) -> None:
+    left = threading.Event()
+
+    def handler(ctx: natsync.HandlerContext, request: natsync.Message) -> Iterator[bytes]:
+        try:
+            yield from read(ctx, request.text())
+        finally:
+            left.set()
+
+    subscriber.stream_subscribe("s.third", handler)
+    with ThirdParty() as party:
+        stream = client.stream("s.third", f"{party.url}/hang/1")
+        assert stream.next(PATIENCE) == b'{"piece": 0}'
+        assert party.hanging.wait(PATIENCE)
+        begin = time.monotonic()
+        stream.cancel()
+        assert left.wait(1)
+        assert time.monotonic() - begin < 1
+        assert not party.released.is_set()
+
+
+def test_closing_closes_what_it_was_given_when_the_block_is_left(
+    client: natsync.Client, subscriber: natsync.Subscriber
+) -> None:
+    class Source:
+        closed = False
+
+        def close(self) -> None:
+            self.closed = True
+
+    source = Source()
+
+    def handler(ctx: natsync.HandlerContext, request: natsync.Message) -> Iterator[bytes]:
+        with ctx.closing(source) as same:
+            assert same is source
+            yield b"1"
+
+    subscriber.stream_subscribe("s.closing", handler)
+    assert list(client.stream("s.closing")) == [b"1"]
+    assert source.closed
+
+
+# -- its text -----------------------------------------------------------------------------------------------------
+
+
+def test_the_sender_names_itself_without_its_payload(opened: Open) -> None:
+    opened.sender.send(b"secret")
+    assert repr(opened.sender) == "<ResponseSender for 's.open': open, 1 sent>"
+    opened.sender.end()
+    assert repr(opened.sender) == "<ResponseSender for 's.open': closed, 1 sent>"

@@ -1,0 +1,137 @@
+"""natsync.servers: which server is tried next, and how long to wait between walks."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+
+from natsync.options import ConnectOptions, Server, parse_servers
+from natsync.servers import ServerList
+
+A, B, C = Server("a", 1), Server("b", 2), Server("c", 3)
+
+
+def listed(servers: list[Server] | str, **options: Any) -> ServerList:
+    given = parse_servers(servers) if isinstance(servers, str) else servers
+    return ServerList(given, ConnectOptions(**{"randomize": False, **options}))
+
+
+def test_servers_are_tried_in_the_order_given() -> None:
+    assert list(listed([A, B, C])) == [A, B, C]
+
+
+def test_a_server_given_twice_is_tried_once() -> None:
+    assert list(listed([A, B, A])) == [A, B]
+
+
+def test_servers_are_tried_in_random_order_if_wanted() -> None:
+    orders = {tuple(listed([A, B, C], randomize=True)) for _ in range(300)}
+    assert orders == set(itertools.permutations([A, B, C]))
+
+
+def test_a_server_that_failed_is_tried_last() -> None:
+    servers = listed([A, B, C])
+    servers.failed(A)
+    assert list(servers) == [B, C, A]
+    servers.failed(C)
+    assert list(servers) == [B, A, C]
+
+
+def test_a_failure_during_a_walk_does_not_disturb_it() -> None:
+    servers, walked = listed([A, B, C]), []
+    for server in servers:
+        walked.append(server)
+        servers.failed(server)
+    assert walked == [A, B, C]
+
+
+def test_the_failure_of_an_unknown_server_changes_nothing() -> None:
+    servers = listed([A, B])
+    servers.failed(C)
+    assert list(servers) == [A, B]
+
+
+# -- discovery -------------------------------------------------------------------------------------------------------
+
+
+def test_discovered_servers_are_tried_too() -> None:
+    servers = listed([A])
+    assert servers.discovered(["b:2", "c:3"]) == [B, C]
+    assert list(servers) == [A, B, C]
+
+
+def test_discovered_servers_take_over_scheme_and_credentials() -> None:
+    servers = listed("tls://u:p@a:1,nats://b:2")
+    assert servers.discovered(["c:3"]) == [Server("c", 3, tls=True, user="u", password="p")]
+
+
+def test_known_servers_are_not_new() -> None:
+    servers = listed([A, B])
+    assert servers.discovered(["a:1", "b:2", "c:3", "c:3"]) == [C]
+    assert servers.discovered(["c:3"]) == []
+    assert list(servers) == [A, B, C]
+
+
+def test_another_port_is_another_server() -> None:
+    assert listed([A]).discovered(["a:7"]) == [Server("a", 7)]
+
+
+def test_a_discovered_address_may_be_ipv6() -> None:
+    assert listed([A]).discovered(["[::1]:4222"]) == [Server("::1", 4222)]
+
+
+@pytest.mark.parametrize("url", ["", ":", "http://x:1", "x:99999", "x:port", "[::1", 5, None, ["b:2"]])
+def test_an_address_that_makes_no_sense_is_passed_over(url: Any) -> None:
+    servers = listed([A])
+    assert servers.discovered([url, "b:2"]) == [B]
+
+
+def test_nothing_told_drops_nothing() -> None:
+    servers = listed([A, B])
+    servers.discovered(["c:3"])
+    assert servers.discovered([]) == []
+    assert list(servers) == [A, B, C]
+
+
+def test_discovery_can_be_switched_off() -> None:
+    servers = listed([A], discover=False)
+    assert servers.discovered(["b:2"]) == []
+    assert list(servers) == [A]
+
+
+def test_discovered_servers_come_in_random_order_if_wanted() -> None:
+    orders = {tuple(listed([A], randomize=True).discovered(["b:2", "c:3"])) for _ in range(200)}
+    assert orders == {(B, C), (C, B)}
+
+
+# -- waiting ---------------------------------------------------------------------------------------------------------
+
+
+def test_waits_double_up_to_their_maximum() -> None:
+    servers = listed([A], reconnect_wait=0.5, reconnect_wait_max=8, reconnect_jitter=0)
+    assert [servers.backoff(walks) for walks in range(1, 8)] == [0.5, 1, 2, 4, 8, 8, 8]
+
+
+def test_the_jittered_part_of_a_wait_is_random() -> None:
+    servers = listed([A], reconnect_wait=4, reconnect_wait_max=8, reconnect_jitter=0.25)
+    waits = [servers.backoff(1) for _ in range(300)]
+    assert 3 <= min(waits) < 3.2
+    assert 3.8 < max(waits) <= 4
+
+
+def test_with_full_jitter_a_wait_may_be_anything_up_to_its_value() -> None:
+    servers = listed([A], reconnect_wait=1, reconnect_jitter=1)
+    waits = [servers.backoff(1) for _ in range(300)]
+    assert 0 <= min(waits) < 0.1
+    assert 0.9 < max(waits) <= 1
+
+
+def test_years_of_fruitless_walks_are_no_error() -> None:
+    servers = listed([A], reconnect_wait_max=8, reconnect_jitter=0)
+    assert servers.backoff(10**6) == 8
+
+
+def test_no_wait_at_all_can_be_chosen() -> None:
+    assert listed([A], reconnect_wait=0).backoff(5) == 0

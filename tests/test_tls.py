@@ -1,0 +1,397 @@
+"""TLS against a real server: what is verified, what is refused, and that everything works over it as without."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+
+import natsync
+from natsync.errors import ConnectError, NoServersError
+from natsync.options import ConnectOptions, Server
+from natsync.testing import NatsServer, PeerConnection, ScriptedPeer, eventually
+from natsync.transport import TLSTransport, dial
+
+QUICK: dict[str, Any] = {"reconnect_wait": 0.02, "reconnect_wait_max": 0.05, "reconnect_jitter": 0.0}
+
+#: Written by the fixture below for the servers of this module.
+CERTIFICATES = """
+max_payload: 8MB
+tls {{
+  cert_file: "{cert}"
+  key_file: "{key}"
+  ca_file: "{ca}"
+  verify: {verify}
+}}
+"""
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture(scope="module")
+def config(authority: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """config(*names, verify=…) is a server's configuration with a certificate for these names."""
+
+    def make(*names: str, verify: bool = False) -> str:
+        directory = tmp_path_factory.mktemp("tls")
+        files = {name: directory / f"{name}.pem" for name in ("cert", "key", "ca")}
+        issued = authority.issue_cert(*names)
+        for blob in issued.cert_chain_pems:
+            blob.write_to_path(str(files["cert"]), append=True)
+        issued.private_key_pem.write_to_path(str(files["key"]))
+        authority.cert_pem.write_to_path(str(files["ca"]))
+        return CERTIFICATES.format(**files, verify=str(verify).lower())
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def server(config: Callable[..., str]) -> Iterator[NatsServer]:
+    with NatsServer(config=config("127.0.0.1")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def trusting(authority: trustme.CA) -> ssl.SSLContext:
+    """A context that trusts the module's authority alone."""
+    return trust(authority)
+
+
+def trust(authority: trustme.CA) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    return context
+
+
+@pytest.fixture
+def client(server: NatsServer, trusting: ssl.SSLContext) -> Iterator[natsync.Client]:
+    with natsync.Client(tls_url(server), tls=trusting, **QUICK) as client:
+        yield client
+
+
+def tls_url(server: NatsServer, host: str = "127.0.0.1") -> str:
+    return f"tls://{host}:{server.port}"
+
+
+def failure(url: str, **options: Any) -> Exception:
+    """Why the one server could not be connected to."""
+    with pytest.raises(NoServersError) as raised:
+        natsync.connect(url, **options)
+    (cause,) = raised.value.causes.values()
+    assert isinstance(cause, Exception)
+    return cause
+
+
+# -- what is verified
+
+
+def test_a_server_of_a_trusted_authority_is_connected_to(server: NatsServer, trusting: ssl.SSLContext) -> None:
+    with natsync.connect(tls_url(server), tls=trusting) as client:
+        assert client.server_info["tls_required"] is True
+        client.flush()
+
+
+def test_a_plain_url_follows_the_server_that_requires_tls(server: NatsServer, trusting: ssl.SSLContext) -> None:
+    with natsync.connect(server.url, tls=trusting) as client:
+        client.flush()
+
+
+@pytest.mark.parametrize("options", [{}, {"tls": True}])
+def test_an_unknown_authority_is_refused_by_default(server: NatsServer, options: dict[str, Any]) -> None:
+    error = failure(tls_url(server), **options)
+    assert isinstance(error, ConnectError)
+    assert "CERTIFICATE_VERIFY_FAILED" in str(error)
+
+
+def test_an_unknown_authority_is_refused_where_only_the_server_asks_for_tls(server: NatsServer) -> None:
+    assert "CERTIFICATE_VERIFY_FAILED" in str(failure(server.url))
+
+
+def test_another_authority_is_refused(server: NatsServer) -> None:
+    assert "CERTIFICATE_VERIFY_FAILED" in str(failure(tls_url(server), tls=trust(trustme.CA())))
+
+
+def test_a_certificate_for_another_host_is_refused(server: NatsServer, trusting: ssl.SSLContext) -> None:
+    assert isinstance(failure(tls_url(server, "localhost"), tls=trusting), ConnectError)
+
+
+def test_a_certificate_for_another_host_name_is_refused(
+    config: Callable[..., str], trusting: ssl.SSLContext, make_nats_server: Callable[..., NatsServer]
+) -> None:
+    server = make_nats_server(config=config("nats.example"))
+    assert "CERTIFICATE_VERIFY_FAILED" in str(failure(tls_url(server), tls=trusting))
+
+
+def test_tls_hostname_is_the_name_to_verify(
+    config: Callable[..., str], trusting: ssl.SSLContext, make_nats_server: Callable[..., NatsServer]
+) -> None:
+    server = make_nats_server(config=config("nats.example"))
+    with natsync.connect(tls_url(server), tls=trusting, tls_hostname="nats.example") as client:
+        client.flush()
+    assert isinstance(failure(tls_url(server), tls=trusting, tls_hostname="other.example"), ConnectError)
+
+
+def test_verification_can_be_switched_off_by_a_context_that_says_so(server: NatsServer) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    with natsync.connect(tls_url(server), tls=context) as client:
+        client.flush()
+
+
+def test_tls_false_refuses_a_server_that_requires_tls(server: NatsServer) -> None:
+    assert "tls=False" in str(failure(server.url, tls=False))
+
+
+def test_a_server_without_tls_is_refused_where_tls_is_wanted(nats_server: NatsServer) -> None:
+    assert "no TLS" in str(failure(tls_url(nats_server)))
+    assert "no TLS" in str(failure(nats_server.url, tls=True))
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_both_versions_of_tls_work(server: NatsServer, authority: trustme.CA, version: ssl.TLSVersion) -> None:
+    context = trust(authority)
+    context.minimum_version = context.maximum_version = version
+    with natsync.connect(tls_url(server), tls=context) as client:
+        client.subscribe("version", lambda message: message.respond(message.data))
+        assert client.request("version", b"x" * 100_000).data == b"x" * 100_000
+
+
+# -- client certificates
+
+
+def test_a_client_certificate_is_presented(
+    config: Callable[..., str], authority: trustme.CA, make_nats_server: Callable[..., NatsServer]
+) -> None:
+    server = make_nats_server(config=config("127.0.0.1", verify=True))
+    context = trust(authority)
+    authority.issue_cert("client@example.org").configure_cert(context)
+    with natsync.connect(tls_url(server), tls=context) as client:
+        client.flush()
+
+
+def test_a_missing_client_certificate_is_a_connect_error(
+    config: Callable[..., str], trusting: ssl.SSLContext, make_nats_server: Callable[..., NatsServer]
+) -> None:
+    server = make_nats_server(config=config("127.0.0.1", verify=True))
+    assert isinstance(failure(tls_url(server), tls=trusting), ConnectError)
+
+
+# -- everything works over it
+
+
+def test_requests_are_answered(client: natsync.Client) -> None:
+    client.subscribe("tls.echo", lambda message: message.respond(message.data))
+    for number in range(200):
+        assert client.request("tls.echo", b"%d" % number).data == b"%d" % number
+
+
+def test_a_stream_of_twenty_thousand_chunks_is_complete(
+    client: natsync.Client, server: NatsServer, trusting: ssl.SSLContext
+) -> None:
+    with natsync.Subscriber(tls_url(server), tls=trusting) as subscriber:
+        subscriber.stream("tls.long")(lambda ctx, request: (b"%d" % number for number in range(20_000)))
+        assert list(client.stream("tls.long", b"", timeout=30)) == [b"%d" % number for number in range(20_000)]
+
+
+def test_eight_threads_share_one_connection(client: natsync.Client) -> None:
+    answers: dict[int, list[bytes]] = {}
+
+    def ask(thread: int) -> None:
+        sizes = [thread * 1000 + number * 37 for number in range(100)]
+        replies = [client.request("tls.eight", bytes([thread]) * size, timeout=10).data for size in sizes]
+        assert [len(reply) for reply in replies] == sizes
+        answers[thread] = replies
+
+    client.subscribe("tls.eight", lambda message: message.respond(message.data), concurrency=4)
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(answers) == list(range(8))
+    assert all(set(reply) <= {thread} for thread, replies in answers.items() for reply in replies)
+
+
+@pytest.mark.parametrize("size", [16_384, 16_385, 1 << 20, 8_000_000])
+def test_large_payloads_arrive_both_ways(client: natsync.Client, size: int) -> None:
+    payload = hashlib.shake_256(b"%d" % size).digest(size)
+    client.subscribe("tls.large", lambda message: message.respond(message.data[::-1]))
+    assert client.request("tls.large", payload, timeout=20).data == payload[::-1]
+
+
+def test_messages_in_both_directions_at_once_arrive(client: natsync.Client) -> None:
+    received: list[bytes] = []
+    client.subscribe("tls.both", lambda message: received.append(message.data))
+    sent = [b"%d" % number + b"x" * (number * 53 % 3000) for number in range(5000)]
+    for payload in sent:  # they come back while the later ones leave
+        client.publish("tls.both", payload)
+    eventually(lambda: len(received) == len(sent), 10)
+    assert received == sent
+
+
+# -- links that end
+
+
+def test_a_killed_server_is_found_again(
+    config: Callable[..., str], trusting: ssl.SSLContext, make_nats_server: Callable[..., NatsServer]
+) -> None:
+    server = make_nats_server(config=config("127.0.0.1"))
+    with natsync.connect(tls_url(server), tls=trusting, **QUICK) as client:
+        client.subscribe("tls.again", lambda message: message.respond(message.data))
+        assert client.request("tls.again", b"before").data == b"before"
+        server.kill()
+        eventually(lambda: client.status == "reconnecting")
+        server.restart()
+        assert client.request("tls.again", b"after", timeout=10).data == b"after"
+        assert client.stats()["reconnects"] == 1
+
+
+def test_a_frozen_server_is_left(
+    config: Callable[..., str], trusting: ssl.SSLContext, make_nats_server: Callable[..., NatsServer]
+) -> None:
+    server = make_nats_server(config=config("127.0.0.1"))
+    options = {**QUICK, "ping_interval": 0.1, "connect_timeout": 0.5}
+    with natsync.connect(tls_url(server), tls=trusting, **options) as client:
+        server.pause()
+        eventually(lambda: client.status == "reconnecting")
+        server.resume()
+        eventually(lambda: client.status == "connected")
+        client.flush()
+
+
+def test_a_server_stopped_properly_is_noticed(
+    config: Callable[..., str], trusting: ssl.SSLContext, make_nats_server: Callable[..., NatsServer]
+) -> None:
+    server = make_nats_server(config=config("127.0.0.1"))
+    with natsync.connect(tls_url(server), tls=trusting, reconnect=False) as client:
+        server.stop()
+        eventually(lambda: client.status == "closed")
+
+
+class TlsPeer:
+    """A script that greets plainly, then speaks TLS; `then` goes on with the encrypted socket."""
+
+    def __init__(self, authority: trustme.CA, then: Callable[[ssl.SSLSocket, PeerConnection], object]) -> None:
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        authority.issue_cert("127.0.0.1").configure_cert(self._context)
+        self._then = then
+
+    def __call__(self, peer: PeerConnection) -> None:
+        peer.send_info(tls_required=True)
+        with self._context.wrap_socket(peer.sock, server_side=True, suppress_ragged_eofs=True) as sock:
+            peer.sock = sock
+            self._then(sock, peer)
+
+
+def shake_hands(sock: ssl.SSLSocket) -> None:
+    data = b""
+    while not data.endswith(b"PING\r\n"):
+        data += sock.recv(4096)
+
+
+def dial_tls(peer: ScriptedPeer, context: ssl.SSLContext) -> TLSTransport:
+    transport, _ = dial(Server("127.0.0.1", peer.port, tls=True), ConnectOptions(tls=context, connect_timeout=5))
+    assert isinstance(transport, TLSTransport)
+    return transport
+
+
+def read_to_the_end(transport: TLSTransport) -> bytes:
+    """All that the transport receives; it must end within five seconds, and is closed then."""
+    watch = threading.Timer(5, transport.shutdown)
+    watch.start()
+    data = b""
+    try:
+        while more := transport.receive():
+            data += more
+        assert watch.is_alive(), f"the end was not noticed; received {data!r}"
+        return data
+    finally:
+        watch.cancel()
+        transport.close()
+
+
+def test_what_follows_the_pong_in_one_record_is_not_lost(authority: trustme.CA, trusting: ssl.SSLContext) -> None:
+    def then(sock: ssl.SSLSocket, peer: PeerConnection) -> None:
+        shake_hands(sock)
+        sock.sendall(b"PONG\r\nMSG s 1 2\r\nhi\r\n")
+        peer.hold()
+
+    with ScriptedPeer(TlsPeer(authority, then)) as peer:
+        transport = dial_tls(peer, trusting)
+        assert transport.receive() == b"MSG s 1 2\r\nhi\r\n"
+        transport.close()
+
+
+def test_a_goodbye_is_the_end_of_the_link_even_before_the_socket_ends(
+    authority: trustme.CA, trusting: ssl.SSLContext
+) -> None:
+    def then(sock: ssl.SSLSocket, peer: PeerConnection) -> None:
+        shake_hands(sock)
+        sock.sendall(b"PONG\r\nlast words")
+        with contextlib.suppress(ssl.SSLError):
+            sock.unwrap()  # says goodbye, and waits for ours; the socket's end will do
+
+    with ScriptedPeer(TlsPeer(authority, then)) as peer:
+        transport = dial_tls(peer, trusting)
+        assert read_to_the_end(transport) == b"last words"
+
+
+def test_an_end_without_a_goodbye_is_noticed(authority: trustme.CA, trusting: ssl.SSLContext) -> None:
+    def then(sock: ssl.SSLSocket, peer: PeerConnection) -> None:
+        shake_hands(sock)
+        sock.sendall(b"PONG\r\nlast words")
+
+    with ScriptedPeer(TlsPeer(authority, then)) as peer:
+        transport = dial_tls(peer, trusting)
+        assert read_to_the_end(transport) == b"last words"
+
+
+def test_a_link_in_which_bytes_were_changed_is_an_error(authority: trustme.CA, trusting: ssl.SSLContext) -> None:
+    def then(sock: ssl.SSLSocket, peer: PeerConnection) -> None:
+        shake_hands(sock)
+        sock.sendall(b"PONG\r\n")
+        sock.recv(1)
+        os.write(sock.fileno(), b"\x17\x03\x03\x00\x20" + b"x" * 32)
+        peer.hold()
+
+    with ScriptedPeer(TlsPeer(authority, then)) as peer:
+        transport = dial_tls(peer, trusting)
+        transport.send(b"PING\r\n")
+        with pytest.raises(OSError, match="BAD_RECORD_MAC"):
+            read_to_the_end(transport)
+
+
+def test_shutdown_wakes_a_reader(authority: trustme.CA, trusting: ssl.SSLContext) -> None:
+    def then(sock: ssl.SSLSocket, peer: PeerConnection) -> None:
+        shake_hands(sock)
+        sock.sendall(b"PONG\r\n")
+        peer.hold()
+
+    outcome: list[bytes] = []
+    with ScriptedPeer(TlsPeer(authority, then)) as peer:
+        transport = dial_tls(peer, trusting)
+        reader = threading.Thread(target=lambda: outcome.append(transport.receive()))
+        reader.start()
+        transport.shutdown()
+        reader.join(5)
+        transport.close()
+    assert outcome == [b""]
+
+
+def test_certificates_are_read_from_files_as_usual(authority: trustme.CA, server: NatsServer, tmp_path: Path) -> None:
+    path = tmp_path / "ca.pem"
+    authority.cert_pem.write_to_path(str(path))
+    with natsync.connect(tls_url(server), tls=ssl.create_default_context(cafile=str(path))) as client:
+        client.flush()
