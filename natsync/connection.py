@@ -344,9 +344,7 @@ class Connection:
 
     def on_info(self, fields: dict[str, Any]) -> None:
         self.info = {**self.info, **fields}
-        urls = fields.get("connect_urls") or []
-        if urls:
-            self._supervisor.discovered(urls)
+        self._supervisor.discovered(fields.get("connect_urls"))
         if fields.get("ldm"):
             self.event("lame_duck", {"server": str(self.server)})
 
@@ -418,7 +416,7 @@ class Connection:
             session.end(ConnectError(str(failure)))
             session.join(Deadline.after(LEAVE_SECONDS))
             raise ConnectError(f"no thread can be started for the link: {failure}") from failure
-        self._supervisor.discovered(info.get("connect_urls") or [])
+        self._supervisor.discovered(info.get("connect_urls"))
         if self._settling:
             self._settling_ping = True
             self._ping_to_settle()
@@ -430,6 +428,7 @@ class Connection:
         try:
             session.start()
         except RuntimeError as error:
+            self._outbox.detach()
             return error
         self._outbox.attach(self.dispatcher.resubscription())
         self._session = session
@@ -564,7 +563,10 @@ class Connection:
 
     def _is_own_thread(self) -> bool:
         """Whether this is a thread that close() itself waits for."""
-        return threading.current_thread().name.startswith(f"{self.name}-")
+        session = self._session
+        me = threading.current_thread()
+        own = self.dispatcher.workers.is_own_thread() or self._supervisor.thread is me
+        return own or (session is not None and me in session.threads)
 
     def _join(self, session: Session | None, deadline: Deadline) -> None:
         # Our own threads end in milliseconds, so they get a moment even if user code is to get none.

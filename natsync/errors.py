@@ -1,7 +1,7 @@
 """Every error natsync raises, with its data as attributes.
 
     NatsError                      also a pynats2.NATSError
-    ├─ ConnectError                also ConnectionError
+    ├─ ConnectError                also ConnectionError and pynats2.NATSConnectionError
     │   ├─ NoServersError          .causes: server -> exception
     │   └─ ConnectionLost          .sent
     ├─ AuthorizationError · PermissionDenied · ConnectionClosed · ReconnectBufferFull · MaxPayloadExceeded
@@ -59,8 +59,12 @@ class NatsError(_pynats2.NATSError):
     """The root of all natsync errors; `except pynats2.NATSError` catches them too."""
 
 
-class ConnectError(NatsError, ConnectionError):
+class ConnectError(NatsError, _pynats2.NATSConnectionError, ConnectionError):
     """The link to the server could not be made, or broke."""
+
+    def __init__(self, message: str) -> None:
+        OSError.__init__(self, message)
+        self.line = message  # what pynats2's errors carry
 
 
 class NoServersError(ConnectError):

@@ -214,6 +214,8 @@ def parse_server(url: str) -> Server:
     Raises:
         InvalidURL: as for parse_servers().
     """
+    if not isinstance(url, str):
+        raise TypeError("a server URL is a str")
     # No part of the URL is quoted in an error: where it is malformed, any may hold credentials.
     if any(char.isspace() or not char.isprintable() for char in url):
         raise InvalidURL("a server URL contains white space or a control character")

@@ -108,9 +108,9 @@ class Outbox:
             return self.position
 
     def put_first(self, frame: bytes) -> None:
-        """Queue a control frame ahead of everything; dropped if there is no link."""
+        """Queue a control frame ahead of everything; for the session of this outbox alone."""
         with self._lock:
-            if self._attached and not self._closed:
+            if not self._closed:
                 self._control.append(frame)
                 self._wake_locked()
 
@@ -131,7 +131,10 @@ class Outbox:
         if not subjects:
             return
         with self._lock:
-            self._keep_locked([frame for frame in self._frames if destination(frame) not in subjects])
+            messages = (b"PUB ", b"HPUB")
+            self._keep_locked(
+                [one for one in self._frames if one[:4] not in messages or destination(one) not in subjects]
+            )
 
     @property
     def size_bytes(self) -> int:
@@ -155,6 +158,12 @@ class Outbox:
             self._attached = True
             self._ready.notify()
             self._room.notify_all()
+
+    def detach(self) -> None:
+        """The link came to nothing: a buffer again, without what was meant for that link."""
+        with self._lock:
+            self._control.clear()
+            self._attached = False
 
     def close(self) -> list[bytes]:
         """The link is gone: returns the messages that its writer never took, and turns everybody away."""

@@ -25,6 +25,7 @@ from natsync.errors import (
     NoRespondersError,
     NoServersError,
     PoolClosed,
+    ReconnectBufferFull,
     RequestTimeout,
     StreamClosed,
     StreamEnded,
@@ -70,10 +71,12 @@ class Retry:
     ) -> None:
         if attempts is not None and (isinstance(attempts, bool) or not isinstance(attempts, int) or attempts < 1):
             raise InvalidArgument(f"attempts={attempts!r}: a whole number from 1 up, or None")
-        check_timeout(initial, "initial")
-        check_timeout(maximum, "maximum")
+        for name, value in (("initial", initial), ("maximum", maximum), ("multiplier", multiplier)):
+            if check_timeout(value, name) is None:
+                raise InvalidArgument(f"{name}={value!r}: a number")
         if multiplier < 1:
             raise InvalidArgument(f"multiplier={multiplier!r}: at least 1")
+        _check_choice(on)
         self.attempts = attempts
         self.initial = initial
         self.maximum = maximum
@@ -100,11 +103,19 @@ class Retry:
         return kind(multiplier=self.initial, max=self.maximum, exp_base=self.multiplier)
 
 
+def _check_choice(on: object) -> None:
+    classes = on if isinstance(on, tuple) else (on,) if isinstance(on, type) else ()
+    if not all(isinstance(one, type) and issubclass(one, BaseException) for one in classes):
+        raise TypeError("on= takes exception classes, or a predicate of the exception")
+    if on is not None and not isinstance(on, type | tuple) and not callable(on):
+        raise TypeError(f"on= takes exception classes, or a predicate of the exception, not {type(on).__name__}")
+
+
 def surely_not_run(error: BaseException) -> bool:
     """Whether nothing can have run at the responder, so that repeating is safe."""
     if isinstance(error, RequestTimeout | ConnectionLost):
         return not error.sent
-    return isinstance(error, NoRespondersError | StreamRefused | NoServersError)
+    return isinstance(error, NoRespondersError | StreamRefused | NoServersError | ReconnectBufferFull)
 
 
 #: What `retry=` takes: a policy of natsync or one of tenacity; None = one try.
@@ -116,6 +127,7 @@ def run(function: Callable[[int], T], policy: RetryPolicy, ctx: Context | None, 
 
     rerun_errors: errors that the responder reported are repeated too, as the Go system's StreamRequestWithRetry does.
     """
+    check_policy(policy)
     if policy is None:
         return function(0)
     attempt = iter(range(1 << 62))

@@ -46,7 +46,7 @@ class ServerList:
         for url in urls:
             try:
                 told = parse_server(url)
-            except InvalidURL:
+            except (InvalidURL, TypeError):
                 continue
             if (told.host, told.port) not in known:
                 known.add((told.host, told.port))

@@ -60,12 +60,12 @@ class Session:
         self._ping_timer: timers.Timer | None = None
         self._write_timer: timers.Timer | None = None
         self._writing_since: float | None = None
-        self._threads: list[threading.Thread] = []
+        self.threads: list[threading.Thread] = []
 
     def start(self) -> None:
         """Start the two threads; from here on the owner is told of what comes."""
-        self._threads.append(spawn(self._read, f"{self._name}-reader"))
-        self._threads.append(spawn(self._write, f"{self._name}-writer"))
+        self.threads.append(spawn(self._read, f"{self._name}-reader"))
+        self.threads.append(spawn(self._write, f"{self._name}-writer"))
         self._schedule_ping()
 
     def ping(self, callback: PongCallback | None = None) -> bool:
@@ -95,7 +95,7 @@ class Session:
 
     def join(self, deadline: Deadline) -> list[str]:
         """Wait for both threads after end() and give the socket back; names those that did not leave."""
-        stuck = join_all(self._threads, deadline)
+        stuck = join_all(self.threads, deadline)
         if not stuck:
             self._transport.close()
         return stuck

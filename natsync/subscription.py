@@ -126,7 +126,7 @@ class SubscriptionCore:
         if self._error is not None:
             self.dropped += 1
             return
-        if not self._has_room_locked(size) and self._overflow == "drop_old":
+        if not self._has_room_locked(size) and self._overflow == "drop_old" and size <= self._limit_bytes:
             while self._pending and not self._has_room_locked(size):
                 self._pending_bytes -= len(self._pending.popleft()[1][2])
                 self.dropped += 1
@@ -279,7 +279,7 @@ class Subscription:
 
     @property
     def queue(self) -> str | None:
-        return None if self._core.queue is None else self._core.queue.decode()
+        return None if self._core.queue is None else self._core.queue.decode("utf-8", "surrogateescape")
 
     @property
     def pending(self) -> int:

@@ -60,7 +60,7 @@ class Supervisor:
         self._options = options
         self._keeper = keeper
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self.thread: threading.Thread | None = None
         self._refusals: dict[Server, str] = {}
         self._dialing = Dialing()
         self._stopped = False
@@ -71,8 +71,8 @@ class Supervisor:
         """Start the thread, and with it the first walk. Requires the connection's lock."""
         first = self._persist if self._options.retry_on_failed_connect else self._try_once
         self._tasks.put(first)
-        self._thread = threading.Thread(target=self._run, name=f"{self._name}-supervisor", daemon=True)
-        self._thread.start()
+        self.thread = threading.Thread(target=self._run, name=f"{self._name}-supervisor", daemon=True)
+        self.thread.start()
 
     def do(self, task: Callable[[], None]) -> None:
         """Have a brief chore done on the thread; may be called anywhere, finalizers included."""
@@ -85,9 +85,10 @@ class Supervisor:
         """Clear the session away and make the next link."""
         self._tasks.put(lambda: self._replace(session, reason))
 
-    def discovered(self, urls: list[str]) -> None:
-        """The cluster told of servers."""
-        self._tasks.put(lambda: self._discover(urls))
+    def discovered(self, urls: object) -> None:
+        """What the server said of the cluster's other servers, if anything."""
+        if isinstance(urls, list) and urls:
+            self._tasks.put(lambda: self._discover(urls))
 
     def stop(self) -> None:
         """Let the thread end; a dial under way is cut short."""
@@ -97,13 +98,13 @@ class Supervisor:
 
     def join(self, deadline: Deadline) -> list[str]:
         """Wait for the thread; its name if it did not end in time."""
-        return [] if self._thread is None else join_all([self._thread], deadline)
+        return [] if self.thread is None else join_all([self.thread], deadline)
 
     # -- the thread ----------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         # A failed first walk ends this thread; the next use of the connection starts another one.
-        while self._thread is threading.current_thread() and self._chores(Deadline()):
+        while self.thread is threading.current_thread() and self._chores(Deadline()):
             pass
 
     def _chores(self, until: Deadline) -> bool:
@@ -125,7 +126,7 @@ class Supervisor:
     def _try_once(self) -> None:
         causes = self._walk()
         if causes is not None:
-            self._thread = None
+            self.thread = None
             self._keeper.on_first_walk_failed(no_servers(causes))
 
     def _replace(self, lost: Session, reason: Exception) -> None:

@@ -128,7 +128,12 @@ class Lane:
             if self._running:
                 return True
             self._running = True
-        return self._pool.submit(self._run)
+        if self._pool.submit(self._run):
+            return True
+        with self._lock:
+            self._running = False
+            self._tasks.clear()
+        return False
 
     def _run(self) -> None:
         while True:

@@ -111,8 +111,21 @@ def _wake(waiting: threading.Condition | threading.Event) -> None:
 def test_threads_can_be_joined_with_a_huge_timeout(timeout: float) -> None:
     release = threading.Event()
     thread = spawn(release.wait, "natsync-test")  # type: ignore[arg-type]
-    threading.Timer(0.02, release.set).start()
+    threading.Timer(0.2, release.set).start()
     assert join_all([thread], Deadline.after(timeout)) == []
+
+
+@pytest.mark.parametrize("timeout", HUGE)
+def test_an_endless_timeout_is_no_deadline(timeout: float) -> None:
+    assert Deadline.after(timeout).at is None
+
+
+@pytest.mark.parametrize("at", HUGE)
+def test_a_deadline_beyond_all_times_can_be_waited_for(at: float) -> None:
+    event = threading.Event()
+    threading.Timer(0.02, event.set).start()
+    assert event.wait(Deadline(at).remaining())
+    assert Deadline(at).or_sooner(None).wait_time() > 1e6
 
 
 # -- Signal ----------------------------------------------------------------------------------------------------------
@@ -174,6 +187,11 @@ def test_a_thread_that_joins_itself_is_passed_over() -> None:
     thread = spawn(lambda: names.append(join_all([threading.current_thread()], Deadline.after(5))), "natsync-test")
     thread.join(5)
     assert names == [[]]
+
+
+def test_a_thread_that_was_never_started_is_passed_over() -> None:
+    never = threading.Thread(target=lambda: None, name="natsync-never")
+    assert join_all([never], Deadline.after(5)) == []
 
 
 # -- user code -------------------------------------------------------------------------------------------------------

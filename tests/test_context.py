@@ -276,6 +276,13 @@ def test_a_child_with_its_parents_deadline_needs_no_timer(own_timers: timers._Ti
     assert len(children) == 4
 
 
+def test_a_child_of_a_context_that_has_ended_needs_no_timer(own_timers: timers._Timers) -> None:
+    parent = Context()
+    parent.cancel()
+    assert parent.with_timeout(FAR).cancelled
+    assert own_timers._heap == []
+
+
 def test_cancel_before_the_deadline_counts() -> None:
     ctx = Context().with_timeout(0.03)
     ctx.cancel("earlier")

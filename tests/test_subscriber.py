@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
@@ -513,10 +512,10 @@ def test_a_handlers_exception_is_a_handler_error_at_the_client_and_logged(
     client: natsync.Client, subscriber: natsync.Subscriber, caplog: pytest.LogCaptureFixture
 ) -> None:
     subscriber.handler("u.fail")(lambda ctx, request: 1 // 0)
-    with caplog.at_level(logging.ERROR, "natsync"), pytest.raises(natsync.HandlerError, match="division") as caught:
+    with pytest.raises(natsync.HandlerError, match="division") as caught:
         client.request("u.fail")
     assert caught.value.code == 500
-    assert "Traceback" in caplog.text
+    eventually(lambda: "Traceback" in caplog.text)
 
 
 def test_a_handlers_exception_is_service_error_headers_on_the_wire(
@@ -576,7 +575,7 @@ def test_a_plain_message_handler_that_wants_to_exit_does_not_end_the_subscriptio
         client.publish("u.plain", data)
     eventually(lambda: seen == [b"1", b"2", b"3"])
     eventually(lambda: handle.stats["failed"] == 2)
-    assert "as told" in caplog.text
+    eventually(lambda: "as told" in caplog.text)
 
 
 def test_a_handler_may_ask_another_handler_of_the_same_subscriber(

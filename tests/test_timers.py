@@ -25,6 +25,11 @@ def timer_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "natsync-timer"]
 
 
+def asleep(one: timers._Timers) -> bool:
+    """Whether the thread sleeps until something is due."""
+    return len(one._changed._waiters) > 0  # type: ignore[attr-defined]
+
+
 @pytest.fixture(autouse=True)
 def own_timers(monkeypatch: pytest.MonkeyPatch) -> Iterator[timers._Timers]:
     """Timers that nobody else uses, to count what they hold; a test that fails leaves no thread to the next."""
@@ -91,13 +96,30 @@ def test_a_cancelled_callback_does_not_run(ran: list[Any]) -> None:
     assert ran == ["kept"]
 
 
-def test_cancelling_what_has_run_changes_nothing(ran: list[Any], own_timers: timers._Timers) -> None:
+def test_cancelling_twice_or_too_late_does_not_count(ran: list[Any], own_timers: timers._Timers) -> None:
     done = schedule_after(0, lambda: ran.append("done"))
     eventually(lambda: ran)
-    kept = schedule_after(FAR, lambda: None)
-    done.cancel()
+    handles = [schedule_after(FAR, lambda: None) for _ in range(10)]
+    for _ in range(3):
+        done.cancel()
     assert own_timers._cancelled == 0
-    kept.cancel()
+    for _ in range(3):
+        handles[4].cancel()
+    assert own_timers._cancelled == 1
+    for handle in handles:
+        handle.cancel()
+    assert own_timers._heap == []
+
+
+def test_what_remains_of_many_runs_in_order_after_the_others_were_cancelled(ran: list[Any]) -> None:
+    start = time.monotonic() + 0.1
+    numbers = [(n * 137) % 400 for n in range(400)]
+    handles = {n: schedule(start + n / 10_000, lambda n=n: ran.append(n)) for n in numbers}
+    for n in numbers:
+        if n % 4:
+            handles[n].cancel()
+    eventually(lambda: len(ran) == 100)
+    assert ran == list(range(0, 400, 4))
 
 
 def test_a_callback_may_schedule_and_cancel(ran: list[Any]) -> None:
@@ -145,8 +167,10 @@ def test_the_thread_is_gone_when_the_last_callback_has_run(ran: list[Any]) -> No
 
 
 @pytest.mark.parametrize("count", [1, 3, 200])
-def test_the_thread_is_gone_when_all_is_cancelled(count: int) -> None:
-    for handle in [schedule_after(FAR, lambda: None) for _ in range(count)]:
+def test_the_thread_is_gone_when_all_is_cancelled(count: int, own_timers: timers._Timers) -> None:
+    handles = [schedule_after(FAR, lambda: None) for _ in range(count)]
+    eventually(lambda: asleep(own_timers))
+    for handle in handles:
         handle.cancel()
     settle()
     assert not timer_threads()
@@ -247,12 +271,8 @@ def test_a_later_time_does_not_wake_the_thread(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_ten_thousand_cancelled_timers_leave_nothing(own_timers: timers._Timers) -> None:
-    class Payload:
-        def __call__(self) -> None:
-            raise AssertionError("it was cancelled")
-
     keep = schedule_after(FAR, lambda: None)
-    callbacks = [Payload() for _ in range(10_000)]
+    callbacks = [Callback() for _ in range(10_000)]
     alive = [weakref.ref(callback) for callback in callbacks]
     handles = [schedule_after(FAR + n, callback) for n, callback in enumerate(callbacks)]
     for handle in handles:
@@ -288,13 +308,45 @@ def test_cancelled_ones_that_come_due_are_passed_over(own_timers: timers._Timers
     assert (own_timers._heap, own_timers._cancelled) == ([], 0)
 
 
-def test_a_time_in_the_far_future_is_no_error(ran: list[Any]) -> None:
-    handles = [schedule_after(seconds, lambda: None) for seconds in (float("inf"), 1e300, threading.TIMEOUT_MAX)]
+@pytest.mark.parametrize("seconds", [float("inf"), 1e300, threading.TIMEOUT_MAX * 2])
+def test_a_time_in_the_far_future_is_no_error(seconds: float, own_timers: timers._Timers, ran: list[Any]) -> None:
+    far = schedule_after(seconds, lambda: None)
+    eventually(lambda: asleep(own_timers))
     schedule_after(0.01, lambda: ran.append("near"))
     eventually(lambda: ran == ["near"])
     assert len(timer_threads()) == 1
-    for handle in handles:
-        handle.cancel()
+    far.cancel()
+
+
+class Callback:
+    """A callback that can be watched."""
+
+    def __call__(self) -> None:
+        pass
+
+
+def test_the_sleeping_thread_keeps_nothing_of_its_last_callback_alive(own_timers: timers._Timers) -> None:
+    far = schedule_after(FAR, lambda: None)
+    callback = Callback()
+    alive = weakref.ref(callback)
+    schedule_after(0, callback)
+    del callback
+    eventually(lambda: len(own_timers._heap) == 1)
+    gc.collect()
+    eventually(lambda: alive() is None)
+    far.cancel()
+
+
+def test_what_a_timer_keeps_lives_until_it_is_cancelled() -> None:
+    handle, kept = schedule_after(FAR, lambda: None), Callback()
+    alive = weakref.ref(kept)
+    handle.keep = kept
+    del kept
+    gc.collect()
+    assert alive() is not None
+    handle.cancel()
+    gc.collect()
+    assert alive() is None
 
 
 def test_many_threads_may_schedule_and_cancel_at_once(own_timers: timers._Timers, ran: list[Any]) -> None:

@@ -110,11 +110,11 @@ def legacy_runner(function: Handler, pause: float) -> Runner:
 
 
 def single_runner(function: Handler) -> Runner:
-    """A request/reply handler asked for a stream: its one answer, unless that is empty, and the end."""
+    """A request/reply handler asked for a stream: its one answer, and the end."""
 
     def run(ctx: HandlerContext, request: Message, core: SenderCore) -> None:
         reply = reply_bytes(function(ctx, request))
-        if reply:
+        if reply or not core.ends_empty:  # where the end is the empty message, an empty answer is just the end
             core.send(reply, _NO_DEADLINE)
         core.end()
 

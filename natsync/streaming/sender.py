@@ -84,6 +84,11 @@ class SenderCore(Waiter):
             self._connection.put_now(encode_pub(self._reply, self._inbox, frames.NOTE, b""))
 
     @property
+    def ends_empty(self) -> bool:
+        """Whether an empty message ends the stream."""
+        return not self._sentinels.end
+
+    @property
     def outcome(self) -> str:
         """How a stream that is over counts: processed (it ended by its END), cancelled by the requester, or failed."""
         if self._ended:
