@@ -42,10 +42,11 @@ def raw(nats_server: NatsServer) -> Iterator[RawClient]:
 
 
 @pytest.fixture
-def dead_url() -> str:
-    """The URL of a server that is not there."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return f"nats://127.0.0.1:{listener.getsockname()[1]}"
+def dead_url() -> Iterator[str]:
+    """The URL of a server that is not there: its port is taken, and refuses."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield f"nats://127.0.0.1:{bound.getsockname()[1]}"
 
 
 class Events:
