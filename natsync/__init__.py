@@ -49,10 +49,10 @@ from natsync.message import Message
 from natsync.options import ConnectOptions, Sentinels
 from natsync.pool import ConnectionPool
 from natsync.retry import Retry
-from natsync.streaming.call import Stream
 from natsync.streaming.handlers import HandlerContext
 from natsync.streaming.registration import Handle
 from natsync.streaming.sender import ResponseSender
+from natsync.streaming.stream import Stream
 from natsync.streaming.subscriber import Subscriber
 from natsync.subscription import Subscription
 

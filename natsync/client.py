@@ -24,7 +24,7 @@ from natsync.options import Servers, connect_options, parse_servers
 from natsync.reply import request as _request
 from natsync.retry import RetryPolicy, check_policy, run
 from natsync.streaming import call, frames
-from natsync.streaming.call import Stream
+from natsync.streaming.stream import Stream, process
 from natsync.subscription import (
     PENDING_BYTES,
     PENDING_MESSAGES,
@@ -386,7 +386,7 @@ class Client:
         scope.check()
         core = self._connection()
         core.ensure_open(Deadline(scope.deadline))
-        call.process(core, subject, data, headers, processor, scope, idle_timeout, attempt)
+        process(core, subject, data, headers, processor, scope, idle_timeout, attempt)
 
     def _tell_offline(self, client_id: str) -> None:
         core = self._connection()

@@ -37,7 +37,8 @@ from natsync.mux import LinkLoss, Mux
 from natsync.options import ConnectOptions, Server
 from natsync.outbox import Outbox, OutboxClosed
 from natsync.servers import ServerList
-from natsync.session import Session
+from natsync.session import PongCallback, Session
+from natsync.settling import Settling
 from natsync.subscription import SubscriptionCore
 from natsync.supervisor import Supervisor
 from natsync.transport import Transport
@@ -99,9 +100,7 @@ class Connection:
         self._outbox = Outbox(options.reconnect_buffer_bytes)
         self._attempt: _Attempt | None = None
         self._loss: LinkLoss | None = None
-        self._settling_lock = threading.Lock()
-        self._settling: list[tuple[int, Callable[[], None]]] = []
-        self._settling_ping = False
+        self._settling = Settling(self._ping)
         self._on_closed: list[Callable[[Exception | None], None]] = []
         self._close_reason: Exception | None = None
         self._draining = False
@@ -263,33 +262,12 @@ class Connection:
         return True
 
     def when_confirmed(self, mark: int, callback: Callable[[], None]) -> None:
-        """Have callback() called on the reader's thread once the server has everything up to this position.
+        """Have callback() called on the reader's thread once the server has everything up to this position."""
+        self._settling.when_confirmed(mark, callback)
 
-        Costs one PING a round trip, however many wait. A link that is lost first is made up for by the next one's.
-        """
-        with self._settling_lock:
-            self._settling.append((mark, callback))
-            if self._settling_ping:
-                return
-            self._settling_ping = True
-        self._ping_to_settle()
-
-    def _ping_to_settle(self) -> None:
+    def _ping(self, answered: PongCallback) -> bool:
         session = self._session
-        if session is None or not session.ping(self._settle):
-            with self._settling_lock:
-                self._settling_ping = False
-
-    def _settle(self, position: int | None) -> None:
-        with self._settling_lock:
-            reached = -1 if position is None else position
-            settled = [callback for mark, callback in self._settling if mark <= reached]
-            self._settling = [entry for entry in self._settling if entry[0] > reached]
-            again = self._settling_ping = position is not None and bool(self._settling)
-        for callback in settled:
-            callback()
-        if again:
-            self._ping_to_settle()
+        return session is not None and session.ping(answered)
 
     def _await_session(self, deadline: Deadline) -> Session:
         self._check_open()
@@ -417,9 +395,7 @@ class Connection:
             session.join(Deadline.after(LEAVE_SECONDS))
             raise ConnectError(f"no thread can be started for the link: {failure}") from failure
         self._supervisor.discovered(info.get("connect_urls"))
-        if self._settling:
-            self._settling_ping = True
-            self._ping_to_settle()
+        self._settling.on_link()
         log.info("%s: connected to %s", self.name, transport.server)
         return True
 

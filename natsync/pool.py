@@ -20,7 +20,7 @@ from natsync.concurrency import Deadline, Signal, check_timeout, fork_generation
 from natsync.errors import ForkError, InvalidArgument, PoolClosed, PoolTimeout, TimedOut
 from natsync.message import Message, Payload
 from natsync.options import Servers, connect_options, parse_servers
-from natsync.streaming.call import Stream
+from natsync.streaming.stream import Stream
 
 #: Connections that wait() makes. Default of the Go system (MinIdlePerServer).
 MIN_SIZE = 4

@@ -32,6 +32,4 @@ def _no_thread_left_behind() -> Iterator[None]:
         eventually(lambda: natsync_threads() <= before, THREADS_GONE)
     except AssertionError:
         names = sorted(thread.name for thread in natsync_threads() - before)
-        pytest.fail(
-            f"natsync threads outlive the test by {THREADS_GONE:g} s: {', '.join(names)}", pytrace=False
-        )
+        pytest.fail(f"natsync threads outlive the test by {THREADS_GONE:g} s: {', '.join(names)}", pytrace=False)

@@ -651,6 +651,17 @@ def test_a_child_that_is_dropped_leaves_nothing_in_its_parent(derive: Callable[[
     assert alive() is None
 
 
+def test_a_context_whose_callbacks_were_taken_back_is_not_kept_by_its_deadline() -> None:
+    ctx = Context().with_timeout(FAR)
+    removes = [ctx.on_cancel(lambda: None), ctx.with_cancel().on_cancel(lambda: None)]
+    alive = weakref.ref(ctx)
+    for remove in removes:
+        remove()
+    del ctx, removes, remove
+    gc.collect()
+    assert alive() is None
+
+
 def test_a_child_that_ended_leaves_nothing_in_its_parent() -> None:
     parent = Context()
     children = [parent.with_timeout(0), parent.with_cancel()]

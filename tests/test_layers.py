@@ -15,8 +15,8 @@ CORE = [
     "errors", "headers", "subject", "message", "concurrency", "timers", "closing", "context", "options",  # words
     "protocol",  # wire
     "auth", "servers", "workers", "transport",  # link
-    "outbox", "session", "mux", "subscription", "dispatcher", "supervisor", "connection",  # connection
-    "reply", "retry", "streaming", "streaming.frames", "streaming.call", "streaming.sender",  # use
+    "outbox", "session", "settling", "mux", "subscription", "dispatcher", "supervisor", "connection",  # connection
+    "reply", "retry", "streaming", "streaming.frames", "streaming.call", "streaming.stream", "streaming.sender",  # use
     "streaming.handlers", "streaming.work", "streaming.responder", "streaming.registration", "streaming.serving",
     "streaming.subscriber", "client", "pool",
 ]  # fmt: skip

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
+import natsync.mux
 from natsync.message import Item
 from natsync.mux import LinkLoss, Mux
 from natsync.protocol import Batch
 
 
-class Waiter:
+class Waiter(natsync.mux.Waiter):
     """Writes down what it is told."""
 
     def __init__(self) -> None:
@@ -37,12 +38,19 @@ def mux() -> Mux:
     return Mux("_INBOX.abc")
 
 
+def enter(mux: Mux, waiter: natsync.mux.Waiter) -> tuple[bytes, bytes]:
+    """Have the waiter wait at a new address: (token, inbox)."""
+    token, inbox = mux.address()
+    mux.register(token, waiter)
+    return token, inbox
+
+
 def answer(subject: bytes, *payloads: bytes) -> Batch:
     return Batch(b"1", subject, [(None, None, payload) for payload in payloads])
 
 
 def test_one_wildcard_covers_every_inbox(mux: Mux) -> None:
-    inboxes = [mux.register(Waiter())[1] for _ in range(3)]
+    inboxes = [enter(mux, Waiter())[1] for _ in range(3)]
     assert mux.wildcard == b"_INBOX.abc.*"
     assert len(set(inboxes)) == 3
     for inbox in inboxes:
@@ -52,7 +60,7 @@ def test_one_wildcard_covers_every_inbox(mux: Mux) -> None:
 
 def test_an_answer_reaches_its_waiter_and_no_other(mux: Mux) -> None:
     waiters = [Waiter() for _ in range(12)]
-    inboxes = [mux.register(waiter)[1] for waiter in waiters]
+    inboxes = [enter(mux, waiter)[1] for waiter in waiters]
     for number, inbox in enumerate(inboxes):
         mux.deliver(answer(inbox, b"%d" % number, b"more"))
     assert [waiter.items for waiter in waiters] == [
@@ -63,7 +71,7 @@ def test_an_answer_reaches_its_waiter_and_no_other(mux: Mux) -> None:
 
 def test_a_late_answer_is_counted_and_shown(mux: Mux) -> None:
     waiter, shown = Waiter(), list[Any]()
-    token, inbox = mux.register(waiter)
+    token, inbox = enter(mux, waiter)
     mux.unregister(token)
     mux.deliver(answer(inbox, b"1"))
     mux.on_late = shown.append
@@ -74,10 +82,10 @@ def test_a_late_answer_is_counted_and_shown(mux: Mux) -> None:
 
 
 def test_a_late_answer_cannot_reach_whoever_comes_next(mux: Mux) -> None:
-    token, inbox = mux.register(Waiter())
+    token, inbox = enter(mux, Waiter())
     mux.unregister(token)
     later = [Waiter() for _ in range(100)]
-    inboxes = [mux.register(waiter)[1] for waiter in later]
+    inboxes = [enter(mux, waiter)[1] for waiter in later]
     mux.deliver(answer(inbox, b"late"))
     assert inbox not in inboxes
     assert all(waiter.items == [] for waiter in later)
@@ -86,13 +94,13 @@ def test_a_late_answer_cannot_reach_whoever_comes_next(mux: Mux) -> None:
 @pytest.mark.parametrize("subject", [b"_INBOX.abc.", b"_INBOX.abc", b"_INBOX.abc.1.2", b"_INBOX.abc.x", b"", b"other"])
 def test_an_answer_to_an_unknown_inbox_is_late_and_no_error(mux: Mux, subject: bytes) -> None:
     waiter = Waiter()
-    mux.register(waiter)
+    enter(mux, waiter)
     mux.deliver(answer(subject, b"x"))
     assert (waiter.items, mux.late) == ([], 1)
 
 
 def test_who_unregisters_is_forgotten(mux: Mux) -> None:
-    tokens = [mux.register(Waiter())[0] for _ in range(3)]
+    tokens = [enter(mux, Waiter())[0] for _ in range(3)]
     assert len(mux) == 3
     for token in tokens:
         mux.unregister(token)
@@ -102,7 +110,7 @@ def test_who_unregisters_is_forgotten(mux: Mux) -> None:
 
 def test_ten_thousand_abandoned_requests_leave_nothing(mux: Mux) -> None:
     for _ in range(10_000):
-        token, _ = mux.register(Waiter())
+        token, _ = enter(mux, Waiter())
         mux.unregister(token)
     assert len(mux) == 0
     assert not mux._waiters
@@ -111,7 +119,7 @@ def test_ten_thousand_abandoned_requests_leave_nothing(mux: Mux) -> None:
 def test_everybody_is_told_of_a_lost_link_a_denial_and_the_end(mux: Mux) -> None:
     waiters = [Waiter() for _ in range(3)]
     for waiter in waiters:
-        mux.register(waiter)
+        enter(mux, waiter)
     loss = LinkLoss(OSError("gone"), 10, 5, 0, frozenset())
     denial, end = PermissionError("no"), RuntimeError("closed")
     mux.link_lost(loss)
@@ -130,7 +138,7 @@ def test_a_waiter_may_unregister_itself_or_another_while_being_told(mux: Mux) ->
                 mux.unregister(token)
 
     waiters = [Leaving(), Leaving()]
-    tokens += [mux.register(waiter)[0] for waiter in waiters]
+    tokens += [enter(mux, waiter)[0] for waiter in waiters]
     mux.connection_closed(RuntimeError("closed"))
     assert len(mux) == 0
     assert waiters[0].told
@@ -139,7 +147,7 @@ def test_a_waiter_may_unregister_itself_or_another_while_being_told(mux: Mux) ->
 def test_threads_that_register_at_once_get_tokens_of_their_own(mux: Mux) -> None:
     tokens: list[bytes] = []
     threads = [
-        threading.Thread(target=lambda: tokens.extend(mux.register(Waiter())[0] for _ in range(500))) for _ in range(8)
+        threading.Thread(target=lambda: tokens.extend(enter(mux, Waiter())[0] for _ in range(500))) for _ in range(8)
     ]
     for thread in threads:
         thread.start()

@@ -367,14 +367,21 @@ def test_once_attached_the_buffers_size_is_no_limit() -> None:
     assert box.try_put(pub("x", 1000))
 
 
-def test_protocol_and_control_frames_are_dropped_without_a_link() -> None:
+def test_protocol_frames_are_dropped_without_a_link() -> None:
     box = Outbox(BUFFER)
     assert not box.put_now(SUB)
-    box.put_first(b"PONG\r\n")
     box.attach([])
     box.try_put(pub("1"))
     assert box.take() == pub("1")
     assert box.position == len(pub("1"))
+
+
+def test_a_control_frame_of_a_session_that_is_being_started_leaves_first() -> None:
+    box = Outbox(BUFFER)
+    box.try_put(pub("1"))
+    box.put_first(b"PONG\r\n")  # a PING may come right behind the handshake
+    box.attach([SUB])
+    assert [box.take(), box.take()] == [b"PONG\r\n" + SUB, pub("1")]
 
 
 # -- too much for the link -------------------------------------------------------------------------------------------

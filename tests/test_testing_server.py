@@ -199,9 +199,7 @@ def test_a_dropped_server_is_killed_and_its_directory_removed(tmp_base):
 
 
 def test_a_server_that_was_not_stopped_is_killed_when_the_interpreter_exits():
-    done = run_python(
-        "from natsync.testing import NatsServer\nserver = NatsServer().start()\nprint(server.pid)"
-    )
+    done = run_python("from natsync.testing import NatsServer\nserver = NatsServer().start()\nprint(server.pid)")
     assert done.returncode == 0, done.stderr
     eventually(lambda: not alive(int(done.stdout)))
 

@@ -90,6 +90,21 @@ def test_as_many_tasks_run_at_once_as_the_limit_allows(make_pool: Callable[[int]
     assert pool.threads == 10
 
 
+def test_one_idle_thread_is_not_counted_on_for_several_tasks(make_pool: Callable[[int], WorkerPool]) -> None:
+    """It has been told of the first and is still waking up when the others come."""
+    for _ in range(10):
+        pool, gate, ran = make_pool(5), Gate(), threading.Event()
+        pool.submit(ran.set)
+        eventually(lambda pool=pool: pool._idle == 1)
+        for _ in range(3):
+            pool.submit(gate.task)
+        try:
+            eventually(lambda gate=gate: gate.inside == 3)
+        finally:
+            gate.open()
+        assert pool.threads == 3
+
+
 def test_an_idle_thread_is_used_again(make_pool: Callable[[int], WorkerPool]) -> None:
     pool, names = make_pool(10), []
     for number in range(20):

@@ -1,0 +1,284 @@
+"""Stream: what users iterate; a handle on the Call that receives, and on the calls of further attempts.
+
+A stream that is dropped cancels its call; nothing but the user holds the Stream itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+from natsync.concurrency import Deadline, check_timeout, fork_generation
+from natsync.connection import Connection
+from natsync.context import Context
+from natsync.errors import Cancelled, DeadlineExceeded, ForkError, StreamCancelled, StreamEnded, TimedOut
+from natsync.headers import Headers
+from natsync.message import Message
+from natsync.retry import RetryPolicy, run
+from natsync.streaming.call import Call, Finished
+
+T = TypeVar("T")
+
+_NO_DEADLINE = Deadline()
+
+
+class Closable(Generic[T]):
+    """An iterator that is also a context manager and has close(): leaving the block closes."""
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self: C) -> C:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def map(self, function: Callable[[T], Any]) -> MappedStream[Any]:
+        """Like map(function, stream), but the result keeps close() and the context manager."""
+        return MappedStream(self, function)
+
+
+C = TypeVar("C", bound="Closable[Any]")
+
+
+class MappedStream(Closable[T]):
+    """A stream seen through a function; closing it closes the stream."""
+
+    def __init__(self, stream: Any, function: Callable[[Any], T]) -> None:
+        self._stream = stream
+        self._function = function
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        return self._function(next(self._stream))
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+class Stream(Closable[bytes]):
+    """The chunks of an answer, as they come: iterate it, or call next().
+
+    Made by Client.stream(). Iterating blocks until the next chunk; the end is StopIteration, anything else raises.
+    close() may be called from any thread, more than once. A stream that is dropped is cancelled when it is collected.
+
+    Attributes:
+        subject: where the request went.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        owner: object,
+        subject: str,
+        payload: bytes,
+        headers: Headers,
+        ctx: Context,
+        idle_timeout: float | None,
+        retry: RetryPolicy,
+    ) -> None:
+        self.subject = subject
+        self._connection = connection
+        self._owner = owner  # keeps the client alive as long as somebody reads
+        self._payload = payload
+        self._headers = headers
+        self._ctx = ctx
+        self._idle_timeout = idle_timeout
+        self._retry = retry
+        self._generation = fork_generation()
+        self._hooks: list[Finished] = []
+        self._tries = 0
+        self._call = self._open(0)
+
+    def _open(self, attempt: int) -> Call:
+        call = Call(self._connection, self.subject, self._idle_timeout)
+        call.open(self._payload, self._headers, self._ctx, attempt)
+        return call
+
+    # -- receiving -------------------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        call = self._call
+        for item in call.batch:  # what next_chunk() does for an ordinary chunk, without two calls
+            payload = item[2]
+            if item[1] is None and not payload.startswith(call.special):
+                call.chunks += 1
+                call.bytes += len(payload)
+                return payload
+            try:
+                chunk = call.judge(item)
+            except StreamEnded:
+                raise StopIteration from None
+            if chunk is not None:
+                return chunk
+        try:
+            return self._next(_NO_DEADLINE)
+        except StreamEnded:
+            raise StopIteration from None
+
+    def next(self, timeout: float | None = None) -> bytes:
+        """The next chunk; blocks up to timeout seconds (None = no limit, 0 = do not wait).
+
+        Raises:
+            StreamEnded: the stream is complete.
+            TimedOut: nothing came in time; the stream goes on.
+            StreamError, NoRespondersError, SlowConsumerError: how the stream failed, see Client.stream().
+        """
+        return self._next(Deadline.after(check_timeout(timeout)))
+
+    def _next(self, deadline: Deadline) -> bytes:
+        if self._generation != fork_generation():
+            raise ForkError("this stream belongs to the parent process")
+        if self._retry is not None and not self._call.chunks:
+            return self._first(deadline)
+        return self._call.next_chunk(deadline)
+
+    def _first(self, deadline: Deadline) -> bytes:
+        """The first chunk: while there is none, a request that surely did not run may be sent again."""
+        policy, self._retry = self._retry, None
+        scope = self._ctx if deadline.at is None else self._ctx.with_deadline(deadline.at)
+
+        def attempt(number: int) -> bytes | TimedOut:
+            if number:
+                self._tries += 1
+                self._call = self._open(self._tries)
+            try:
+                return self._call.next_chunk(deadline)
+            except TimedOut as error:
+                if type(error) is not TimedOut:
+                    raise
+                return error  # the wait ended, not the stream: nothing to repeat
+
+        try:
+            outcome = run(attempt, policy, scope)
+        except DeadlineExceeded:
+            if self._ctx.cancelled:
+                self._attach_hooks()
+                raise
+            self._retry = policy  # the wait ended, between two tries
+            raise TimedOut(f"no chunk of {self.subject!r} in time; the stream goes on") from None
+        except Cancelled as error:  # while it waited for another try
+            self._attach_hooks()
+            raise StreamCancelled(error.reason) from None
+        except BaseException:
+            self._attach_hooks()
+            raise
+        finally:
+            if scope is not self._ctx:
+                scope.cancel("the wait is over")
+        if isinstance(outcome, TimedOut):
+            self._retry = policy
+            raise outcome
+        self._attach_hooks()
+        return outcome
+
+    def _attach_hooks(self) -> None:
+        """The attempt in hand is the last: what waits for the stream's end waits for its end."""
+        hooks, self._hooks = self._hooks, []
+        for hook in hooks:
+            self._call.when_finished(hook)
+
+    # -- ending ----------------------------------------------------------------------------------------------------
+
+    def cancel(self, reason: str = "cancelled by the requester") -> None:
+        """End the stream now; the handler is told why, and its ctx is cancelled. Does not wait for its answer.
+
+        A thread that waits for a chunk gets StreamCancelled. No effect on a stream that has ended.
+        """
+        if self._generation == fork_generation():
+            self._ctx.cancel(reason)  # ends the attempt in hand, and keeps a retry from making another
+            self._call.cancel(reason)
+            self._attach_hooks()
+
+    def close(self) -> None:
+        """cancel() unless the stream has ended. Idempotent, from any thread; WSGI servers call it."""
+        self.cancel("closed by the requester")
+
+    def when_finished(self, callback: Finished) -> None:
+        """Have callback() called once when the stream is over; brief and non-blocking, in any thread."""
+        self._hooks.append(callback)
+        if self._retry is None:
+            self._attach_hooks()
+
+    def __del__(self) -> None:
+        call = getattr(self, "_call", None)
+        if call is None or self._generation != fork_generation() or (call.over and not self._hooks):
+            return
+        # A finalizer may run anywhere, inside any lock: leave the work to the supervisor.
+        hooks = self._hooks
+        self._connection.in_supervisor(lambda: _drop(call, hooks))
+
+    # -- asking ----------------------------------------------------------------------------------------------------
+
+    @property
+    def headers(self) -> Headers:
+        """What the responder sent along with the first chunk."""
+        return self._call.headers
+
+    @property
+    def trailers(self) -> Headers:
+        """What the responder sent along with the end."""
+        return self._call.trailers
+
+    @property
+    def mode(self) -> str | None:
+        """ "plain" from the first answer on, None until then."""
+        return self._call.mode
+
+    @property
+    def stats(self) -> dict[str, float]:
+        """chunks and bytes handed out; gaps, resent, resumes (always 0 in plain mode); blocked: seconds waited."""
+        call = self._call
+        return {
+            "chunks": call.chunks,
+            "bytes": call.bytes,
+            "gaps": 0,
+            "resent": 0,
+            "resumes": 0,
+            "blocked": call.blocked_seconds,
+        }
+
+    def __repr__(self) -> str:
+        call = self._call
+        state = "complete" if call.complete else "over" if call.over else "open"
+        return f"<Stream {self.subject!r}: {state}, {call.chunks} chunks>"
+
+
+def _drop(call: Call, hooks: list[Finished]) -> None:
+    call.cancel("dropped by the requester")
+    for hook in hooks:
+        hook()
+
+
+def process(
+    connection: Connection,
+    subject: str,
+    payload: bytes,
+    headers: Headers,
+    processor: Callable[[Message], object],
+    ctx: Context,
+    idle_timeout: float | None,
+    attempt: int,
+) -> None:
+    """One try of stream_request(): every message, END and ERROR included, goes to the processor; False stops."""
+    call = Call(connection, subject, idle_timeout)
+    call.open(payload, headers, ctx, attempt)
+    try:
+        while True:
+            message = call.next_message(_NO_DEADLINE)
+            wanted = processor(message)
+            if message.error is not None:
+                raise call.error
+            if message.is_end or wanted is False:
+                return
+    finally:
+        call.cancel("closed by the requester")
