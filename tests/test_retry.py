@@ -173,6 +173,12 @@ def test_an_error_that_is_not_the_librarys_is_not_repeated(error: Exception) -> 
     assert attempts_of(error, Retry(idempotent=True, **QUICK)) == 1
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(1)], ids=kind)
+@pytest.mark.parametrize("policy", POLICIES, ids=["default", "idempotent", "class", "predicate", "tenacity"])
+def test_an_interrupt_is_no_failure_to_be_made_up_for(policy: Any, error: BaseException) -> None:
+    assert attempts_of(error, policy) == 1
+
+
 @pytest.mark.parametrize(
     ("on", "error", "attempts"),
     [

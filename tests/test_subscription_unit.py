@@ -6,6 +6,7 @@ import gc
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -671,9 +672,15 @@ def test_a_subscription_keeps_its_client_alive(link: FakeLink) -> None:
         pass
 
     owner = Owner()
+    alive = weakref.ref(owner)
     subscription = Subscription(core_of(link), link, owner)
-    assert owner in gc.get_referents(subscription.__dict__)
+    del owner
+    gc.collect()
+    assert alive() is not None
     subscription.unsubscribe()
+    del subscription
+    gc.collect()
+    assert alive() is None
 
 
 def test_a_subscription_that_could_not_be_made_is_collected_quietly() -> None:

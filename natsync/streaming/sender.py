@@ -43,6 +43,7 @@ log = logging.getLogger("natsync.streaming")
 #: Bytes of chunks that send_many() queues as one piece, so that they leave in one write.
 GROUP_BYTES = 64 << 10
 _FAILED = frames.Status(Code.UNKNOWN)
+_NO_DEADLINE = Deadline()
 
 
 class SenderCore(Waiter):
@@ -376,7 +377,8 @@ class ResponseSender:
             TypeError: it is neither bytes-like nor str.
         """
         self._check_process()
-        return self._core.send(to_bytes(data), Deadline.after(check_timeout(timeout)))
+        deadline = _NO_DEADLINE if timeout is None else Deadline.after(check_timeout(timeout))
+        return self._core.send(to_bytes(data), deadline)
 
     def try_send(self, data: Payload) -> bool:
         """Queue one chunk if that needs no waiting; False if it would. Raises as send() does."""
