@@ -265,6 +265,11 @@ class Connection:
         """Have callback() called on the reader's thread once the server has everything up to this position."""
         self._settling.when_confirmed(mark, callback)
 
+    def after_round_trip(self, callback: Callable[[], None]) -> None:
+        """Have callback() called when the server has handled what was put before, or the link is gone; brief."""
+        if not self._ping(lambda position: callback()):
+            callback()
+
     def _ping(self, answered: PongCallback) -> bool:
         session = self._session
         return session is not None and session.ping(answered)

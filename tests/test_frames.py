@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from natsync import headers as wire
-from natsync.errors import Code
+from natsync.errors import Code, InvalidArgument
 from natsync.headers import Headers
 from natsync.streaming import frames
 from natsync.streaming.frames import (
@@ -25,6 +25,7 @@ from natsync.streaming.frames import (
     encode_opening,
     encode_status,
     is_control,
+    user_headers,
 )
 
 
@@ -89,6 +90,20 @@ def test_no_headers_make_the_opening_fail(fields: dict[str, str]) -> None:
     decode_opening(headers)
 
 
+@pytest.mark.parametrize("key", ["Natsync-Stream", "natsync-x", "NATS-Msg-Id", "nats-x"])
+def test_users_may_not_give_the_librarys_own_headers(key: str) -> None:
+    with pytest.raises(InvalidArgument, match="reserved"):
+        user_headers({"Mine": "1", key: "2"})
+
+
+def test_headers_of_users_are_copied() -> None:
+    given_headers = Headers({"A": ["1", "2"]})
+    copy = user_headers(given_headers)
+    given_headers.add("A", "3")
+    assert copy == {"A": ["1", "2"]}
+    assert user_headers(None) == {}
+
+
 # -- the end with an error -------------------------------------------------------------------------------------------
 
 
@@ -128,6 +143,12 @@ def test_details_of_any_kind_travel_and_break_nothing(details: Any) -> None:
     told = status(Status(Code.INTERNAL, details))
     assert (told.code, told.reason) == (Code.INTERNAL, None)
     assert told.details is not None
+
+
+def test_what_has_no_json_form_does_not_cost_the_other_details() -> None:
+    told = status(Status(Code.INTERNAL, {"field": 1, "when": object()}))
+    assert told.details["field"] == 1
+    assert "object" in told.details["when"]
 
 
 def test_details_that_contain_themselves_do_not_keep_the_error_from_being_told() -> None:

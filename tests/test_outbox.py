@@ -454,8 +454,9 @@ def test_nobody_waits_where_there_is_room_or_no_link() -> None:
 def test_who_waits_for_room_may_give_up_for_reasons_of_its_own() -> None:
     box, _ = filled()
     over = threading.Event()
-    waiting = Waiting(lambda: box.wait_room(Deadline(), over.is_set))
     other = Waiting(lambda: box.wait_room(Deadline()))
+    eventually(lambda: box._publishers_wait == 1)
+    waiting = Waiting(lambda: box.wait_room(Deadline(), over.is_set))
     eventually(lambda: box._publishers_wait == 2)
     over.set()
     box.wake_publishers()

@@ -215,6 +215,51 @@ def test_a_frame_behind_the_tail_of_another(side: Side, wire: bytes, events: lis
         assert side.parse([side.tail[:cut], side.tail[cut:] + wire]) == [side.tail_event, *events]
 
 
+@pytest.mark.parametrize(("side", "wire", "events"), CASES)
+def test_a_frame_that_comes_several_times_in_one_read(side: Side, wire: bytes, events: list[Any]) -> None:
+    assert side.parse([wire * 5]) == merged(events * 5)
+
+
+@pytest.mark.parametrize(("wire", "events"), FROM_SERVER.values(), ids=FROM_SERVER)
+def test_a_frame_in_the_middle_of_a_stream_of_others(wire: bytes, events: list[Any]) -> None:
+    """Messages that differ in their size only are the common case, and may be parsed in another way."""
+    for other, other_events in FROM_SERVER.values():
+        expected = merged(other_events * 3 + events + other_events * 2)
+        assert SERVER.parse([other * 3 + wire + other * 2]) == expected
+
+
+def test_messages_that_differ_in_their_size_only() -> None:
+    payloads = [b"x" * size for size in (0, 1, 9, 10, 11, 99, 100, 1000, 0, 12345, 7)]
+    for reply in (None, b"r.1", b"12"):
+        wire = b"".join(encode_msg(b"a", b"1", reply, None, payload) for payload in payloads)
+        expected = [Batch(b"1", b"a", [(reply, None, payload) for payload in payloads])]
+        assert Parser().feed(wire) == expected
+        assert SERVER.parse(single_bytes(wire[:200]) + chunks(wire[200:], 50)) == expected
+
+
+def test_a_stream_of_messages_cut_anywhere() -> None:
+    sizes = (2, 2, 2, 123, 2, 14, 0)
+    wire = b"".join(encode_msg(b"a", b"1", None, None, b"x" * size) for size in sizes)
+    expected = [Batch(b"1", b"a", [(None, None, b"x" * size) for size in sizes])]
+    for cut in range(len(wire)):
+        assert SERVER.parse([wire[:cut], wire[cut:]]) == expected, cut
+
+
+def test_messages_of_one_stream_with_and_without_reply_and_headers() -> None:
+    """Every kind behind every other, once and in a row."""
+    kinds: list[tuple[bytes | None, bytes | None]] = [
+        (None, None),
+        (b"r", None),
+        (b"2", None),
+        (None, BLOCK),
+        (b"r", BLOCK),
+    ]
+    order = [kind for one in kinds for other in kinds for kind in (one, one, one, other, one)]
+    items = [(reply, block, b"%d" % number) for number, (reply, block) in enumerate(order)]
+    wire = b"".join(encode_msg(b"a", b"1", *item) for item in items)
+    assert Parser().feed(wire) == [Batch(b"1", b"a", items)]
+
+
 @pytest.mark.parametrize("side", [SERVER, CLIENT])
 def test_no_bytes_are_no_events(side: Side) -> None:
     parser = side.parser()
@@ -366,6 +411,14 @@ def test_malformed_input_that_comes_in_pieces_is_refused(side: Side, wire: bytes
             parser.feed(piece)
 
 
+@pytest.mark.parametrize("wire", MALFORMED_FROM_SERVER.values(), ids=MALFORMED_FROM_SERVER)
+def test_malformed_input_behind_a_stream_of_messages_is_refused(wire: bytes) -> None:
+    parser = Parser()
+    with pytest.raises(ProtocolError):
+        parser.feed(b"MSG a 1 2\r\nhi\r\n" * 4 + wire)
+    assert parser.events_before_error == [Batch(b"1", b"a", [(None, None, b"hi")] * 4)]
+
+
 def test_a_refusal_does_not_repeat_all_that_came() -> None:
     with pytest.raises(ProtocolError) as caught:
         Parser().feed(b"x" * 8000 + b"\r\n")
@@ -411,6 +464,14 @@ def test_a_message_above_the_limit_is_refused_before_its_payload_comes(block: by
 def test_a_message_above_the_limit_is_refused_when_it_comes_whole(block: bytes | None) -> None:
     with pytest.raises(ProtocolError, match="limit is 100 bytes"):
         Parser(max_message_bytes=100).feed(encode_msg(b"a", b"1", None, block, b"x" * 101))
+
+
+def test_a_message_above_the_limit_is_refused_behind_others_of_its_stream() -> None:
+    parser = Parser(max_message_bytes=100)
+    wire = b"".join(encode_msg(b"a", b"1", None, None, b"x" * size) for size in (100, 100, 100, 100, 101))
+    with pytest.raises(ProtocolError, match="limit is 100 bytes"):
+        parser.feed(wire)
+    assert [len(batch.items) for batch in parser.events_before_error if isinstance(batch, Batch)] == [4]
 
 
 def test_a_published_message_above_the_limit_is_refused() -> None:
@@ -480,6 +541,12 @@ def messages(draw: st.DrawFn) -> tuple[bytes, Batch]:
     return line + b"\r\n" + (block or b"") + payload + b"\r\n", one(sid, subject, payload, reply, block)
 
 
+def repeated(frames: st.SearchStrategy[Any]) -> st.SearchStrategy[list[Any]]:
+    """A list of frames in which the same one may come several times in a row."""
+    runs = st.lists(st.tuples(frames, st.integers(1, 4)), max_size=8)
+    return runs.map(lambda pairs: [frame for frame, count in pairs for _ in range(count)])
+
+
 server_frames = st.one_of(
     messages(),
     st.sampled_from([(b"PING\r\n", Op.PING), (b"PONG\r\n", Op.PONG), (b"+OK\r\n", Op.OK)]),
@@ -507,13 +574,13 @@ def pieces_of(data: bytes, cuts: list[int]) -> list[bytes]:
     return [data[start:end] for start, end in itertools.pairwise(bounds)]
 
 
-@given(st.lists(server_frames, max_size=12), st.lists(st.integers(0, 2000), max_size=12))
+@given(repeated(server_frames), st.lists(st.integers(0, 2000), max_size=12))
 def test_any_split_of_what_a_server_sends_gives_the_same_events(frames: list[Any], cuts: list[int]) -> None:
     wire = b"".join(raw for raw, _ in frames)
     assert SERVER.parse(pieces_of(wire, cuts)) == merged([event for _, event in frames])
 
 
-@given(st.lists(client_frames, max_size=12), st.lists(st.integers(0, 2000), max_size=12))
+@given(repeated(client_frames), st.lists(st.integers(0, 2000), max_size=12))
 def test_any_split_of_what_a_client_sends_gives_the_same_requests(frames: list[Any], cuts: list[int]) -> None:
     wire = b"".join(raw for raw, _ in frames)
     assert CLIENT.parse(pieces_of(wire, cuts)) == [request for _, request in frames]

@@ -9,11 +9,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import Any
 
 import pytest
 
 import natsync
-from natsync.testing import NatsServer, eventually
+from natsync.testing import NatsServer, ScriptedPeer, eventually
 from processes import Child, child
 from rawclient import END, ERROR, PATIENCE, RawClient, RecordingServer
 
@@ -908,3 +910,27 @@ def test_the_shutdown_timeout_cancels_what_is_under_way(client: natsync.Client, 
         with pytest.raises(natsync.ServerLost):
             next(stream)
         assert worker.wait() == 0
+
+
+def test_a_request_on_its_way_when_the_context_ends_is_answered() -> None:
+    answers: SimpleQueue[tuple[bytes, bytes]] = SimpleQueue()
+
+    def serve(peer: Any) -> None:
+        peer.handshake()
+        while line := peer.recv_line():
+            words = line.split()
+            if words[0] == b"PING":
+                peer.send(b"PONG\r\n")
+            elif words[0] == b"UNSUB":  # the server had routed one more before it read this
+                peer.send(b"MSG u.late %b _INBOX.asker 0\r\n\r\n" % words[1])
+            elif words[0] == b"PUB":
+                answers.put((words[1], peer.recv_exactly(int(words[-1]) + 2)))
+
+    with ScriptedPeer(serve) as peer, natsync.Subscriber(peer.url) as subscriber:
+        ctx = natsync.Context()
+        handle = subscriber.stream_subscribe("u.late", lambda ctx, request: [b"x"], ctx=ctx)
+        ctx.cancel("no more")
+        subject, payload = answers.get(timeout=5)
+        assert subject == b"_INBOX.asker"
+        assert payload == b"__STREAM_ERROR__:no more\r\n"
+        assert handle.wait(5)

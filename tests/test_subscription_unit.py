@@ -293,6 +293,13 @@ def test_with_error_the_subscription_fails_after_what_had_room(link: FakeLink) -
             core.take(Deadline())
 
 
+def test_with_error_nothing_is_delivered_from_behind_the_gap(link: FakeLink) -> None:
+    core = core_of(link, pending_bytes=10, overflow="error")
+    core.deliver(batch("aaaaaaaa", "bbbbbb", "cc"))
+    assert core.dropped == 2
+    assert taken(core) == [b"aaaaaaaa"]
+
+
 def test_each_episode_of_loss_is_told_once(link: FakeLink) -> None:
     core = core_of(link, pending_messages=1)
     for _ in range(3):
@@ -382,13 +389,13 @@ def test_a_message_does_not_wait_behind_a_callback_that_blocks_if_another_may_ru
 
     def callback(message: Message) -> None:
         seen.append(message.data)
-        release.wait(5)
+        release.wait(30)
 
     core = core_of(link, callback=callback, pool=pool, concurrency=3)
     try:
         for number in range(3):
             core.deliver(batch(number))
-            eventually(lambda number=number: len(seen) == number + 1)
+            eventually(lambda number=number: len(seen) == number + 1, 3)
     finally:
         release.set()
     assert core.wait_empty(Deadline.after(5))

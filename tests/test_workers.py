@@ -203,6 +203,24 @@ def test_a_task_that_comes_in_the_moment_a_thread_gives_up_is_run(
     assert ran.wait(5)
 
 
+def test_a_task_that_comes_after_the_last_thread_decided_to_end_gets_a_new_one(
+    make_pool: Callable[[int], WorkerPool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "IDLE_SECONDS", 0.01)
+    pool, ran = make_pool(1), threading.Event()
+    decide, came = pool._next, list[bool]()
+
+    def deciding() -> Callable[[], object] | None:
+        task = decide()
+        if task is None and not came:
+            came.append(pool.submit(ran.set))
+        return task
+
+    monkeypatch.setattr(pool, "_next", deciding)
+    pool.submit(lambda: None)
+    assert ran.wait(5)
+
+
 def test_a_thread_that_cannot_be_started_does_not_count_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """The system may refuse a thread for a moment; its place must not be lost for ever."""
     pool, ran = WorkerPool("natsync-test-worker", 1), threading.Event()

@@ -80,7 +80,14 @@ class Handle:
 
     def in_force(self) -> None:
         """The subscription is in place: from now on the end of the context ends it."""
-        self._stop_watching = self.ctx.on_end(lambda: self._responder.connection.in_supervisor(self._end))
+        connection = self._responder.connection
+        self._stop_watching = self.ctx.on_end(lambda: connection.in_supervisor(self._context_ended))
+
+    def _context_ended(self) -> None:
+        """Have the server send no more; what was on its way until its PONG is answered, with an error."""
+        connection = self._responder.connection
+        connection.stop_intake(self._core)
+        connection.after_round_trip(lambda: connection.in_supervisor(self._end))
 
     def leave(self, deadline: Deadline) -> None:
         """Have the server send no more, and take what was on its way."""
