@@ -7,6 +7,8 @@ with natsync.Client("nats://127.0.0.1:4222") as client:
         print(chunk.decode(), end="", flush=True)
 """
 
+import importlib
+
 from natsync._version import __version__
 from natsync.client import Client, connect
 from natsync.context import Context
@@ -106,3 +108,10 @@ __all__ = [
     "__version__",
     "connect",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """natsync.testing without an import of its own; the core never loads it."""
+    if name == "testing":
+        return importlib.import_module("natsync.testing")
+    raise AttributeError(f"module 'natsync' has no attribute {name!r}")

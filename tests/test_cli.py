@@ -479,6 +479,41 @@ def test_serve_runs_a_modules_handlers_until_sigterm(
     assert not any("Traceback" in line for line in command.err)
 
 
+@pytest.mark.parametrize(
+    ("options", "group"),
+    [((), " in queue group worker"), (("--queue", "mine"), " in queue group mine"), (("--queue", ""), "")],
+)
+def test_serve_puts_handlers_without_a_queue_group_into_one_and_says_so(
+    url: str, tmp_path: Path, worker: str, options: tuple[str, ...], group: str
+) -> None:
+    with child(*NATSYNC, "serve", "worker", *options, url=url, cwd=tmp_path) as command:
+        command.wait_for_err(f"{worker}.length")
+        command.wait_for_err(f"{worker}.words")
+        command.send(signal.SIGTERM)
+        assert command.wait() == 0
+    serving = [line.strip() for line in command.err if line.startswith("serving ")]
+    assert sorted(serving) == sorted(
+        [f"serving {worker}.words in queue group group", f"serving {worker}.length{group}"]
+    )
+
+
+def test_two_processes_of_serve_share_the_requests(
+    url: str, natsync_client: natsync.Client, tmp_path: Path, worker: str
+) -> None:
+    with (
+        child(*NATSYNC, "serve", "worker", url=url, cwd=tmp_path) as one,
+        child(*NATSYNC, "serve", "worker", url=url, cwd=tmp_path) as other,
+    ):
+        for command in (one, other):
+            command.wait_for_err(f"{worker}.length")
+            command.wait_for_err(f"{worker}.words")
+        inbox = natsync_client.subscribe("cli.answers")
+        natsync_client.publish(f"{worker}.length", b"four", reply="cli.answers")
+        assert inbox.next(PATIENCE).data == b"4"
+        with pytest.raises(natsync.TimedOut):
+            inbox.next(0.3)
+
+
 def test_serve_lets_a_running_stream_finish_after_ctrl_c(
     url: str, natsync_client: natsync.Client, tmp_path: Path, worker: str
 ) -> None:

@@ -139,3 +139,13 @@ with natsync.Client(sys.argv[1]) as client:
     print(client.request("fresh", b"it works").text())
 """
     assert run(python, "-W", "error", "-c", code, nats_server.url).strip() == "IT WORKS"
+
+
+def test_the_testing_tools_are_there_without_an_import_of_their_own() -> None:
+    done = run_python(
+        "import sys, natsync\n"
+        "assert 'natsync.testing' not in sys.modules\n"
+        "print(natsync.testing.NatsServer.__name__)\n"
+        "assert not hasattr(natsync, 'nothing')\n"
+    )
+    assert done.stdout.strip() == "NatsServer", done.stderr

@@ -28,9 +28,14 @@ _LEVELS = ("debug", "info", "warning", "error")
     show_default=True,
     help="Most time that running handlers get to finish after SIGTERM or Ctrl-C.",
 )
+@click.option(
+    "--queue",
+    help="Queue group of handlers that name none, so that several processes share the requests. "
+    "The module's name if it is left out; an empty name gives every process every request.",
+)
 @SERVER_OPTION
 @DEBUG_OPTION
-def serve(target: str, log_level: str, shutdown_timeout: float) -> None:
+def serve(target: str, log_level: str, shutdown_timeout: float, queue: str | None) -> None:
     """Serve the handlers of a natsync.Subscriber until SIGTERM or Ctrl-C.
 
     ATTR is a Subscriber, or a function without arguments that returns one; "subscriber" if it is left out.
@@ -42,6 +47,7 @@ def serve(target: str, log_level: str, shutdown_timeout: float) -> None:
     if (server := server_given()) is not None:
         os.environ["NATS_URL"] = server  # before the import: the module may make its Subscriber right there
     subscriber = load_subscriber(target)
+    subscriber.default_queue = (target.partition(":")[0] if queue is None else queue) or None
 
     def announce() -> None:
         for handle in subscriber.handles:

@@ -53,6 +53,10 @@ class Subscriber:
         max_streams: streams at once; the next one is refused.
         pending_messages, pending_bytes: what may wait per registration.
         options: those of ConnectOptions.
+
+    Attributes:
+        default_queue: the queue group of stream and request handlers that name none; None = each subscriber gets every
+            request. Counts from the registration on; `natsync serve` sets it.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class Subscriber:
         self._max_workers = max_workers
         self._max_streams = max_streams
         self._limits: dict[str, Any] = {"pending_messages": pending_messages, "pending_bytes": pending_bytes}
+        self.default_queue: str | None = None
         self._lock = threading.Lock()
         self._generation = fork_generation()
         self._recorded: list[Callable[[], Handle]] = []
@@ -199,9 +204,11 @@ class Subscriber:
     def _register_stream(self, subject: str, runner: Runner, queue: str | None, ctx: Context | None) -> Handle:
         work = Work((ctx or Context()).with_cancel())
         responder = self._opened()
-        return self._register(
-            subject, queue, lambda message: responder.start_stream(message, runner, work), work, intake=StreamIntake
-        )
+
+        def take(message: Message) -> None:
+            responder.start_stream(message, runner, work)
+
+        return self._register(subject, queue or self.default_queue, take, work, intake=StreamIntake)
 
     def _register_reply(self, subject: str, function: Handler, queue: str | None) -> Handle:
         work = Work(Context())
@@ -211,7 +218,7 @@ class Subscriber:
         def take(message: Message) -> None:
             responder.answer(message, function, single, work)
 
-        return self._register(subject, queue, take, work, concurrency=self._max_workers)
+        return self._register(subject, queue or self.default_queue, take, work, concurrency=self._max_workers)
 
     def _register(
         self,
