@@ -237,7 +237,7 @@ def test_the_last_error_is_raised_not_one_of_tenacity() -> None:
 
 def test_without_a_limit_of_tries_the_deadline_is_the_limit() -> None:
     request = Failing(*[NoRespondersError("a")] * 100_000)
-    with pytest.raises(DeadlineExceeded):
+    with pytest.raises((DeadlineExceeded, NoRespondersError)):  # it passes between two tries, or within one
         run(request, Retry(attempts=None, **QUICK), Context().with_timeout(0.1))
     assert len(request.attempts) > 5
 
