@@ -16,6 +16,7 @@ HeaderInput: TypeAlias = "Mapping[str, str | Iterable[str]] | Headers | None"
 _VERSION = b"NATS/1.0"
 _KEY = re.compile(r"[!-9;-~]+")  # printable ASCII but the colon and the space
 _FORBIDDEN_IN_VALUE = re.compile(r"[\r\n\0]")
+_FORBIDDEN_IN_LINE = re.compile(rb"[\r\n\0]")  # received headers may be sent on, where these would forge fields
 
 
 class Headers(MutableMapping[str, str]):
@@ -133,7 +134,7 @@ def decode(block: bytes) -> Headers:
     """Parse a header block as received; leading and trailing spaces of values are dropped.
 
     Raises:
-        ProtocolError: it does not start with NATS/1.0, or a line has no colon.
+        ProtocolError: it does not start with NATS/1.0, a line has no colon, or it has a lone line break or NUL.
     """
     first, _, rest = block.partition(b"\r\n")
     if not first.startswith(_VERSION):
@@ -143,7 +144,7 @@ def decode(block: bytes) -> Headers:
         if not line:
             continue
         key, colon, value = line.partition(b":")
-        if not colon or not key:
+        if not colon or not key or _FORBIDDEN_IN_LINE.search(line):
             raise ProtocolError(f"header line without a key and a colon: {line[:40]!r}")
         headers._fields.append((_text(key), _text(value.strip())))
     return headers

@@ -28,11 +28,15 @@ def to_bytes(payload: Payload) -> bytes:
 
     Raises:
         TypeError: it is neither bytes-like nor str (None included: send b"").
+        InvalidArgument: it is text with lone surrogates.
     """
     if isinstance(payload, bytes):
         return payload
     if isinstance(payload, str):
-        return payload.encode("utf-8")
+        try:
+            return payload.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InvalidArgument(f"the text cannot be encoded as UTF-8: {error.reason}") from None
     if isinstance(payload, bytearray | memoryview):
         return bytes(payload)
     raise TypeError(f"a payload is bytes-like or str, not {type(payload).__name__}; use json= for other values")
@@ -51,7 +55,7 @@ def payload_of(payload: Payload, json_value: Any) -> bytes:
         raise InvalidArgument("give a payload or json=, not both")
     try:
         return json.dumps(json_value, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise InvalidArgument(f"json= has no JSON form: {error}") from error
 
 

@@ -13,6 +13,7 @@ from natsync.concurrency import Deadline, Signal
 from natsync.connection import Connection
 from natsync.context import Context
 from natsync.errors import ConnectionLost, HandlerError, NoRespondersError, RequestTimeout, TimedOut
+from natsync.headers import Headers
 from natsync.message import Item, Message
 from natsync.mux import LinkLoss, Waiter
 
@@ -20,6 +21,7 @@ from natsync.mux import LinkLoss, Waiter
 ERROR_HEADER = "Nats-Service-Error"
 ERROR_CODE_HEADER = "Nats-Service-Error-Code"
 _NO_RESPONDERS = 503
+_MOST_DIGITS = 9
 
 
 class _Reply(Waiter):
@@ -141,7 +143,10 @@ def raise_service_error(message: Message) -> None:
     text = message.headers.get(ERROR_HEADER)
     if text is None:
         return
-    code = message.headers.get(ERROR_CODE_HEADER, "")
-    raise HandlerError(
-        text, code=int(code) if code.isascii() and code.isdigit() else None, details=message.data or None
-    )
+    raise HandlerError(text, code=service_code(message.headers), details=message.data or None)
+
+
+def service_code(headers: Headers) -> int | None:
+    """The number in Nats-Service-Error-Code, if it is one."""
+    code = headers.get(ERROR_CODE_HEADER, "")
+    return int(code) if code.isascii() and code.isdigit() and len(code) <= _MOST_DIGITS else None

@@ -123,17 +123,13 @@ class Lane:
 
     def submit(self, task: Task) -> bool:
         """Have the task run after those submitted before; False if the pool is closed. Never blocks."""
-        with self._lock:
+        with self._lock:  # over the pool's answer too: what it refuses must not take somebody else's task along
             self._tasks.append(task)
-            if self._running:
-                return True
-            self._running = True
-        if self._pool.submit(self._run):
-            return True
-        with self._lock:
-            self._running = False
-            self._tasks.clear()
-        return False
+            if not self._running:
+                self._running = self._pool.submit(self._run)
+                if not self._running:
+                    self._tasks.clear()
+            return self._running
 
     def _run(self) -> None:
         while True:

@@ -204,6 +204,16 @@ def test_received_bytes_that_are_not_utf8_go_back_as_they_came() -> None:
     assert Headers(decode(block)).encode() == block
 
 
+@pytest.mark.parametrize("value", [b"1\nForged: 2", b"1\rForged: 2", b"1\0", b"1\r\rForged: 2"])
+def test_a_received_value_cannot_become_another_field_when_it_is_sent_on(value: bytes) -> None:
+    """Some parsers, that of the Go clients among them, end a line at a lone LF."""
+    try:
+        sent_on = Headers(decode(b"NATS/1.0\r\nA: " + value + b"\r\n\r\n")).encode()
+    except ProtocolError:
+        return
+    assert not set(sent_on.replace(b"\r\n", b"")) & set(b"\r\n\0")
+
+
 @given(st.binary(max_size=60))
 def test_any_bytes_decode_or_are_a_protocol_error(raw: bytes) -> None:
     for block in (raw, b"NATS/1.0" + raw, b"NATS/1.0\r\n" + raw):

@@ -76,7 +76,18 @@ def circular() -> list[Any]:
     return value
 
 
-@pytest.mark.parametrize("value", [object(), {1, 2}, b"bytes", {(1, 2): 3}, circular(), "\ud800"], ids=ascii)
+def nested() -> list[Any]:
+    value: list[Any] = []
+    for _ in range(100_000):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    "value",
+    [object(), {1, 2}, b"bytes", {(1, 2): 3}, circular(), "\ud800", nested()],
+    ids=["object", "set", "bytes", "tuple as key", "circular", "surrogate", "nested too deep"],
+)
 def test_a_value_without_json_form_is_refused(value: Any) -> None:
     with pytest.raises(InvalidArgument, match="no JSON form"):
         payload_of(b"", value)

@@ -443,6 +443,24 @@ def test_a_lane_of_a_closed_pool_takes_no_task_however_often_it_is_asked() -> No
     assert ran == []
 
 
+def test_a_lane_that_is_being_refused_does_not_take_and_lose_the_task_of_another_thread() -> None:
+    pool, ran, outcomes = WorkerPool("natsync-test-worker", 1), list[int](), list[bool]()
+    lane = Lane(pool)
+    others: list[threading.Thread] = []
+
+    def refuse(task: Any, **options: Any) -> bool:
+        if not others:
+            others.append(threading.Thread(target=lambda: outcomes.append(lane.submit(lambda: ran.append(2)))))
+            others[0].start()
+            others[0].join(0.2)  # it may have to wait until this one is through
+        return False
+
+    pool.submit = refuse  # type: ignore[method-assign]
+    assert not lane.submit(lambda: ran.append(1))
+    others[0].join(5)
+    assert outcomes == [False]
+
+
 def test_closing_the_pool_runs_what_waits_in_a_lane() -> None:
     pool, gate, ran = WorkerPool("natsync-test-worker", 1), Gate(), list[int]()
     lane = Lane(pool)

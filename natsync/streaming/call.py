@@ -37,7 +37,7 @@ from natsync.headers import Headers
 from natsync.message import Item, Message
 from natsync.mux import LinkLoss, Waiter
 from natsync.protocol import encode_pub
-from natsync.reply import ERROR_CODE_HEADER, ERROR_HEADER
+from natsync.reply import ERROR_HEADER, service_code
 from natsync.streaming import frames
 
 T = TypeVar("T")
@@ -223,8 +223,7 @@ class Call(Waiter):
         """Raise what a request/reply handler answered when it failed."""
         text = headers.get(ERROR_HEADER)
         if text is not None:
-            code = headers.get(ERROR_CODE_HEADER, "")
-            raise self._ended_by(HandlerError(text, code=int(code) if code.isascii() and code.isdigit() else None))
+            raise self._ended_by(HandlerError(text, code=service_code(headers)))
 
     def _unheard(self) -> Exception:
         if self.chunks or self._control is not None:
