@@ -70,7 +70,10 @@ class Outbox:
             self.messages += messages
             self._frames.append(frame)
             if self._writer_waits:
+                # In this order: a notify() that an interrupt cuts short is made up for by the next put. And once only:
+                # a second call before the writer runs would keep the lock from the other publishers for nothing.
                 self._ready.notify()
+                self._writer_waits = False
             return self.position
 
     def wait_room(self, deadline: Deadline, over: Callable[[], bool] = lambda: False) -> None:
@@ -185,7 +188,6 @@ class Outbox:
             while not (self._attached and (self._frames or self._control)):
                 if self._closed:
                     return None
-                # Only the writer takes this back, so that a wake-up that was cut short is made up for by the next.
                 self._writer_waits = True
                 self._ready.wait()
                 self._writer_waits = False
@@ -219,6 +221,7 @@ class Outbox:
     def _wake_locked(self) -> None:
         if self._writer_waits:
             self._ready.notify()
+            self._writer_waits = False
 
     def _keep_locked(self, frames: list[bytes]) -> None:
         """Keep only these of the waiting frames. Those taken away count as taken, which errs on the safe side."""
