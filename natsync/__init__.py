@@ -8,6 +8,7 @@ with natsync.Client("nats://127.0.0.1:4222") as client:
 """
 
 import importlib
+import logging
 
 from natsync._version import __version__
 from natsync.client import Client, connect
@@ -47,6 +48,7 @@ from natsync.errors import (
     TimedOut,
 )
 from natsync.headers import Headers
+from natsync.hooks import Exchange, Hooks
 from natsync.message import Message
 from natsync.options import ConnectOptions, Sentinels
 from natsync.pool import ConnectionPool
@@ -72,11 +74,13 @@ __all__ = [
     "Context",
     "DeadlineExceeded",
     "DrainTimeout",
+    "Exchange",
     "ForkError",
     "Handle",
     "HandlerContext",
     "HandlerError",
     "Headers",
+    "Hooks",
     "IdleTimeout",
     "InvalidArgument",
     "InvalidURL",
@@ -108,6 +112,8 @@ __all__ = [
     "__version__",
     "connect",
 ]
+
+logging.getLogger("natsync").addHandler(logging.NullHandler())  # what is logged is for the program to show
 
 
 def __getattr__(name: str) -> object:

@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -17,14 +18,16 @@ from natsync import subject as _subject
 from natsync.concurrency import Deadline, after_fork_in_child, check_timeout
 from natsync.connection import CLOSE_SECONDS, Connection
 from natsync.context import Context
-from natsync.errors import ConnectionClosed, DrainTimeout, InvalidArgument
+from natsync.errors import ConnectionClosed, InvalidArgument
 from natsync.headers import HeaderInput, Headers
+from natsync.hooks import Exchange, Watch, fire
 from natsync.message import MISSING, Message, Payload, payload_of
 from natsync.options import Servers, connect_options, parse_servers
 from natsync.reply import request as _request
 from natsync.retry import RetryPolicy, check_policy, run
 from natsync.streaming import call, frames
 from natsync.streaming.stream import Stream, process
+from natsync.streaming.watched import WatchedProcessor, WatchedStream, open_stream, stream_done, watched_callback
 from natsync.subscription import (
     PENDING_BYTES,
     PENDING_MESSAGES,
@@ -109,23 +112,37 @@ class Client:
         if core is not None:
             core.close(timeout)
 
+    def force_reconnect(self) -> None:
+        """Drop the present link at once and make another, a different server's if there are several.
+
+        For a link that is suspected to be half dead, or after a change of credentials. Does not wait for the new
+        link. What the old one had not taken goes out on the new one; requests and streams under way end with
+        ConnectionLost or ServerLost. While there is no link it makes the next attempt come at once. With
+        reconnect=False the connection is closed.
+
+        Raises:
+            NoServersError, ConnectionClosed: there is no connection.
+        """
+        self._connection().force_reconnect()
+
     def drain(self, timeout: float | None = DRAIN_SECONDS) -> None:
         """Unsubscribe, have every message that came handled by its callback, flush, and close.
 
         Blocks up to timeout seconds (None = no limit).
 
         Raises:
-            DrainTimeout: something was left undone; the text says what. The client is closed all the same.
+            DrainTimeout: something was left undone; the text, .undone, .unhandled and .unsent say what. The client is
+                closed all the same.
         """
-        deadline = Deadline.after(check_timeout(timeout))
+        check_timeout(timeout)
         core = self._core
         if core is None or core.status == "closed":
             self._closed = True
             return
-        undone = core.drain(deadline)
+        report = core.drain(timeout)
         self.close()
-        if undone:
-            raise DrainTimeout(f"not drained within {timeout} s: " + "; ".join(undone))
+        if report is not None:
+            raise report
 
     def __enter__(self) -> Client:
         return self.open()
@@ -165,6 +182,9 @@ class Client:
         to = _subject.publish_subject(subject)
         answer = None if reply is None else _subject.publish_subject(reply)
         data = payload_of(payload, json)
+        if self._options.hooks is not None:
+            headers = Headers(headers)
+            fire(self._options.hooks, "publishing", Exchange("message", subject, headers), len(data))
         block = Headers(headers).encode() if headers else None
         core = self._connection()
         core.ensure_open()
@@ -199,6 +219,28 @@ class Client:
         check_policy(retry)
         _subject.publish_subject(subject)
         data = payload_of(payload, json)
+        if self._options.hooks is None:
+            return self._ask(subject, data, headers, timeout, retry, ctx)
+        headers = Headers(headers)
+        watch = Watch(self._options.hooks, "request", subject, headers)
+        watch.tell("request_started")
+        try:
+            reply = self._ask(subject, data, headers, timeout, retry, ctx)
+        except BaseException as error:
+            watch.tell("request_done", watch.seconds, error)
+            raise
+        watch.tell("request_done", watch.seconds, None)
+        return reply
+
+    def _ask(
+        self,
+        subject: str,
+        data: bytes,
+        headers: HeaderInput,
+        timeout: float | None,
+        retry: RetryPolicy,
+        ctx: Context | None,
+    ) -> Message:
         block = Headers(headers).encode() if headers else None
         if retry is None:
             return _request(self._connection(), subject, data, block, timeout, ctx)
@@ -234,6 +276,8 @@ class Client:
         group = None if queue is None else _subject.queue_name(queue)
         if callback is not None and not callable(callback):
             raise TypeError(f"a callback is a function (message), not {type(callback).__name__}")
+        if callback is not None and self._options.hooks is not None:
+            callback = watched_callback(self._options.hooks, subject, callback)
         connection = self._connection()
         core = SubscriptionCore(
             connection,
@@ -311,14 +355,21 @@ class Client:
         _subject.publish_subject(subject)
         data = payload_of(payload, json)
         given = frames.user_headers(headers)
+        make: Callable[..., Stream] = Stream
+        watch = None
+        if self._options.hooks is not None:
+            watch = open_stream(self._options.hooks, subject, given)
+            make = partial(WatchedStream, watch)
         scope = (ctx or Context()).with_timeout(timeout)
         try:
             scope.check()
             core = self._connection()
             core.ensure_open(Deadline(scope.deadline))
-            stream = Stream(core, self, subject, data, given, scope, idle_timeout, retry)
-        except BaseException:
+            stream = make(core, self, subject, data, given, scope, idle_timeout, retry)
+        except BaseException as error:
             scope.cancel("the stream was not opened")
+            if watch is not None:
+                stream_done(watch, 0, 0, error)
             raise
         stream.when_finished(lambda: scope.cancel("the stream is over"))
         return stream
@@ -358,20 +409,29 @@ class Client:
         given = frames.user_headers(headers)
         if client_id is not None:
             given[CONNECT_ID_HEADER] = client_id
+        hooks = self._options.hooks
+        told = None if hooks is None else WatchedProcessor(open_stream(hooks, subject, given), processor)
+        take = processor if told is None else told
         scope = (ctx or Context()).with_timeout(timeout)
         if client_id is not None:
             remove = scope.on_end(lambda: self._tell_offline(client_id))
         try:
             run(
-                lambda attempt: self._process(subject, data, given, processor, scope, idle_timeout, attempt),
+                lambda attempt: self._process(subject, data, given, take, scope, idle_timeout, attempt),
                 retry,
                 scope,
                 rerun_errors=True,
             )
+        except BaseException as error:
+            if told is not None:
+                told.raised(error)
+            raise
         finally:
             if client_id is not None:
                 remove()
             scope.cancel("the request is over")
+        if told is not None:
+            told.returned()
 
     def _process(
         self,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import math
 import os
+import sys
 import threading
 import time
 from collections import deque
@@ -121,6 +123,23 @@ class SafeEvent(threading.Event):
         with self._plain:
             return self._flag or self._cond.wait(timeout)
 
+    def renew(self) -> None:
+        """In a forked child: another thread of the parent may have held the lock at the fork."""
+        self._plain = threading.Lock()
+        self._cond = threading.Condition(self._plain)
+
+
+class Tally:
+    """A number that many threads add to."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.value = 0
+
+    def add(self, number: int) -> None:
+        with self._lock:
+            self.value += number
+
 
 def spawn(target: Callable[[], None], name: str) -> threading.Thread:
     """Start a daemon thread; daemon, so that one stuck in user code cannot keep the interpreter from leaving."""
@@ -203,10 +222,27 @@ def after_fork_in_child(callback: Callable[[], None]) -> None:
     _fork_callbacks.append(callback)
 
 
+def at_exit(callback: Callable[[], None]) -> None:
+    """Have callback() called when this process leaves in an orderly way; asked for again, it counts once.
+
+    A child of multiprocessing leaves without Python's exit handlers (before 3.14), but has finalizers of its own.
+    """
+    atexit.unregister(callback)
+    atexit.register(callback)
+    process = sys.modules.get("multiprocessing.process")
+    if process is not None and process.parent_process() is not None and callback not in _finalized:
+        _finalized.append(callback)
+        sys.modules["multiprocessing.util"].Finalize(None, callback, exitpriority=0)
+
+
+_finalized: list[Callable[[], None]] = []
+
+
 def _forked() -> None:
     global _fork_generation, _background
     _fork_generation += 1
     _background = _Background()
+    _finalized.clear()
     for callback in _fork_callbacks:
         callback()
 

@@ -48,7 +48,7 @@ class Dispatcher:
         core.sid = self._next_sid()
         self._subscriptions[core.sid] = core
         self._sinks[core.sid] = core
-        frame = encode_sub(core.subject, core.queue, core.sid)
+        frame = self.sub(core)
         return frame if core.max_messages is None else frame + encode_unsub(core.sid, core.max_messages)
 
     def add_mux(self, mux: Mux) -> None:
@@ -74,17 +74,55 @@ class Dispatcher:
         self._sinks.pop(core.sid, None)
         return None if core.draining else encode_unsub(core.sid)
 
-    def resubscription(self) -> list[bytes]:
-        """The frames that put a new link into the state of the old one, remaining maxima included."""
-        frames = [encode_sub(mux.wildcard, None, sid) for sid, mux in self._muxes.items()]
+    def resubscription(self, position: int) -> list[bytes]:
+        """The frames that put a new link into the state of the old one, remaining maxima included.
+
+        They go out first; any PING behind this position of the outbox confirms them.
+        """
+        frames = []
+        for sid, mux in self._muxes.items():
+            mux.denied = None
+            frames.append(encode_sub(mux.wildcard, None, sid))
         for core in self._subscriptions.values():
             if core.draining:
                 continue
-            frames.append(encode_sub(core.subject, core.queue, core.sid))
+            core.position = position + 1
+            frames.append(self.sub(core))
             limit, received = core.limits
             if limit is not None:
                 frames.append(encode_unsub(core.sid, max(1, limit - received)))
         return frames
+
+    def interest(self) -> list[bytes]:
+        """The SUBs of all that is subscribed, for a link that takes over: what has a maximum counts for itself."""
+        frames = [encode_sub(mux.wildcard, None, sid) for sid, mux in self._muxes.items()]
+        return frames + [self.sub(core) for core in self._subscriptions.values() if not core.draining]
+
+    def no_interest(self) -> list[bytes]:
+        """The UNSUBs of all that is subscribed."""
+        left = [core.sid for core in self._subscriptions.values() if not core.draining]
+        return [encode_unsub(sid) for sid in (*self._muxes, *left)]
+
+    def concerned(self, subject: bytes, queue: bytes | None, sid: int | None) -> list[SubscriptionCore]:
+        """The subscriptions that a denial is about."""
+        if sid is not None:
+            core = self._subscriptions.get(b"%d" % sid)
+            return [] if core is None else [core]
+        return [core for core in self.subscriptions() if (core.subject, core.queue) == (subject, queue)]
+
+    def newest_unconfirmed(self, confirmed: int) -> SubscriptionCore | None:
+        """The last subscription of which the server has not confirmed that it has it."""
+        unconfirmed = [core for core in self.subscriptions() if core.position > confirmed]
+        return unconfirmed[-1] if unconfirmed else None
+
+    def is_shared(self, sid: bytes) -> bool:
+        """Whether a subscription is a member of a queue group."""
+        core = self._subscriptions.get(sid)
+        return core is not None and core.queue is not None
+
+    @staticmethod
+    def sub(core: SubscriptionCore) -> bytes:
+        return encode_sub(core.subject, core.queue, core.sid)
 
     def subscriptions(self) -> Iterator[SubscriptionCore]:
         return iter(list(self._subscriptions.values()))

@@ -11,7 +11,8 @@
     ├─ TimedOut                    also TimeoutError
     │   ├─ RequestTimeout          .sent; also pynats2.NATSRequestTimeoutError
     │   ├─ IdleTimeout             also StreamError
-    │   └─ PoolTimeout · DrainTimeout
+    │   ├─ PoolTimeout
+    │   └─ DrainTimeout            .undone .unhandled .unsent
     ├─ StreamError                 .code .message .details .last_seq
     │   ├─ StreamRefused           .retry_after
     │   ├─ ServerLost · HandlerError
@@ -28,7 +29,7 @@ Status codes of streams are those of gRPC, by number; Code names them.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from natsync import _pynats2
 
@@ -164,7 +165,26 @@ class PoolTimeout(TimedOut):
 
 
 class DrainTimeout(TimedOut):
-    """Draining did not finish by its deadline."""
+    """Draining did not finish by its deadline.
+
+    Attributes:
+        undone: what was left undone, each in words.
+        unhandled: subject -> messages that had come and were not handled, the one in its callback included.
+        unsent: messages that were published and had not been handed to a server.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        undone: Sequence[str] = (),
+        unhandled: Mapping[str, int] | None = None,
+        unsent: int = 0,
+    ) -> None:
+        self.undone = list(undone)
+        self.unhandled = dict(unhandled or {})
+        self.unsent = unsent
+        super().__init__(message + (": " + "; ".join(self.undone) if self.undone else ""))
 
 
 class StreamError(NatsError):

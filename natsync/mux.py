@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from natsync.errors import PermissionDenied
 from natsync.message import Item
 from natsync.protocol import Batch
 
@@ -54,6 +55,9 @@ class Waiter:
     def publish_denied(self, subject: bytes, error: Exception) -> None:
         """The server did not let a message to this subject pass; maybe this waiter's."""
 
+    def refused(self, error: Exception) -> None:
+        """The server does not let the answers that this waiter waits for reach us."""
+
     def breaks(self, loss: LinkLoss) -> bytes | None:
         """The link was lost. A subject whose messages that still wait must not be sent any more, or None."""
         return None
@@ -83,10 +87,16 @@ class Mux:
         self.wildcard = self.inbox + b".*"
         self.late = 0
         self.on_late: Callable[[list[Item]], None] | None = None
+        self.denied: PermissionDenied | None = None  # why no answer can come on the present link
         self._lock = threading.Lock()
         self._waiters: dict[bytes, Waiter] = {}
         self._tokens = itertools.count(1)
         self._prefix_length = len(self.inbox) + 1
+
+    def check_allowed(self) -> None:
+        """Raise PermissionDenied if the server did not let us subscribe to the inbox."""
+        if self.denied is not None:
+            raise PermissionDenied(str(self.denied))
 
     def address(self) -> tuple[bytes, bytes]:
         """A new (token, inbox subject)."""
@@ -127,6 +137,17 @@ class Mux:
 
     def link_lost(self, loss: LinkLoss) -> None:
         self._each(lambda waiter: waiter.link_lost(loss))
+
+    def inbox_denied(self, error: PermissionDenied) -> None:
+        """The server does not let us subscribe to the inbox."""
+        self.denied = error
+        self._each(lambda waiter: waiter.refused(error))
+
+    def reply_denied(self, subject: bytes, error: PermissionDenied) -> None:
+        """The server did not let a message with this reply subject pass."""
+        waiter = self._waiters.get(subject[self._prefix_length :]) if subject.startswith(self.inbox) else None
+        if waiter is not None:
+            waiter.refused(error)
 
     def publish_denied(self, subject: bytes, error: Exception) -> None:
         self._each(lambda waiter: waiter.publish_denied(subject, error))

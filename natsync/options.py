@@ -5,6 +5,7 @@ Pure values. Secrets are held so that neither repr() nor an error shows them.
 
 from __future__ import annotations
 
+import ipaddress
 import itertools
 import os
 import ssl
@@ -13,12 +14,20 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeAlias
 from urllib.parse import SplitResult, unquote, urlsplit
 
+from natsync import hooks as _hooks
 from natsync import subject as _subject
 from natsync.concurrency import check_timeout
 from natsync.errors import InvalidArgument, InvalidURL
+from natsync.nkey import check_library, check_seed, parse_creds
 
 #: What names servers: a URL, several separated by commas, or a list of them.
 Servers: TypeAlias = "str | Iterable[str] | None"
+
+#: A secret, or a function that is called for it at each attempt to connect.
+Secret: TypeAlias = "str | Callable[[], str]"
+
+#: What the text of a .creds file contains and no path does.
+CREDS_MARK = "-----BEGIN NATS"
 
 #: The port of a URL that names none. IANA's port for NATS.
 DEFAULT_PORT = 4222
@@ -71,7 +80,11 @@ Sentinels.EMPTY = Sentinels(end=b"")
 
 @dataclass(frozen=True)
 class Server:
-    """One server's address; .user, .password and .token come from its URL."""
+    """One server's address; .user, .password and .token come from its URL.
+
+    Attributes:
+        tls_name: the name that its certificate must have, where it is not the host's.
+    """
 
     host: str
     port: int
@@ -79,6 +92,16 @@ class Server:
     user: str | None = field(default=None, repr=False)
     password: str | None = field(default=None, repr=False)
     token: str | None = field(default=None, repr=False)
+    tls_name: str | None = None
+
+    @property
+    def is_address(self) -> bool:
+        """Whether the host is an IP address, not a name that needs to be resolved."""
+        try:
+            ipaddress.ip_address(self.host)
+        except ValueError:
+            return False
+        return True
 
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
@@ -91,9 +114,15 @@ class ConnectOptions:
 
     Attributes:
         name: what the server's monitoring shows this connection as.
-        user, password, token: credentials; those in a server's URL go first.
+        user, password, token: credentials; those in a server's URL go first. Each may be a function that returns it,
+            called at every attempt to connect, on the connection's own thread; user() may return (user, password). What
+            it raises fails that attempt, and only the exception's type is told.
+        credentials: path of a .creds file, read at every attempt to connect; or the text of one. Needs the extra
+            `nkeys`.
+        nkey_seed: the seed of a user's nkey, or a function that returns it. Needs the extra `nkeys`.
         tls: an ssl.SSLContext, True for the system's default (which verifies), or None to follow the URL and server.
         tls_hostname: the name to verify, where it is not the URL's.
+        tls_first: whether TLS starts before the server's greeting, for servers with handshake_first; implies TLS.
         connect_timeout: seconds for one server: TCP, TLS and handshake together.
         ping_interval: seconds between PINGs; None sends none.
         max_pings_outstanding: unanswered PINGs after which the link counts as lost.
@@ -112,14 +141,18 @@ class ConnectOptions:
         sentinels: what ends a plain stream.
         on_event: called as on_event(name, info) on a worker, name being one of connected, disconnected, reconnected,
             closed, lame_duck, slow_consumer, error; info is a dict.
+        hooks: a natsync.Hooks, or a list of them, for metrics and tracing.
     """
 
     name: str | None = None
-    user: str | None = field(default=None, repr=False)
-    password: str | None = field(default=None, repr=False)
-    token: str | None = field(default=None, repr=False)
+    user: str | Callable[[], str | tuple[str, str]] | None = field(default=None, repr=False)
+    password: Secret | None = field(default=None, repr=False)
+    token: Secret | None = field(default=None, repr=False)
+    credentials: str | os.PathLike[str] | None = field(default=None, repr=False)
+    nkey_seed: Secret | None = field(default=None, repr=False)
     tls: ssl.SSLContext | bool | None = None
     tls_hostname: str | None = None
+    tls_first: bool = False
     connect_timeout: float = CONNECT_TIMEOUT
     ping_interval: float | None = PING_INTERVAL
     max_pings_outstanding: int = MAX_PINGS_OUTSTANDING
@@ -138,6 +171,7 @@ class ConnectOptions:
     max_message_bytes: int = 64 << 20
     sentinels: Sentinels = Sentinels()
     on_event: Callable[[str, dict[str, Any]], object] | None = field(default=None, repr=False)
+    hooks: _hooks.HooksOption = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("connect_timeout", "ping_interval", "write_timeout", "reconnect_wait", "reconnect_wait_max"):
@@ -154,19 +188,40 @@ class ConnectOptions:
         if not 0 <= self.reconnect_jitter <= 1:
             raise InvalidArgument(f"reconnect_jitter={self.reconnect_jitter!r}: from 0 to 1")
         _subject.publish_subject(self.inbox_prefix)
-        for name in ("name", "user", "password", "token", "tls_hostname"):
+        for name in ("name", "tls_hostname"):
             if not isinstance(getattr(self, name), str | None):
                 raise TypeError(f"{name} is a str or None, not {type(getattr(self, name)).__name__}")
         if not isinstance(self.sentinels, Sentinels):
             raise TypeError(f"sentinels is a natsync.Sentinels, not {type(self.sentinels).__name__}")
         if self.on_event is not None and not callable(self.on_event):
             raise TypeError(f"on_event is a function (name, info), not {type(self.on_event).__name__}")
+        object.__setattr__(self, "hooks", _hooks.checked(self.hooks))
         if not isinstance(self.tls, ssl.SSLContext | bool | None):
             raise TypeError(f"tls is an ssl.SSLContext, True, False or None, not {type(self.tls).__name__}")
+        if not isinstance(self.tls_first, bool):
+            raise TypeError(f"tls_first is True or False, not {type(self.tls_first).__name__}")
+        if self.tls_first and self.tls is False:
+            raise InvalidArgument("tls_first=True and tls=False contradict each other")
+        self._check_credentials()
 
-    @property
-    def secrets(self) -> tuple[str | None, str | None, str | None]:
-        return self.user, self.password, self.token
+    def _check_credentials(self) -> None:
+        for name in ("user", "password", "token", "nkey_seed"):
+            value = getattr(self, name)
+            if not isinstance(value, str | None) and not callable(value):
+                raise TypeError(f"{name} is a str, a function that returns one, or None, not {type(value).__name__}")
+        if not isinstance(self.credentials, str | os.PathLike | None):
+            raise TypeError(f"credentials is the path of a .creds file, not {type(self.credentials).__name__}")
+        given = [name for name in ("user", "token", "credentials", "nkey_seed") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise InvalidArgument(f"{' and '.join(given)} are credentials of different kinds: give one")
+        if self.password is not None and self.user is None:
+            raise InvalidArgument("password without user")
+        if self.credentials is not None or self.nkey_seed is not None:
+            check_library()
+        if isinstance(self.nkey_seed, str):
+            check_seed(self.nkey_seed)
+        if isinstance(self.credentials, str) and CREDS_MARK in self.credentials:
+            parse_creds(self.credentials)
 
 
 def _check_whole(name: str, value: int, least: int) -> None:
@@ -219,11 +274,9 @@ def parse_server(url: str) -> Server:
     # No part of the URL is quoted in an error: where it is malformed, any may hold credentials.
     if any(char.isspace() or not char.isprintable() for char in url):
         raise InvalidURL("a server URL contains white space or a control character")
-    try:
-        parts = urlsplit(url if "://" in url else f"nats://{url}")
-        port = parts.port
-    except ValueError as error:
-        raise InvalidURL(f"a server URL cannot be parsed: {_harmless(error)}") from None
+    parts, port, fault = _split(url if "://" in url else f"nats://{url}")
+    if parts is None:
+        raise InvalidURL(f"a server URL cannot be parsed: {fault}")
     if parts.scheme not in ("nats", "tls"):
         raise InvalidURL(f"unknown scheme {parts.scheme!r} in a server URL; use nats:// or tls://")
     if not parts.hostname:
@@ -236,8 +289,14 @@ def parse_server(url: str) -> Server:
     return Server(parts.hostname, port or DEFAULT_PORT, parts.scheme == "tls", user, password, token)
 
 
-def _harmless(error: ValueError) -> str:
-    return "its port is not a number from 1 to 65535" if "port" in str(error).lower() else "malformed"
+def _split(url: str) -> tuple[SplitResult | None, int | None, str]:
+    """(parts, port, ""), or (None, None, what is wrong): the ValueError quotes the URL, so nothing may chain to it."""
+    try:
+        parts = urlsplit(url)
+        return parts, parts.port, ""
+    except ValueError as error:
+        about_port = "port" in str(error).lower()
+    return None, None, "its port is not a number from 1 to 65535" if about_port else "malformed"
 
 
 def _userinfo(parts: SplitResult) -> tuple[str | None, str | None, str | None]:

@@ -2,7 +2,8 @@
 
 Any thread puts; the session's writer takes everything that has gathered and writes it at once. There is a queue for
 frames in order and a control lane that goes first (PONG). A frame is written whole or not at all; when a link is lost,
-what its writer had not taken yet moves to the outbox of the next link, in order.
+what its writer had not taken yet moves to the outbox of the next link, in order. When a link takes over from one that
+still works, the old outbox is sealed and written to its end, and the new one held until then.
 
 Positions count bytes put since the connection was made. A frame's position tells later whether it had been handed
 to a link that was lost (position <= taken) and whether the server is known to have it (position <= confirmed).
@@ -20,6 +21,8 @@ from natsync.errors import ReconnectBufferFull, TimedOut
 HIGH_WATER_BYTES = 4 << 20
 #: Bytes joined into one write at most, so that a PONG waits for no more than that.
 WRITE_BYTES = 1 << 20
+#: How the frames of messages begin.
+_MESSAGES = (b"PUB ", b"HPUB")
 
 
 class OutboxClosed(Exception):
@@ -39,6 +42,8 @@ class Outbox:
         self._buffer_bytes = buffer_bytes
         self._attached = False
         self._closed = False
+        self._sealed = False
+        self.held = False  # only control frames are written
         self._writer_waits = False
         self._publishers_wait = 0
         self.position = position
@@ -55,10 +60,10 @@ class Outbox:
 
         Raises:
             ReconnectBufferFull: there is no link, and no room to wait for one.
-            OutboxClosed: the link is gone.
+            OutboxClosed: the link is gone, or another one takes over.
         """
         with self._lock:
-            if self._closed:
+            if self._closed or self._sealed:
                 raise OutboxClosed
             if not force and (self._size >= HIGH_WATER_BYTES or not self._attached):
                 if self._attached:
@@ -87,7 +92,7 @@ class Outbox:
         with self._lock:
             self._publishers_wait += 1
             try:
-                while self._attached and not self._closed and self._size >= HIGH_WATER_BYTES and not over():
+                while self._takes_locked() and self._size >= HIGH_WATER_BYTES and not over():
                     if not self._room.wait(deadline.remaining()) and self._size >= HIGH_WATER_BYTES:
                         raise TimedOut(f"the link took nothing for a while: {self._size} bytes wait to be written")
             finally:
@@ -102,7 +107,7 @@ class Outbox:
     def put_now(self, frame: bytes) -> int:
         """Queue a protocol frame behind the messages without ever waiting; its position, 0 if there is no link."""
         with self._lock:
-            if not self._attached or self._closed:
+            if not self._takes_locked():
                 return 0
             self._frames.append(frame)
             self._size += len(frame)
@@ -134,10 +139,15 @@ class Outbox:
         if not subjects:
             return
         with self._lock:
-            messages = (b"PUB ", b"HPUB")
             self._keep_locked(
-                [one for one in self._frames if one[:4] not in messages or destination(one) not in subjects]
+                [one for one in self._frames if one[:4] not in _MESSAGES or destination(one) not in subjects]
             )
+
+    @property
+    def waiting_messages(self) -> int:
+        """Messages that wait for the writer; several that were put together count as one."""
+        with self._lock:
+            return sum(1 for frame in self._frames if frame[:4] in _MESSAGES)
 
     @property
     def size_bytes(self) -> int:
@@ -168,11 +178,44 @@ class Outbox:
             self._control.clear()
             self._attached = False
 
+    # -- a link that takes over from another --------------------------------------------------------------------
+
+    def hold(self) -> None:
+        """Write control frames only until release(): the link that goes before has not finished yet."""
+        self.held = True
+
+    def seal(self, last: bytes) -> int:
+        """Queue the last frame, and turn everybody away from now on; its position, 0 if there is no link.
+
+        What is queued is still written.
+        """
+        with self._lock:
+            if not self._takes_locked():
+                return 0
+            self._frames.append(last)
+            self._size += len(last)
+            self.position += len(last)
+            self._sealed = True
+            self._wake_locked()
+            self._room.notify_all()
+            return self.position
+
+    def follow(self, position: int) -> None:
+        """Count on from the position of the outbox that goes before; nothing may have been put yet."""
+        with self._lock:
+            self.position = self.taken = position
+
+    def release(self) -> None:
+        """The link that went before has finished: write on."""
+        with self._lock:
+            self.held = False
+            self._wake_locked()
+
     def close(self) -> list[bytes]:
         """The link is gone: returns the messages that its writer never took, and turns everybody away."""
         with self._lock:
             self._closed = True
-            rest = [frame for frame in self._frames if frame[:4] in (b"PUB ", b"HPUB")]
+            rest = [frame for frame in self._frames if frame[:4] in _MESSAGES]
             self._frames = []
             self._control = []
             self._size = 0
@@ -185,7 +228,7 @@ class Outbox:
     def take(self) -> bytes | None:
         """Block until there is something to write; None when the outbox is closed."""
         with self._lock:
-            while not (self._attached and (self._frames or self._control)):
+            while not (self._attached and (self._control or (self._frames and not self.held))):
                 if self._closed:
                     return None
                 self._writer_waits = True
@@ -217,6 +260,10 @@ class Outbox:
         self._size -= size
         self.taken += size
         return frames
+
+    def _takes_locked(self) -> bool:
+        """Whether there is a link, and what is put goes to it."""
+        return self._attached and not self._closed and not self._sealed
 
     def _wake_locked(self) -> None:
         if self._writer_waits:

@@ -56,6 +56,9 @@ class _Reply(Waiter):
         if subject == self.subject:
             self.fail(error)
 
+    def refused(self, error: Exception) -> None:
+        self.fail(error)
+
     def connection_closed(self, reason: Exception) -> None:
         self.fail(reason)
 
@@ -80,6 +83,7 @@ def request(
     to = _subject.publish_subject(subject)
     waiter = _Reply(to)
     _open(connection, deadline, subject)
+    connection.mux.check_allowed()
     token, inbox = connection.mux.address()
     remove: Callable[[], None] | None = None
     try:

@@ -33,15 +33,17 @@ class ServerList:
             self._order.remove(server)
             self._order.append(server)
 
-    def discovered(self, urls: Iterable[str]) -> list[Server]:
+    def discovered(self, urls: Iterable[str], through: Server | None = None) -> list[Server]:
         """Add servers that the cluster tells of as host:port; returns those that are new.
 
-        They take over scheme and credentials of the first given server. Nothing is ever dropped: a server that left
+        They take over scheme and credentials of the server that told of them, by default the first given one; and its
+        name, if they are told of by IP address: certificates are for names. Nothing is ever dropped: a server that left
         the cluster for a restart is still worth a try.
         """
         if not self._options.discover:
             return []
-        first, known = self._given[0], {(server.host, server.port) for server in self._order}
+        told_by = through or self._given[0]
+        known = {(server.host, server.port) for server in self._order}
         new = []
         for url in urls:
             try:
@@ -50,7 +52,7 @@ class ServerList:
                 continue
             if (told.host, told.port) not in known:
                 known.add((told.host, told.port))
-                new.append(replace(first, host=told.host, port=told.port))
+                new.append(replace(told_by, host=told.host, port=told.port, tls_name=_tls_name(told, told_by)))
         if self._options.randomize:
             random.shuffle(new)
         self._order.extend(new)
@@ -60,3 +62,10 @@ class ServerList:
         """Seconds to wait after so many fruitless walks over all servers: exponential, the jittered part random."""
         full = min(self._options.reconnect_wait_max, self._options.reconnect_wait * 2.0 ** min(walks - 1, 30))
         return full * (1 - self._options.reconnect_jitter * random.random())
+
+
+def _tls_name(told: Server, told_by: Server) -> str | None:
+    """The name to verify where a server was told of by its IP address, through one that is known by name."""
+    if not told.is_address:
+        return None
+    return told_by.host if not told_by.is_address else told_by.tls_name

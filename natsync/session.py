@@ -15,10 +15,11 @@ from typing import Any, Protocol
 
 from natsync import timers
 from natsync.concurrency import Deadline, join_all, spawn
-from natsync.errors import AuthorizationError, ConnectError, NatsError, ProtocolError
+from natsync.errors import ConnectError, NatsError, ProtocolError
 from natsync.options import ConnectOptions
 from natsync.outbox import Outbox
 from natsync.protocol import PING, PONG, Batch, Err, Event, Info, Op, Parser
+from natsync.server_errors import classify, server_error
 from natsync.transport import Transport
 
 log = logging.getLogger("natsync.session")
@@ -27,9 +28,9 @@ log = logging.getLogger("natsync.session")
 class Owner(Protocol):
     """What a session tells its connection. None of it may block: it is called on the reader's or timer's thread."""
 
-    def on_batch(self, batch: Batch) -> None: ...
-    def on_info(self, fields: dict[str, Any]) -> None: ...
-    def on_server_error(self, text: str) -> None: ...
+    def on_batch(self, session: Session, batch: Batch) -> None: ...
+    def on_info(self, session: Session, fields: dict[str, Any]) -> None: ...
+    def on_server_error(self, session: Session, text: str) -> None: ...
     def on_lost(self, session: Session, reason: Exception) -> None: ...
 
 
@@ -41,9 +42,17 @@ class Session:
     """One link's life: two threads, a parser, the PINGs in flight."""
 
     def __init__(
-        self, transport: Transport, outbox: Outbox, options: ConnectOptions, owner: Owner, name: str, confirmed: int = 0
+        self,
+        transport: Transport,
+        info: dict[str, Any],
+        outbox: Outbox,
+        options: ConnectOptions,
+        owner: Owner,
+        name: str,
+        confirmed: int = 0,
     ) -> None:
         self.server = transport.server
+        self.info = info  # the server's INFO; kept up to date by the owner
         self.outbox = outbox
         self.confirmed = confirmed  # a server had everything up to this position when it answered a PING
         self.received_bytes = 0
@@ -75,6 +84,27 @@ class Session:
             if position:
                 self._pings.append((position, callback))
             return position > 0
+
+    def ping_first(self, callback: PongCallback | None = None) -> bool:
+        """Send a PING although the outbox is held, behind control frames only. False if the link has ended."""
+        with self._lock:
+            if self._ended:
+                return False
+            ahead = sum(1 for position, _ in self._pings if not position)  # all others are held
+            self._pings.insert(ahead, (0, callback))
+            self.outbox.put_first(PING)
+            return True
+
+    def hand_over(self, last: bytes, callback: PongCallback) -> int:
+        """Send the last frames of this link; callback gets the answer to the PING behind them.
+
+        Returns the position of the end, 0 if the link has ended already.
+        """
+        with self._lock:
+            position = 0 if self._ended else self.outbox.seal(last + PING)
+            if position:
+                self._pings.append((position, callback))
+            return position
 
     def end(self, reason: Exception) -> None:
         """End the link, once: threads leave, the owner is told. Does not wait."""
@@ -114,7 +144,7 @@ class Session:
                 self.received_bytes += len(data)
                 for event in parser.feed(data):
                     if type(event) is Batch:
-                        self._owner.on_batch(event)
+                        self._owner.on_batch(self, event)
                     else:
                         self._handle(event)
                 del data
@@ -133,16 +163,16 @@ class Session:
 
     def _handle(self, event: Event) -> None:
         if isinstance(event, Batch):
-            self._owner.on_batch(event)
+            self._owner.on_batch(self, event)
         elif event is Op.PING:
             self.outbox.put_first(PONG)
         elif event is Op.PONG:
             self._pong()
         elif isinstance(event, Info):
-            self._owner.on_info(event.fields)
+            self._owner.on_info(self, event.fields)
         elif isinstance(event, Err):
             self._last_error = event.text
-            self._owner.on_server_error(event.text)
+            self._owner.on_server_error(self, event.text)
 
     def _pong(self) -> None:
         with self._lock:
@@ -150,16 +180,15 @@ class Session:
                 return
             position, callback = self._pings.popleft()
             self._unanswered = 0
-            self.confirmed = position
+            self.confirmed = max(self.confirmed, position)
         if callback is not None:
             callback(position)
 
     def _end_of_link(self) -> NatsError:
         """The reason for an end without an error of the socket: the server's last words, if it had any."""
-        text = self._last_error
-        if text.lower().startswith(("authorization", "user authentication", "account authentication")):
-            return AuthorizationError(f"{self.server}: {text}")
-        return ConnectError(f"{self.server} closed the connection" + (f": {text}" if text else ""))
+        if self._last_error and classify(self._last_error).closes is not False:
+            return server_error(str(self.server), self._last_error)
+        return ConnectError(f"{self.server} closed the connection")
 
     # -- writer ------------------------------------------------------------------------------------------------
 
@@ -187,7 +216,10 @@ class Session:
             self.end(ConnectError(f"{self.server} has not answered {self._unanswered} PINGs: the link is stale"))
             return
         self._unanswered += 1  # those of flush() do not count: several may be on their way on a healthy link
-        self.ping()
+        if self.outbox.held:
+            self.ping_first()
+        else:
+            self.ping()
         self._schedule_ping()
 
     def _watch_write(self) -> None:

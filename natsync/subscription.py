@@ -41,6 +41,7 @@ class Link(Protocol):
     def publish_answer(self, reply: str, payload: Payload, headers: Headers | None) -> None: ...
     def confirm(self, deadline: Deadline) -> None: ...
     def slow_consumer(self, subject: str, dropped: int) -> None: ...
+    def count_dropped(self, messages: int) -> None: ...
     def in_supervisor(self, task: Callable[[], None]) -> None: ...
 
 
@@ -63,6 +64,7 @@ class SubscriptionCore:
     ) -> None:
         check_limits(max_messages, pending_messages, pending_bytes, overflow, concurrency)
         self.sid = b""  # given by the dispatcher
+        self.position = 0  # of its SUB in the present link's outbox
         self.subject = subject
         self.queue = queue
         self.max_messages = max_messages
@@ -104,6 +106,8 @@ class SubscriptionCore:
             self._slow = self._slow or dropped > 0
             over = self.received == self.max_messages or self._error is not None
             self._wake_locked()
+        if dropped:
+            self._link.count_dropped(dropped)
         if over:
             self._link.unsubscribe(self)
         if episode:
@@ -217,6 +221,11 @@ class SubscriptionCore:
     @property
     def pending(self) -> int:
         return len(self._pending)
+
+    @property
+    def unhandled(self) -> int:
+        """Messages that wait, or are in the callback."""
+        return len(self._pending) + len(self._busy)
 
     @property
     def pending_bytes(self) -> int:
@@ -350,8 +359,11 @@ class Subscription:
         finally:
             self._link.unsubscribe(self._core)
         if self._core.has_callback and not self._core.wait_empty(deadline):
+            left = self._core.unhandled
             raise DrainTimeout(
-                f"{self.pending} messages on {self.subject!r} not handled or still in the callback after {timeout} s"
+                f"not drained within {timeout} s",
+                undone=[f"{left} messages on {self.subject!r} not handled"],
+                unhandled={self.subject: left},
             )
 
     def __enter__(self) -> Subscription:

@@ -6,6 +6,7 @@ their work here, because a queue is all that they may touch.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 from natsync.concurrency import Deadline, join_all, run_soon
 from natsync.errors import AuthorizationError, ConnectError, NatsError, NoServersError
 from natsync.options import ConnectOptions, Server
+from natsync.server_errors import Misconfigured
 from natsync.servers import ServerList
 from natsync.session import Session
 from natsync.transport import Dialing, Transport, dial
@@ -44,6 +46,12 @@ class Keeper(Protocol):
     def on_link(self, transport: Transport, info: dict[str, Any]) -> bool:
         """A server was reached; False if nobody wants the link any more."""
 
+    def wants_move(self, lame: Session) -> bool:
+        """Whether this link is still the one in force, and no other one is about to take over."""
+
+    def on_other_link(self, lame: Session, transport: Transport, info: dict[str, Any]) -> bool:
+        """A server was reached that may take over from the lame one; False if nobody wants that any more."""
+
     def on_first_walk_failed(self, error: NatsError) -> None:
         """The first walk over the servers found none."""
 
@@ -63,9 +71,12 @@ class Supervisor:
         self.thread: threading.Thread | None = None
         self._refusals: dict[Server, str] = {}
         self._dialing = Dialing()
-        self._stopped = False
+        self._gone = False  # no thread does chores any more
         self._linked_at = 0.0
         self._flaps = 0  # links in a row that were lost as soon as they were made
+        self._hurry = False  # do not wait before the next walk
+        self._lame: Session | None = None  # the link to be left as soon as another server is there
+        self._moves = 0  # attempts to leave it
 
     def start(self) -> None:
         """Start the thread, and with it the first walk. Requires the connection's lock."""
@@ -76,24 +87,37 @@ class Supervisor:
 
     def do(self, task: Callable[[], None]) -> None:
         """Have a brief chore done on the thread; may be called anywhere, finalizers included."""
-        if self._stopped:
-            run_soon(task, "a chore")
-        else:
-            self._tasks.put(task)
+        self._tasks.put(task)
+        if self._gone:
+            run_soon(self._do_rest, "a chore")
 
     def link_lost(self, session: Session, reason: Exception) -> None:
         """Clear the session away and make the next link."""
-        self._tasks.put(lambda: self._replace(session, reason))
+        self.do(lambda: self._replace(session, reason))
 
-    def discovered(self, urls: object) -> None:
-        """What the server said of the cluster's other servers, if anything."""
+    def move_from(self, lame: Session) -> None:
+        """The server is going away: make a link to another one, if there is any, while this one still works."""
+        self._tasks.put(lambda: self._move(lame))
+
+    def hurry(self) -> None:
+        """Make the next attempt at once, however the last ones went."""
+
+        def forgive() -> None:
+            self._hurry = True
+            self._flaps = 0
+
+        self._tasks.put(forgive)
+
+    def discovered(self, urls: object, through: Server) -> None:
+        """What a server said of the cluster's other servers, if anything."""
         if isinstance(urls, list) and urls:
-            self._tasks.put(lambda: self._discover(urls))
+            self._tasks.put(lambda: self._discover(urls, through))
 
     def stop(self) -> None:
         """Let the thread end; a dial under way is cut short."""
-        self._stopped = True
         self._tasks.put(None)
+        if self.thread is None:
+            self._gone = True
         self._dialing.cancel()
 
     def join(self, deadline: Deadline) -> list[str]:
@@ -104,8 +128,25 @@ class Supervisor:
 
     def _run(self) -> None:
         # A failed first walk ends this thread; the next use of the connection starts another one.
-        while self.thread is threading.current_thread() and self._chores(Deadline()):
-            pass
+        while self.thread is threading.current_thread():
+            if not self._chores(Deadline()):
+                self._gone = True
+                self._do_rest()
+                return
+
+    def _do_rest(self) -> None:
+        """Do what came behind the end."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                task = self._tasks.get_nowait()
+                if task is not None:
+                    self._do(task)
+
+    def _do(self, task: Callable[[], None]) -> None:
+        try:
+            task()
+        except Exception:
+            log.exception("%s: a chore failed", self._name)
 
     def _chores(self, until: Deadline) -> bool:
         """Do chores until the deadline, or just the next one if there is none; False when the thread should end."""
@@ -116,11 +157,8 @@ class Supervisor:
                 return True
             if task is None:
                 return False
-            try:
-                task()
-            except Exception:
-                log.exception("%s: a chore failed", self._name)
-            if until.at is None:
+            self._do(task)
+            if until.at is None or self._hurry:
                 return True
 
     def _try_once(self) -> None:
@@ -147,7 +185,8 @@ class Supervisor:
         """
         fruitless = 0
         while self._keeper.wants_link():
-            pauses = fruitless or max(0, self._flaps - 1)
+            pauses = 0 if self._hurry else fruitless or max(0, self._flaps - 1)
+            self._hurry = False
             if pauses and not self._chores(Deadline.after(self._servers.backoff(pauses))):
                 self._tasks.put(None)  # the end was for the loop around this one
                 return
@@ -182,14 +221,46 @@ class Supervisor:
     def _linked(self) -> None:
         self._refusals.clear()
         self._linked_at = time.monotonic()
+        self._lame, self._moves = None, 0
 
-    def _discover(self, urls: list[str]) -> None:
-        for server in self._servers.discovered(urls):
+    def _move(self, lame: Session) -> None:
+        """Try the other servers until one takes over or the lame one is gone; one walk, then a pause, and so on."""
+        if lame is not self._lame:
+            self._lame, self._moves = lame, 0
+        self._servers.failed(lame.server)
+        while self._keeper.wants_move(lame):
+            others = [server for server in self._servers if server != lame.server]
+            if not others:
+                return  # _discover() comes back to it
+            if self._moves and not self._chores(Deadline.after(self._servers.backoff(self._moves))):
+                self._tasks.put(None)  # the end was for the loop around this one
+                return
+            self._moves += 1
+            if self._try_others(lame, others):
+                return
+
+    def _try_others(self, lame: Session, others: list[Server]) -> bool:
+        for server in others:
+            if not self._keeper.wants_move(lame):
+                break
+            try:
+                if self._keeper.on_other_link(lame, *dial(server, self._options, self._dialing)):
+                    return True
+            except NatsError as error:
+                log.info("%s: cannot move to %s: %s", self._name, server, error)
+                self._servers.failed(server)
+        return False
+
+    def _discover(self, urls: list[str], through: Server) -> None:
+        new = self._servers.discovered(urls, through)
+        for server in new:
             log.debug("%s: discovered %s", self._name, server)
+        if new and self._lame is not None:
+            self._move(self._lame)
 
     def _refused_again(self, server: Server, error: Exception) -> bool:
-        """Whether this server has now refused the credentials twice with the same words: that will not change."""
-        if not isinstance(error, AuthorizationError):
+        """Whether this server has now refused us twice with the same words: that will not change."""
+        if not isinstance(error, AuthorizationError | Misconfigured):
             return False
         before, self._refusals[server] = self._refusals.get(server), str(error)
         return before == str(error)

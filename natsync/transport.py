@@ -11,22 +11,35 @@ import re
 import socket
 import ssl
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 from natsync import _pynats2, auth
 from natsync._version import __version__
-from natsync.concurrency import Deadline
-from natsync.errors import AuthorizationError, ConnectError, ProtocolError, TimedOut
+from natsync.concurrency import Deadline, Signal
+from natsync.errors import ConnectError, NatsError, ProtocolError, TimedOut
 from natsync.options import ConnectOptions, Server
 from natsync.protocol import MAX_INFO_LINE, PING
+from natsync.resolver import Address, look_up
+from natsync.server_errors import server_error
 
 #: Bytes asked of the socket at once. Bursts are parsed, and their consumers woken, once a read.
 READ_BYTES = 256 << 10
 #: What a handshake line may grow to before the peer is taken for something else.
 _MAX_LINE = MAX_INFO_LINE
+#: First bytes of a TLS record: change of cipher, alert, handshake, data.
+_TLS_RECORDS = range(20, 24)
 
-_AUTH_ERRORS = ("authorization violation", "user authentication", "account authentication", "authentication timeout")
+#: What to do about what OpenSSL says, by a part of its reason.
+_TLS_ADVICE = (
+    ("CERTIFICATE_REQUIRED", "load a client certificate into the ssl.SSLContext that is given as tls"),
+    ("ALERT_BAD_CERTIFICATE", "load a client certificate that the server trusts into the ssl.SSLContext given as tls"),
+    ("ALERT_UNKNOWN_CA", "the server does not trust the authority of the client certificate"),
+    ("ALERT_HANDSHAKE_FAILURE", "the server may want a client certificate, loaded into the context given as tls"),
+    ("mismatch", "if the server is known by another name, give that as tls_hostname"),
+    ("CERTIFICATE_VERIFY_FAILED", "to trust its authority, give an ssl.SSLContext that does as tls"),
+)
 
 
 class Transport:
@@ -97,6 +110,13 @@ class _Tls:
         self.ended = False  # the peer has said goodbye, or its end was cut off
 
     def handshake(self, sock: socket.socket, deadline: Deadline) -> None:
+        """Shake hands.
+
+        Raises:
+            ConnectError: the peer hangs up, or what it says is not TLS at all.
+            ssl.SSLError, OSError: it fails otherwise.
+        """
+        greeted = False
         while True:
             try:
                 self._object.do_handshake()
@@ -112,6 +132,9 @@ class _Tls:
             data = sock.recv(READ_BYTES)
             if not data:
                 raise ConnectError("the server closed the connection during the TLS handshake")
+            if not greeted and data[0] not in _TLS_RECORDS:
+                raise _PlainAnswer(data)
+            greeted = True
             self._incoming.write(data)
 
     def decrypt(self, data: bytes) -> bytes | None:
@@ -138,60 +161,64 @@ class _Tls:
             return self._outgoing.read()
 
 
+class _PlainAnswer(Exception):
+    """The peer answered TLS's greeting in plain text, which is the argument."""
+
+
 class Dialing:
-    """What lets close() cut a dial short: the socket that is being dialed, if any."""
+    """What lets close() cut a dial short: how to stop what is being waited for, if anything is."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._sock: socket.socket | None = None
+        self._stop: Callable[[], object] | None = None
         self._cancelled = False
 
-    def begin(self, sock: socket.socket) -> None:
-        """This socket is going to connect; raises ConnectError if nobody wants that any more."""
+    def begin(self, stop: Callable[[], object]) -> None:
+        """Something is going to be waited for that stop() ends; raises ConnectError if nobody wants it any more."""
         with self._lock:
             if self._cancelled:
                 raise ConnectError("closed while connecting")
-            self._sock = sock
+            self._stop = stop
 
     def end(self) -> None:
         with self._lock:
-            self._sock = None
+            self._stop = None
 
     def cancel(self) -> None:
         """Make the present dial fail at once, and every later one."""
         with self._lock:
             self._cancelled = True
-            if self._sock is not None:
+            if self._stop is not None:
                 with suppress(OSError):
-                    self._sock.shutdown(socket.SHUT_RDWR)
+                    self._stop()
 
 
 def dial(server: Server, options: ConnectOptions, dialing: Dialing | None = None) -> tuple[Transport, dict[str, Any]]:
     """Connect to one server; returns the transport and the server's INFO.
 
-    Blocks up to options.connect_timeout for everything together: TCP, TLS, INFO, and the PONG that proves that the
-    credentials were accepted.
+    Blocks up to options.connect_timeout for everything together: name, TCP, TLS, INFO, and the PONG that proves that
+    the credentials were accepted; and before that as long as the user's functions for credentials do.
 
     Raises:
-        ConnectError: it cannot be reached, closed the connection, or will not speak TLS where TLS is wanted.
+        ConnectError: it cannot be reached, closed the connection, demands less security than asked for, or there are no
+            credentials to show.
         AuthorizationError: it refused the credentials.
         ProtocolError: what answered is not a NATS server.
         TimedOut: the handshake was not complete in time.
     """
-    handshake = _Handshake(server, options, dialing or Dialing())
+    handshake = _Handshake(server, options, dialing or Dialing(), auth.fetch(options, server))
     try:
         handshake.connect()
         return handshake.transport(), handshake.info
     except TimeoutError as error:
-        raise TimedOut(f"{server} did not answer within {options.connect_timeout:g} s") from error
+        late = f"{server} did not answer within {options.connect_timeout:g} s"
+        raise TimedOut(late + handshake.hint_of_silence()) from error
     except ssl.SSLError as error:
-        raise ConnectError(f"TLS with {server} failed: {error.reason or error}") from error
-    except (ConnectionError, socket.gaierror) as error:
+        raise ConnectError(f"TLS with {server} failed: {_tls_failure(error)}") from error
+    except OSError as error:
         if isinstance(error, ConnectError):
             raise
         raise ConnectError(f"cannot connect to {server}: {error.strerror or error}") from error
-    except OSError as error:
-        raise ConnectError(f"cannot connect to {server}: {error}") from error
     finally:
         handshake.close_unless_taken()
 
@@ -199,26 +226,38 @@ def dial(server: Server, options: ConnectOptions, dialing: Dialing | None = None
 class _Handshake(_pynats2.NATSNoSubscribeClient):
     """pynats2's handshake, mended: one deadline, an end that is noticed, any order of lines, PONG awaited."""
 
-    def __init__(self, server: Server, options: ConnectOptions, dialing: Dialing) -> None:
+    def __init__(
+        self, server: Server, options: ConnectOptions, dialing: Dialing, credentials: auth.Credentials
+    ) -> None:
         super().__init__(str(server), name=options.name or "natsync", socket_timeout=options.connect_timeout)
         self._server = server
         self._options = options
         self._dialing = dialing
+        self._credentials = credentials
+        self._secrets_sent = False
         self._deadline = Deadline.after(options.connect_timeout)
         self._tls: _Tls | None = None
         self._raw: socket.socket | None = None
         self.info: dict[str, Any] = {}
 
     def connect(self) -> None:
-        host, port = self._server.host, self._server.port
-        self._raw = _connect(host, port, self._deadline, self._dialing)
+        self._raw = _connect(self._server, self._deadline, self._dialing)
         self._raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket = self._raw
-        self._await(_pynats2.INFO_RE)
-        if self._wants_tls():
+        if self._options.tls_first:
             self._connect_tls()
-        self._send_connect_command()
+        self._await(_pynats2.INFO_RE)
+        wants_tls, nonce = self._wants_tls(), self._nonce()
+        if wants_tls and self._tls is None:
+            self._connect_tls()
+        self._send_connect_command(nonce)
         self._await(_pynats2.PONG_RE)
+
+    def hint_of_silence(self) -> str:
+        """What may be behind a server that does not greet."""
+        if self.info or self._options.tls_first or self._raw is None or self._socket_buffer:
+            return ""
+        return "; if it wants TLS before its greeting (handshake_first), use tls_first=True"
 
     def transport(self) -> Transport:
         """Hand the socket over, in blocking mode: from here on Session watches the time."""
@@ -245,26 +284,57 @@ class _Handshake(_pynats2.NATSNoSubscribeClient):
         """
         wanted = bool(self._options.tls) or self._server.tls
         required, available = self.info.get("tls_required", False), self.info.get("tls_available", False)
-        if wanted and not (required or available):
+        if wanted and self._tls is None and not (required or available):
             raise ConnectError(f"{self._server} offers no TLS, but TLS is wanted; nothing was sent to it")
         if required and self._options.tls is False:
             raise ConnectError(f"{self._server} requires TLS, but tls=False")
         return wanted or bool(required)
+
+    def _nonce(self) -> str:
+        """What the server wants signed; "" if nothing needs to be.
+
+        Raises:
+            ConnectError: there is a key to prove, and the server does not ask for the proof.
+        """
+        nonce = self.info.get("nonce")
+        if not self._credentials.signs:
+            return ""
+        if not isinstance(nonce, str) or not nonce:
+            raise ConnectError(
+                f"{self._server} gives no nonce to sign: it demands less security than nkey_seed or credentials ask "
+                "for; nothing was sent to it"
+            )
+        return nonce
 
     def _connect_tls(self) -> None:
         context = self._options.tls
         if not isinstance(context, ssl.SSLContext):
             context = ssl.create_default_context()
         if self._socket_buffer:
-            raise ProtocolError("the server sent plain bytes behind its INFO although TLS follows")
-        tls = _Tls(context, self._options.tls_hostname or self._server.host)
+            raise self._plain_instead_of_tls(self._socket_buffer)
+        tls = _Tls(context, self._options.tls_hostname or self._server.tls_name or self._server.host)
         assert self._raw is not None
-        tls.handshake(self._raw, self._deadline)
-        self._tls = tls
+        try:
+            tls.handshake(self._raw, self._deadline)
+        except _PlainAnswer as answer:
+            plain = answer.args[0]
+        else:
+            self._tls = tls
+            return
+        raise self._plain_instead_of_tls(plain)
+
+    def _plain_instead_of_tls(self, data: bytes) -> NatsError:
+        """The error for a server that speaks plainly where TLS should start; it may say why it will not go on."""
+        if data[:4].upper() == b"-ERR":
+            return self._refusal(data.partition(b"\r\n")[0])
+        if self._options.tls_first:
+            advice = "it greets before TLS, if it speaks TLS at all: leave tls_first out"
+            return ConnectError(f"{self._server} answered in plain text where TLS should start; {advice}")
+        return ProtocolError(f"{self._server} sent plain bytes where TLS should start")
 
     # -- lines -------------------------------------------------------------------------------------------------
 
-    def _send_connect_command(self) -> None:
+    def _send_connect_command(self, nonce: str) -> None:
         fields: dict[str, Any] = {
             "verbose": False,
             "pedantic": False,
@@ -278,8 +348,10 @@ class _Handshake(_pynats2.NATSNoSubscribeClient):
         }
         if self._options.name is not None:
             fields["name"] = self._options.name
-        fields.update(auth.connect_fields(self._options, self._server))
-        self._write(b"CONNECT " + json.dumps(fields).encode() + b"\r\n" + PING)
+        fields.update(self._credentials.fields(nonce))
+        self._secrets_sent = True
+        with suppress(BrokenPipeError, ConnectionResetError):  # what it said before it hung up is read next
+            self._write(b"CONNECT " + json.dumps(fields).encode() + b"\r\n" + PING)
 
     def _await(self, wanted: re.Pattern[bytes]) -> None:
         """Read lines until the wanted one; what else may come meanwhile is answered or kept."""
@@ -292,20 +364,25 @@ class _Handshake(_pynats2.NATSNoSubscribeClient):
             elif command is _pynats2.PING_RE:
                 self._write(b"PONG\r\n")
             elif command is _pynats2.ERR_RE:
-                raise _refusal(self._server, line)
+                raise self._refusal(line)
             elif command not in (_pynats2.OK_RE, _pynats2.PONG_RE):
-                raise ProtocolError(f"{self._server} is no NATS server: it sent {line[:60]!r}")
+                raise ProtocolError(f"{self._server} is no NATS server: it sent {self._quote(line)}")
             if command is wanted:
                 return
 
     def _take_info(self, line: bytes) -> None:
-        try:
-            info = json.loads(line[4:])
-        except (ValueError, RecursionError) as error:
-            raise ProtocolError(f"{self._server} sent an INFO that is not JSON: {line[:60]!r}") from error
+        info = _json(line[4:])
         if not isinstance(info, dict):
-            raise ProtocolError(f"{self._server} sent an INFO that is no object: {line[:60]!r}")
+            raise ProtocolError(f"{self._server} sent an INFO that is no JSON object: {self._quote(line)}")
         self.info.update(info)
+
+    def _quote(self, line: bytes) -> str:
+        """The beginning of an odd line. Whoever has seen the credentials might send them back, so it is not quoted."""
+        return "what it should not after CONNECT" if self._secrets_sent else repr(line[:60])
+
+    def _refusal(self, line: bytes) -> NatsError:
+        text = line[4:].strip().strip(b"'").decode("utf-8", "replace")
+        return server_error(str(self._server), self._credentials.hide(text))
 
     def _readline(self, *, size: int | None = None) -> bytes:
         """One line with its CRLF. Raises at the end of the link, where pynats2 would spin."""
@@ -314,7 +391,8 @@ class _Handshake(_pynats2.NATSNoSubscribeClient):
                 raise ProtocolError(f"{self._server} is no NATS server: no line end in {_MAX_LINE} bytes")
             data = self._read()
             if not data:
-                raise ConnectError(f"{self._server} closed the connection during the handshake")
+                hint = self.hint_of_silence()
+                raise ConnectError(f"{self._server} closed the connection during the handshake{hint}")
             self._socket_buffer += data
         line, _, self._socket_buffer = self._socket_buffer.partition(b"\r\n")
         return line + b"\r\n"
@@ -336,15 +414,15 @@ class _Handshake(_pynats2.NATSNoSubscribeClient):
         self._raw.sendall(data if self._tls is None else self._tls.encrypt(data))
 
 
-def _connect(host: str, port: int, deadline: Deadline, dialing: Dialing) -> socket.socket:
+def _connect(server: Server, deadline: Deadline, dialing: Dialing) -> socket.socket:
     """A TCP connection to the first address of the host that answers; a deaf one leaves time for those behind it."""
-    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    failure: OSError = OSError(f"{host} has no address")
+    addresses = _addresses(server, deadline, dialing)
+    failure: OSError = OSError(f"{server.host} has no address")
     for tried, (family, kind, protocol, _, address) in enumerate(addresses):
         left = _left(deadline, "connecting")
         sock = socket.socket(family, kind, protocol)
         try:
-            dialing.begin(sock)
+            dialing.begin(lambda sock=sock: sock.shutdown(socket.SHUT_RDWR))  # type: ignore[misc]
             sock.settimeout(None if left is None else left / (len(addresses) - tried))
             sock.connect(address)
             return sock
@@ -355,15 +433,45 @@ def _connect(host: str, port: int, deadline: Deadline, dialing: Dialing) -> sock
     raise failure
 
 
+def _addresses(server: Server, deadline: Deadline, dialing: Dialing) -> list[Address]:
+    if server.is_address:
+        return socket.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM)
+    woken = Signal()
+    dialing.begin(woken.set)
+    lookup = look_up(server.host, server.port)
+    lookup.await_by(woken)
+    try:
+        woken.wait(deadline)
+    finally:
+        lookup.forget(woken)
+        dialing.end()
+    if not lookup.done:
+        dialing.begin(woken.set)  # raises if it was cancelled
+        raise TimeoutError(f"{server.host} was not resolved in time")
+    if lookup.error:
+        raise ConnectError(f"cannot connect to {server}: {lookup.error}")
+    return lookup.addresses
+
+
+def _tls_failure(error: ssl.SSLError) -> str:
+    """What OpenSSL says, with advice where there is some."""
+    said = error.reason or str(error)
+    if isinstance(error, ssl.SSLCertVerificationError):
+        said += f": {error.verify_message}"
+    advice = next((advice for part, advice in _TLS_ADVICE if part in said), "")
+    return said + (f"; {advice}" if advice else "")
+
+
+def _json(text: bytes) -> object:
+    """The value, None if it is not JSON. No error of the parser is chained to: it would hold the text."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
 def _left(deadline: Deadline, what: str) -> float | None:
     left = deadline.remaining()
     if left == 0:
         raise TimeoutError(f"no time left for {what}")
     return left
-
-
-def _refusal(server: Server, line: bytes) -> AuthorizationError | ConnectError:
-    text = line[4:].strip().strip(b"'").decode("utf-8", "replace")
-    if text.lower().startswith(_AUTH_ERRORS):
-        return AuthorizationError(f"{server} refused the credentials: {text}")
-    return ConnectError(f"{server} refused the connection: {text}")

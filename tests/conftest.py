@@ -1,18 +1,31 @@
-"""What holds for every test: natsync's fixtures are there, and no thread of natsync is left behind."""
+"""What holds for every test: natsync's fixtures are there, no thread of natsync is left behind, no credential shows.
+
+`pytest --lock-order` runs the suite with instrumented locks and fails at the end if their order was broken.
+"""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import hypothesis
 import pytest
 
+import lock_order
+import secrecy
 from natsync.testing import eventually
 from support import natsync_threads
 
 #: Seconds that the threads of a closed client or server may take to go.
 THREADS_GONE = 3.0
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--lock-order",
+        action="store_true",
+        help="record in which order natsync's locks are taken, and what is done under them; report at the end",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -22,10 +35,21 @@ def pytest_configure(config: pytest.Config) -> None:
     # No deadline an example: a shared machine may stall any of them.
     hypothesis.settings.register_profile("natsync", deadline=None)
     hypothesis.settings.load_profile("natsync")
+    secrecy.install()
+    if config.getoption("--lock-order"):
+        config.pluginmanager.register(lock_order.Plugin(), "natsync-lock-order")
 
 
 @pytest.fixture(autouse=True)
-def _no_thread_left_behind() -> Iterator[None]:
+def _no_credential_shown() -> Iterator[None]:
+    yield
+    finds = secrecy.watch.take()
+    if finds:
+        pytest.fail("credentials are shown in\n" + "\n".join(finds), pytrace=False)
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_left_behind(_no_credential_shown: None) -> Iterator[None]:
     before = natsync_threads()
     yield
     try:
@@ -33,3 +57,16 @@ def _no_thread_left_behind() -> Iterator[None]:
     except AssertionError:
         names = sorted(thread.name for thread in natsync_threads() - before)
         pytest.fail(f"natsync threads outlive the test by {THREADS_GONE:g} s: {', '.join(names)}", pytrace=False)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failed test's report must not show a credential either: it is what gets pasted into an issue."""
+    report = yield
+    if report.failed:
+        shown = [secrecy.watch.shows(text) for text in (str(call.excinfo and call.excinfo.value), report.caplog)]
+        for text in filter(None, shown):
+            report.sections.append(("a credential is shown", text))
+    return report

@@ -15,6 +15,7 @@ from textwrap import dedent
 import pytest
 
 import natsync
+from credentials import CREDS, Key, Operator, nkey_users
 from natsync.testing import NatsServer, eventually
 from processes import NATSYNC, PATIENCE, Child, child, run, started
 
@@ -362,9 +363,85 @@ def test_a_user_without_a_password_is_a_token(make_nats_server) -> None:
 
 def test_wrong_credentials_are_a_one_line_error_that_does_not_show_them(make_nats_server) -> None:
     server = make_nats_server(config=USERS)
-    result = run(*NATSYNC, "pub", "x", "--user", "ada", "--password", "secret1", url=server.url)
+    result = run(*NATSYNC, "pub", "x", "--user", "ada", "--password", "S3CRET", url=server.url)
     assert_one_line_error(result, 1, "uthorization")
-    assert "secret1" not in result.err[0]
+    assert "S3CRET" not in result.err[0]
+
+
+@pytest.fixture
+def creds_server(make_nats_server, tmp_path: Path) -> tuple[NatsServer, Path]:
+    """A server in operator mode, and the .creds file of one of its users."""
+    operator, path = Operator(), tmp_path / "ada.creds"
+    path.write_text(operator.user())
+    return make_nats_server(config=operator.config()), path
+
+
+def test_creds_may_be_an_option_or_come_from_the_environment(creds_server: tuple[NatsServer, Path]) -> None:
+    server, path = creds_server
+    assert run(*NATSYNC, "pub", "x", "--creds", str(path), url=server.url).process.returncode == 0
+    assert run(*NATSYNC, "pub", "x", url=server.url, env={"NATS_CREDS": str(path)}).process.returncode == 0
+    at_home = {"NATS_CREDS": "~/ada.creds", "HOME": str(path.parent)}
+    assert run(*NATSYNC, "pub", "x", url=server.url, env=at_home).process.returncode == 0
+    assert_one_line_error(run(*NATSYNC, "pub", "x", url=server.url), 1, "uthorization")
+
+
+def test_creds_that_are_garbled_are_a_one_line_error_that_does_not_show_them(
+    creds_server: tuple[NatsServer, Path],
+) -> None:
+    server, path = creds_server
+    text = path.read_text()
+    path.write_text(text.replace("END NATS", "STOP"))
+    result = run(*NATSYNC, "pub", "x", "--creds", str(path), url=server.url)
+    assert_one_line_error(result, 1, "ada.creds", "NATS USER JWT")
+    assert text.split()[4] not in result.err[0]
+
+
+@pytest.mark.parametrize(
+    "form", ["{}", "{}\n", "# the seed of ada\n{}\n", CREDS.replace("{jwt}", "a.b.c").replace("seed", "")]
+)
+def test_nkey_names_the_file_of_a_seed(make_nats_server, tmp_path: Path, form: str) -> None:
+    key, path = Key(), tmp_path / "ada.nk"
+    path.write_text(form.format(key.seed))
+    server = make_nats_server(config=nkey_users(key))
+    assert run(*NATSYNC, "pub", "x", "--nkey", str(path), url=server.url).process.returncode == 0
+    assert run(*NATSYNC, "pub", "x", url=server.url, env={"NATS_NKEY": str(path)}).process.returncode == 0
+
+
+def test_a_file_without_a_seed_is_a_one_line_error(url: str, tmp_path: Path) -> None:
+    path = tmp_path / "ada.nk"
+    path.write_text("S3CRET")
+    result = run(*NATSYNC, "pub", "x", "--nkey", str(path), url=url)
+    assert_one_line_error(result, 1, "not an nkey seed")
+    assert "S3CRET" not in result.err[0]
+
+
+@pytest.mark.parametrize("option", ["--creds", "--nkey"])
+def test_a_file_that_is_not_there_is_a_usage_error(url: str, option: str) -> None:
+    assert run(*NATSYNC, "pub", "x", option, "nowhere", url=url).process.returncode == 2
+
+
+def test_credentials_of_two_kinds_on_the_command_line_are_a_usage_error(
+    creds_server: tuple[NatsServer, Path],
+) -> None:
+    server, path = creds_server
+    result = run(*NATSYNC, "pub", "x", "--creds", str(path), "--token", "S3CRET", url=server.url)
+    assert result.process.returncode == 2
+    assert "--creds and --token" in result.err[-1]
+
+
+def test_credentials_on_the_command_line_win_over_another_kind_in_the_environment(
+    creds_server: tuple[NatsServer, Path],
+) -> None:
+    server, path = creds_server
+    environment = {"NATS_USER": "ada", "NATS_PASSWORD": "S3CRET", "NATS_TOKEN": "S3CRET"}
+    result = run(*NATSYNC, "pub", "x", "--creds", str(path), url=server.url, env=environment)
+    assert result.process.returncode == 0, result
+
+
+def test_of_two_kinds_in_the_environment_the_user_goes_first(creds_server: tuple[NatsServer, Path]) -> None:
+    server, path = creds_server
+    environment = {"NATS_USER": "ada", "NATS_PASSWORD": "S3CRET", "NATS_CREDS": str(path)}
+    assert_one_line_error(run(*NATSYNC, "pub", "x", url=server.url, env=environment), 1, "uthorization")
 
 
 PERMISSIONS = """
@@ -427,6 +504,22 @@ def test_tls_with_a_client_certificate_from_the_environment(make_nats_server, ce
     assert run(*NATSYNC, "pub", "x", url=server.url, env=environment).process.returncode == 0
     without = {"NATS_CA": certificates["ca"]}
     assert_one_line_error(run(*NATSYNC, "pub", "x", url=server.url, env=without), 1)
+
+
+@pytest.mark.parametrize("option", ["--tlsfirst", "--tls-first"])
+def test_tlsfirst_starts_tls_before_the_greeting(make_nats_server, certificates, option: str) -> None:
+    config = 'tls {{ handshake_first: true, cert_file: "{server}", key_file: "{server_key}" }}'
+    server = make_nats_server(config=config.format(**certificates))
+    command = (*NATSYNC, "pub", "x", "--tlsca", certificates["ca"])
+    assert run(*command, option, url=server.url).process.returncode == 0
+    assert run(*NATSYNC, option, *command[len(NATSYNC) :], url=server.url).process.returncode == 0
+    assert_one_line_error(run(*command, url=server.url), 1, "tls_first")
+
+
+def test_tlsfirst_without_any_file_verifies_as_usual(make_nats_server, certificates) -> None:
+    config = 'tls {{ handshake_first: true, cert_file: "{server}", key_file: "{server_key}" }}'
+    server = make_nats_server(config=config.format(**certificates))
+    assert_one_line_error(run(*NATSYNC, "pub", "x", "--tlsfirst", url=server.url), 1, "CERTIFICATE_VERIFY_FAILED")
 
 
 def test_a_key_without_a_certificate_is_a_usage_error(url: str, tmp_path: Path) -> None:

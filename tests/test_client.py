@@ -874,9 +874,9 @@ def test_one_server_that_refuses_does_not_hide_that_another_is_down(guarded: Nat
 
 
 def test_options_never_show_secrets() -> None:
-    options = natsync.ConnectOptions(user="alice", password="s3cr3t", token="t0k3n")
-    client = natsync.Client("nats://bob:hidden@localhost", user="alice", password="s3cr3t")
-    assert not re.search("s3cr3t|t0k3n|hidden", f"{options!r} {client!r} {client.stats()}")
+    options = natsync.ConnectOptions(token="S3CRET")
+    client = natsync.Client("nats://bob:S3CRET@localhost", user="alice", password="S3CRET")
+    assert "S3CRET" not in f"{options!r} {client!r} {client.stats()}"
 
 
 # -- faults of the reader that pynats2 had -------------------------------------------------------------------------

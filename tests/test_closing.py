@@ -19,6 +19,7 @@ import requests
 import trustme
 import urllib3
 
+import lock_order
 from natsync.closing import find_socket, wake
 from natsync.testing import eventually
 from thirdparty import ThirdParty
@@ -44,11 +45,14 @@ class Reader:
             self.outcome = error
 
     def _in_socket(self) -> bool:
-        """Whether the thread is in the read itself: in recv(), called from here, or in the file object of a socket."""
+        """Whether the thread is in the read itself: in recv(), called from here, or in the file object of a socket.
+
+        Under --lock-order the innermost frame is the instrument's, around the read.
+        """
         frame = sys._current_frames().get(self._thread.ident or 0)
         return frame is not None and (
             frame.f_code is getattr(self._read, "__code__", None)
-            or frame.f_code.co_filename in (socket.__file__, ssl.__file__)
+            or frame.f_code.co_filename in (socket.__file__, ssl.__file__, lock_order.__file__)
         )
 
     def back(self) -> bool:

@@ -8,7 +8,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 
 import natsync
+from broker import QUICK, SLACK, Broker, Events, Gate, Outcome, next_request, opened, refuse
 from natsync.connection import Connection
 from natsync.errors import (
     AuthorizationError,
@@ -28,145 +28,9 @@ from natsync.errors import (
     TimedOut,
 )
 from natsync.outbox import HIGH_WATER_BYTES
-from natsync.protocol import Op, Pub, Request, RequestParser, Sub, Unsub
+from natsync.protocol import Op, Pub, RequestParser, Sub, Unsub
 from natsync.testing import NatsServer, PeerConnection, ScriptedPeer, eventually
 from support import natsync_threads
-
-#: Seconds by which a deadline may be overrun on a busy machine.
-SLACK = 1.0
-#: Options of tests in which reconnecting is waited for.
-QUICK: dict[str, Any] = {"reconnect_wait": 0.02, "reconnect_wait_max": 0.05, "reconnect_jitter": 0.0}
-
-Script = Callable[[PeerConnection], object]
-
-
-def next_request(peer: PeerConnection) -> Request:
-    """The next thing that the client says."""
-    line = peer.recv_line()
-    words = line.split()
-    body = peer.recv_exactly(int(words[-1]) + 2) if words[0] in (b"PUB", b"HPUB") else b""
-    (request,) = RequestParser().feed(line + b"\r\n" + body)
-    return request
-
-
-class Broker:
-    """A script that plays an orderly server and records what each of its clients said, PINGs left out.
-
-    `scripts` are played instead for the first connections, one each.
-    """
-
-    def __init__(self, *scripts: Script, pongs: bool = True, **info: Any) -> None:
-        self.links: list[PeerConnection] = []
-        self.said: list[list[Request]] = []
-        self.pings = 0
-        self._scripts = scripts
-        self._pongs = pongs
-        self._info = info
-
-    def __call__(self, peer: PeerConnection) -> None:
-        if peer.index < len(self._scripts):
-            self._scripts[peer.index](peer)
-            return
-        peer.handshake(**self._info)
-        said: list[Request] = []
-        self.links.append(peer)
-        self.said.append(said)
-        while True:
-            request = next_request(peer)
-            if request is not Op.PING:
-                said.append(request)
-                continue
-            self.pings += 1
-            if self._pongs:
-                peer.send(b"PONG\r\n")
-
-    @property
-    def newest(self) -> PeerConnection:
-        return self.links[-1]
-
-    def drop(self) -> None:
-        """End the newest link, as a server does that is stopped."""
-        self.newest.sock.shutdown(socket.SHUT_RDWR)
-
-    def published(self, link: int = -1) -> list[Pub]:
-        return [request for request in self.said[link] if isinstance(request, Pub)] if self.said else []
-
-    def subscribed(self, link: int = -1) -> list[Sub]:
-        """The SUBs of a link, but for those of inboxes."""
-        subs = [request for request in self.said[link] if isinstance(request, Sub)] if self.said else []
-        return [sub for sub in subs if not sub.subject.startswith(b"_INBOX.")]
-
-
-def refuse(peer: PeerConnection) -> None:
-    """Accept and close."""
-
-
-class Gate:
-    """A script that refuses clients until it is opened, and is a broker from then on."""
-
-    def __init__(self, broker: Broker) -> None:
-        self.broker = broker
-        self.open = threading.Event()
-
-    def __call__(self, peer: PeerConnection) -> None:
-        if not self.broker.links or self.open.is_set():
-            self.broker(peer)
-
-
-class Events:
-    """An on_event that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.all: list[tuple[str, dict[str, Any]]] = []
-
-    def __call__(self, name: str, info: dict[str, Any]) -> None:
-        self.all.append((name, info))
-
-    @property
-    def names(self) -> list[str]:
-        return [name for name, _ in self.all]
-
-    def wait(self, name: str, count: int = 1) -> dict[str, Any]:
-        """The details of the count-th event of this name, waited for."""
-        eventually(lambda: self.names.count(name) >= count, message=f"no {name!r} among {self.all}")
-        return [info for one, info in self.all if one == name][count - 1]
-
-
-class Outcome:
-    """What a call on a thread of its own came to."""
-
-    def __init__(self, function: Callable[[], object]) -> None:
-        self.value: object = None
-        self.error: BaseException | None = None
-        self._function = function
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self.value = self._function()
-        except BaseException as error:
-            self.error = error
-
-    @property
-    def running(self) -> bool:
-        return self._thread.is_alive()
-
-    def within(self, seconds: float) -> BaseException | None:
-        """The error, or None; the call must end in time."""
-        self._thread.join(seconds)
-        assert not self.running, f"still running after {seconds:g} s"
-        return self.error
-
-
-@contextmanager
-def opened(peer: ScriptedPeer, *, patience: float = 5.0, **options: Any) -> Iterator[natsync.Client]:
-    """A client of the peer; patience is what close() gets, for peers that do not answer its flush."""
-    client = natsync.connect(peer.url, **{**QUICK, **options})
-    try:
-        yield client
-    finally:
-        client.close(patience)
 
 
 def open_descriptors() -> int:
@@ -1223,6 +1087,121 @@ def test_close_may_come_from_an_event() -> None:
             broker.drop()
             assert closed.wait(3)
             assert client.status == "closed"
+
+
+# -- reconnecting on demand ------------------------------------------------------------------------------------------
+
+
+def test_force_reconnect_makes_another_link_at_once_with_everything_in_place() -> None:
+    broker, events = Broker(), Events()
+    with (
+        ScriptedPeer(broker) as peer,
+        opened(peer, on_event=events, reconnect_wait=30.0, reconnect_wait_max=30.0) as client,
+    ):
+        sub = client.subscribe("s")
+        client.flush()
+        for count in (1, 2, 3):
+            client.force_reconnect()
+            events.wait("reconnected", count)
+        client.flush()
+        assert [one.subject for one in broker.subscribed()] == [b"s"]
+        assert sub.active
+        assert client.stats()["reconnects"] == 3
+
+
+def test_force_reconnect_goes_to_another_server_if_there_is_one() -> None:
+    with ScriptedPeer(Broker()) as first, ScriptedPeer(Broker()) as second:
+        events = Events()
+        client = natsync.connect([first.url, second.url], randomize=False, on_event=events, **QUICK)
+        client.force_reconnect()
+        assert events.wait("reconnected")["server"] == second.url
+        client.close()
+
+
+def test_force_reconnect_cuts_the_pause_between_attempts_short() -> None:
+    broker, events = Broker(), Events()
+    gate = Gate(broker)
+    with ScriptedPeer(gate) as peer:
+        options = {"reconnect_wait": 60.0, "reconnect_wait_max": 60.0, "on_event": events}
+        with opened(peer, **options) as client:
+            broker.drop()
+            eventually(lambda: peer.accepted >= 2)
+            gate.open.set()
+            client.force_reconnect()
+            events.wait("reconnected")
+
+
+def test_force_reconnect_tells_what_is_under_way() -> None:
+    broker = Broker()
+    with ScriptedPeer(broker) as peer, opened(peer) as client:
+        asking = Outcome(lambda: client.request("a", timeout=5))
+        eventually(lambda: broker.published())
+        client.force_reconnect()
+        error = asking.within(5)
+        assert isinstance(error, ConnectionLost)
+        assert error.sent
+
+
+def test_force_reconnect_of_a_closed_client_says_so_and_of_a_new_one_connects() -> None:
+    with ScriptedPeer(Broker()) as peer:
+        client = natsync.Client(peer.url, **QUICK)
+        client.force_reconnect()
+        eventually(lambda: client.status == "connected")
+        client.close()
+        with pytest.raises(ConnectionClosed):
+            client.force_reconnect()
+
+
+# -- draining ---------------------------------------------------------------------------------------------------------
+
+
+def test_drain_reports_what_was_not_handled() -> None:
+    broker = Broker()
+    release = threading.Event()
+    with ScriptedPeer(broker) as peer, opened(peer) as client:
+        client.subscribe("stuck", lambda message: release.wait(20))
+        client.subscribe("fine", lambda message: None)
+        eventually(lambda: len(broker.subscribed()) == 2)
+        for sub in broker.subscribed():
+            broker.newest.send(b"MSG %b %b 1\r\nx\r\n" % (sub.subject, sub.sid) * 3)
+        eventually(lambda: client.stats()["in_messages"] == 6)
+        began = time.monotonic()
+        with pytest.raises(natsync.DrainTimeout) as raised:
+            client.drain(0.3)
+        assert time.monotonic() - began < 0.3 + SLACK + 1
+        release.set()
+        assert raised.value.unhandled == {"stuck": 3}
+        assert raised.value.unsent == 0
+        assert raised.value.undone == ["3 messages on 'stuck' not handled"]
+        assert client.status == "closed"
+
+
+def test_drain_reports_what_was_not_sent() -> None:
+    broker = Broker()
+    gate = Gate(broker)
+    with ScriptedPeer(gate) as peer, opened(peer) as client:
+        broker.drop()
+        eventually(lambda: client.status == "reconnecting")
+        for _ in range(4):
+            client.publish("n", b"x")
+        began = time.monotonic()
+        with pytest.raises(natsync.DrainTimeout, match="4 messages were not sent") as raised:
+            client.drain(0.3)
+        assert time.monotonic() - began < 0.3 + SLACK + 1
+        assert raised.value.unsent == 4
+
+
+def test_what_was_dropped_stays_counted_when_its_subscription_has_ended() -> None:
+    broker = Broker()
+    with ScriptedPeer(broker) as peer, opened(peer) as client:
+        sub = client.subscribe("s", pending_messages=1)
+        eventually(lambda: broker.subscribed())
+        broker.newest.send(b"MSG s %b 1\r\nx\r\n" % broker.subscribed()[0].sid * 5)
+        eventually(lambda: sub.dropped == 4)
+        sub.next(timeout=1)
+        sub.unsubscribe()
+        client.flush()
+        assert client.stats()["dropped"] == 4
 
 
 @pytest.mark.parametrize("use", ["publish", "request", "subscribe", "stream", "flush", "open"])

@@ -12,13 +12,15 @@ from support import ROOT
 #: Every module of the core, from the top: each may import those before it and none of those behind.
 CORE = [
     "_version", "_pynats2",
-    "errors", "headers", "subject", "message", "concurrency", "timers", "closing", "context", "options",  # words
+    "errors", "server_errors", "nkey", "headers", "subject", "message", "concurrency", "timers", "closing",  # words
+    "context", "hooks", "options",
     "protocol",  # wire
-    "auth", "servers", "workers", "transport",  # link
-    "outbox", "session", "settling", "mux", "subscription", "dispatcher", "supervisor", "connection",  # connection
+    "auth", "servers", "workers", "resolver", "transport", "outbox", "session", "handover",  # link
+    "settling", "mux", "subscription", "dispatcher", "supervisor", "links",
+    "connection",  # connection
     "reply", "retry", "streaming", "streaming.frames", "streaming.call", "streaming.stream", "streaming.sender",  # use
-    "streaming.handlers", "streaming.work", "streaming.responder", "streaming.registration", "streaming.serving",
-    "streaming.subscriber", "client", "pool",
+    "streaming.handlers", "streaming.watched", "streaming.work", "streaming.responder", "streaming.registration",
+    "streaming.serving", "streaming.subscriber", "client", "pool",
 ]  # fmt: skip
 #: What the core never imports: these may import all of it.
 EDGES = ("__init__", "__main__", "testing", "cli", "contrib")

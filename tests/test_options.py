@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import ssl
+import sys
+import textwrap
+from pathlib import Path
 from typing import Any
 
+import nkeys
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,6 +25,8 @@ from natsync.options import (
     parse_server,
     parse_servers,
 )
+from secrecy import MARKER, secret
+from support import run_python
 
 # -- URLs ------------------------------------------------------------------------------------------------------------
 
@@ -84,7 +91,7 @@ def test_a_refusal_never_shows_credentials(url: str) -> None:
         parse_server(url)
     shown = f"{caught.value!s} {caught.value!r} {caught.value.line} {caught.value.__cause__} {caught.value.args}"
     assert "hunter2" not in shown
-    assert caught.value.__suppress_context__ or caught.value.__context__ is None  # nor a chained traceback
+    assert caught.value.__context__ is None  # nor what it stands in for
 
 
 def test_a_server_shows_neither_user_nor_password_nor_token() -> None:
@@ -251,10 +258,133 @@ def test_another_tls_is_a_type_error(value: Any) -> None:
         connect_options({"tls": value})
 
 
-def test_options_do_not_show_secrets() -> None:
-    options = connect_options({"user": "hunter1", "password": "hunter2", "token": "hunter3", "name": "shown"})
-    assert "hunter" not in repr(options)
+SEED = secret(nkeys.encode_seed(bytes(32), nkeys.PREFIX_BYTE_USER).decode())
+
+
+def name_of(options: dict[str, Any]) -> str:
+    return "+".join(options) or "none"
+
+
+@pytest.mark.parametrize(
+    "secrets",
+    [
+        {"user": f"{MARKER}-user", "password": f"{MARKER}-password"},
+        {"token": MARKER},
+        {"nkey_seed": SEED},
+        {"credentials": f"{MARKER}/user.creds"},
+        {"token": lambda: MARKER},
+    ],
+    ids=name_of,
+)
+def test_options_do_not_show_secrets(secrets: dict[str, Any]) -> None:
+    options = connect_options({**secrets, "name": "shown"})
+    assert not [value for value in (MARKER, SEED) if value in repr(options)]
     assert "shown" in repr(options)
+
+
+KINDS: list[dict[str, Any]] = [
+    {"user": "ada", "password": MARKER},
+    {"token": MARKER},
+    {"credentials": "user.creds"},
+    {"nkey_seed": SEED},
+]
+
+
+@pytest.mark.parametrize(("one", "other"), list(itertools.permutations(KINDS, 2)), ids=name_of)
+def test_credentials_of_two_kinds_are_refused(one: dict[str, Any], other: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgument, match="give one") as caught:
+        connect_options({**one, **other})
+    assert not [value for value in (MARKER, SEED) if value in str(caught.value)]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=name_of)
+def test_credentials_of_one_kind_are_taken(kind: dict[str, Any]) -> None:
+    options = connect_options(kind)
+    assert {name: getattr(options, name) for name in kind} == kind
+
+
+def test_a_password_without_a_user_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match="without user"):
+        connect_options({"password": MARKER})
+
+
+@pytest.mark.parametrize("name", ["user", "password", "token", "nkey_seed", "credentials"])
+@pytest.mark.parametrize("value", [5, b"S3CRET", ["S3CRET"], True])
+def test_a_secret_of_a_wrong_type_is_a_type_error_that_does_not_show_it(name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=name) as caught:
+        connect_options({"user": "ada", name: value} if name == "password" else {name: value})
+    assert MARKER not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["user", "token", "nkey_seed"])
+def test_functions_for_secrets_are_not_called_before_there_is_a_server(name: str) -> None:
+    called: list[int] = []
+    connect_options({name: lambda: called.append(1)})
+    assert called == []
+
+
+@pytest.mark.parametrize(
+    "seed", ["", "SUnonsense", SEED[:-1] + "A", SEED.lower()], ids=["empty", "short", "checksum", "case"]
+)
+def test_a_seed_is_checked_when_it_is_given(seed: str) -> None:
+    with pytest.raises(InvalidArgument, match="seed") as caught:
+        connect_options({"nkey_seed": seed})
+    assert not seed or seed not in str(caught.value)
+    assert caught.value.__context__ is None
+
+
+def test_the_text_of_creds_is_checked_when_it_is_given() -> None:
+    with pytest.raises(InvalidArgument, match="JWT"):
+        connect_options({"credentials": "-----BEGIN NATS USER JWT-----\nabc"})
+
+
+@pytest.mark.parametrize("path", ["nowhere/user.creds", Path("nowhere/user.creds")])
+def test_a_creds_file_need_not_be_there_yet(path: Any) -> None:
+    assert connect_options({"credentials": path}).credentials == path
+
+
+@pytest.mark.parametrize("options", [{"nkey_seed": SEED}, {"nkey_seed": lambda: SEED}, {"credentials": "x.creds"}])
+def test_nkeys_without_the_library_are_refused_with_what_to_install(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "nkeys", None)
+    with pytest.raises(InvalidArgument, match=r'pip install "natsync\[nkeys\]"'):
+        connect_options(options)
+
+
+def test_only_signing_imports_the_nkeys_library() -> None:
+    code = """
+        import sys, natsync
+        natsync.Client(user="ada", password="x"), natsync.Client(nkey_seed=sys.argv[1])
+        print([name for name in ("nkeys", "nacl") if name in sys.modules])
+    """
+    assert run_python(textwrap.dedent(code), SEED).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("value", [1, "yes", None])
+def test_tls_first_is_a_choice(value: Any) -> None:
+    with pytest.raises(TypeError, match="tls_first"):
+        connect_options({"tls_first": value})
+
+
+def test_tls_first_without_tls_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match="contradict"):
+        connect_options({"tls_first": True, "tls": False})
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [
+        ("127.0.0.1", True),
+        ("::1", True),
+        ("fe80::1%eth0", True),
+        ("localhost", False),
+        ("10.example", False),
+        ("", False),
+    ],
+)
+def test_a_server_knows_whether_its_host_is_an_address(host: str, address: bool) -> None:
+    assert Server(host, 1).is_address is address
 
 
 def test_options_cannot_be_changed_afterwards() -> None:

@@ -79,7 +79,45 @@ def test_another_port_is_another_server() -> None:
 
 
 def test_a_discovered_address_may_be_ipv6() -> None:
-    assert listed([A]).discovered(["[::1]:4222"]) == [Server("::1", 4222)]
+    assert listed([A]).discovered(["[::1]:4222"]) == [Server("::1", 4222, tls_name="a")]
+
+
+def test_discovered_servers_are_like_the_one_that_told_of_them() -> None:
+    servers = listed("nats://t@a:1,tls://u:p@b:2")
+    told_by = list(servers)[1]
+    assert servers.discovered(["c:3"], told_by) == [Server("c", 3, tls=True, user="u", password="p")]
+
+
+@pytest.mark.parametrize("host", ["10.0.0.1", "::1"])
+def test_a_server_told_of_by_address_is_verified_by_the_name_of_who_told(host: str) -> None:
+    servers = listed([A])
+    assert servers.discovered([str(Server(host, 2))], Server("name.example", 1)) == [
+        Server(host, 2, tls_name="name.example")
+    ]
+
+
+def test_a_server_told_of_by_name_is_verified_by_its_own() -> None:
+    (new,) = listed([A]).discovered(["b.example:2"], Server("a.example", 1))
+    assert new.tls_name is None
+
+
+def test_the_name_to_verify_is_handed_on_from_address_to_address() -> None:
+    servers = listed([A])
+    (second,) = servers.discovered(["10.0.0.2:2"], A)
+    (third,) = servers.discovered(["10.0.0.3:3"], second)
+    assert third.tls_name == "a"
+
+
+def test_a_server_told_of_by_an_address_that_has_no_name_is_verified_by_its_address() -> None:
+    (new,) = listed([A]).discovered(["10.0.0.2:2"], Server("10.0.0.1", 1))
+    assert new.tls_name is None
+
+
+def test_a_name_after_an_address_is_verified_by_itself() -> None:
+    servers = listed([A])
+    (second,) = servers.discovered(["10.0.0.2:2"], A)
+    (third,) = servers.discovered(["c.example:3"], second)
+    assert third.tls_name is None
 
 
 @pytest.mark.parametrize("url", ["", ":", "http://x:1", "x:99999", "x:port", "[::1", 5, None, ["b:2"]])

@@ -42,15 +42,15 @@ class Owner:
         self.lost = threading.Event()
         self.fail = False
 
-    def on_batch(self, batch: Batch) -> None:
+    def on_batch(self, session: Session, batch: Batch) -> None:
         if self.fail:
             raise ZeroDivisionError("a fault of the library")
         self.batches.append(batch)
 
-    def on_info(self, fields: dict[str, Any]) -> None:
+    def on_info(self, session: Session, fields: dict[str, Any]) -> None:
         self.infos.append(fields)
 
-    def on_server_error(self, text: str) -> None:
+    def on_server_error(self, session: Session, text: str) -> None:
         self.errors.append(text)
 
     def on_lost(self, session: Session, reason: Exception) -> None:
@@ -72,7 +72,7 @@ class Link:
         self.outbox = outbox or Outbox(1 << 20)
         self.outbox.attach([])
         transport = Transport(ours, Server("127.0.0.1", 4222), b"")
-        self.session = Session(transport, self.outbox, ConnectOptions(**options), self.owner, "natsync-test", 0)
+        self.session = Session(transport, {}, self.outbox, ConnectOptions(**options), self.owner, "natsync-test", 0)
 
     def ended(self, timeout: float = 5.0) -> Exception:
         """The reason with which the link ended, waited for."""

@@ -8,6 +8,7 @@ import os
 import ssl
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ import trustme
 
 import natsync
 from natsync.errors import ConnectError, NoServersError
-from natsync.options import ConnectOptions, Server
-from natsync.testing import NatsServer, PeerConnection, ScriptedPeer, eventually
+from natsync.options import ConnectOptions, Server, parse_server
+from natsync.testing import NatsCluster, NatsServer, PeerConnection, ScriptedPeer, eventually
 from natsync.transport import TLSTransport, dial
 
 QUICK: dict[str, Any] = {"reconnect_wait": 0.02, "reconnect_wait_max": 0.05, "reconnect_jitter": 0.0}
@@ -168,6 +169,165 @@ def test_both_versions_of_tls_work(server: NatsServer, authority: trustme.CA, ve
         assert client.request("version", b"x" * 100_000).data == b"x" * 100_000
 
 
+# -- TLS before the greeting
+
+
+@pytest.fixture(scope="module")
+def tls_first_server(config: Callable[..., str]) -> Iterator[NatsServer]:
+    with NatsServer(config=first(config("127.0.0.1"), "true")) as server:
+        yield server
+
+
+def first(config: str, when: str) -> str:
+    return config.replace("tls {", f"tls {{\n  handshake_first: {when}")
+
+
+def test_tls_first_reaches_a_server_that_greets_after_tls(
+    tls_first_server: NatsServer, trusting: ssl.SSLContext
+) -> None:
+    with natsync.connect(tls_first_server.url, tls=trusting, tls_first=True) as client:
+        client.subscribe("first", lambda message: message.respond(message.data))
+        assert client.request("first", b"x").data == b"x"
+
+
+@pytest.mark.parametrize("when", ["auto", '"200ms"'])
+def test_tls_first_reaches_a_server_that_waits_a_moment_for_it(
+    config: Callable[..., str], trusting: ssl.SSLContext, make_nats_server: Callable[..., NatsServer], when: str
+) -> None:
+    server = make_nats_server(config=first(config("127.0.0.1"), when))
+    for tls_first in (True, False):
+        with natsync.connect(server.url, tls=trusting, tls_first=tls_first) as client:
+            client.flush()
+
+
+def test_tls_first_verifies_as_usual(tls_first_server: NatsServer) -> None:
+    assert "CERTIFICATE_VERIFY_FAILED" in str(failure(tls_first_server.url, tls_first=True))
+
+
+def test_a_server_that_greets_after_tls_is_found_again(
+    config: Callable[..., str], trusting: ssl.SSLContext, make_nats_server: Callable[..., NatsServer]
+) -> None:
+    server = make_nats_server(config=first(config("127.0.0.1"), "true"))
+    with natsync.connect(server.url, tls=trusting, tls_first=True, **QUICK) as client:
+        server.kill()
+        server.restart()
+        eventually(lambda: client.stats()["reconnects"] == 1, 10)
+        client.flush()
+
+
+def test_without_tls_first_such_a_server_times_out_with_advice(
+    tls_first_server: NatsServer, trusting: ssl.SSLContext
+) -> None:
+    error = failure(tls_first_server.url, tls=trusting, connect_timeout=0.3)
+    assert isinstance(error, natsync.TimedOut)
+    assert "tls_first=True" in str(error)
+
+
+def test_without_tls_first_such_a_server_hangs_up_with_advice(
+    config: Callable[..., str], trusting: ssl.SSLContext, make_nats_server: Callable[..., NatsServer]
+) -> None:
+    server = make_nats_server(config=first(config("127.0.0.1"), "true\n  timeout: 0.2"))
+    error = failure(server.url, tls=trusting, connect_timeout=20)
+    assert isinstance(error, ConnectError)
+    assert "tls_first=True" in str(error)
+
+
+@pytest.mark.parametrize("which", ["nats_server", "server"])
+def test_tls_first_at_a_server_that_greets_first_is_refused_with_advice(
+    which: str, trusting: ssl.SSLContext, request: pytest.FixtureRequest
+) -> None:
+    error = failure(request.getfixturevalue(which).url, tls=trusting, tls_first=True)
+    assert isinstance(error, ConnectError)
+    assert "leave tls_first out" in str(error)
+
+
+def test_nothing_but_tls_is_sent_to_a_server_that_greets_first() -> None:
+    sent: list[bytes] = []
+
+    def script(peer: PeerConnection) -> None:
+        peer.send_info()
+        sent.append(peer.recv_until_eof())
+
+    with ScriptedPeer(script) as peer:
+        failure(peer.url, tls_first=True, token="S3CRET")
+    assert sent[0][:3] == b"\x16\x03\x01"  # the ClientHello
+    assert b"S3CRET" not in sent[0]
+    assert b"CONNECT" not in sent[0]
+
+
+# -- less than was asked for
+
+
+def test_a_server_that_has_lost_its_tls_is_refused_and_gets_no_credentials(
+    authority: trustme.CA, trusting: ssl.SSLContext
+) -> None:
+    sent: list[bytes] = []
+
+    def then(sock: ssl.SSLSocket, peer: PeerConnection) -> None:
+        shake_hands(sock)
+        sock.sendall(b"PONG\r\n")
+
+    secure = TlsPeer(authority, then)
+
+    def script(peer: PeerConnection) -> None:
+        if peer.index == 0:
+            secure(peer)
+            return
+        peer.send_info()
+        sent.append(peer.recv_until_eof())
+
+    with ScriptedPeer(script) as peer:
+        options = {"tls": trusting, "user": "ada", "password": "S3CRET", **QUICK}
+        with natsync.connect(peer.url, **options) as client:
+            eventually(lambda: len(sent) >= 3)
+            assert client.status == "reconnecting"
+    assert set(sent) == {b""}
+
+
+def test_a_real_server_that_is_restarted_without_tls_is_refused_until_it_has_it_again(
+    config: Callable[..., str], trusting: ssl.SSLContext, make_nats_server: Callable[..., NatsServer]
+) -> None:
+    server = make_nats_server(config=config("127.0.0.1"))
+    with natsync.connect(tls_url(server), tls=trusting, token="S3CRET", **QUICK) as client:
+        secure, server.config = server.config, "debug: true\ntrace: true"
+        server.restart()
+        eventually(lambda: server.log().count("Client Closed") >= 3, 10)
+        assert client.status == "reconnecting"
+        assert "[CONNECT" not in server.log()
+        server.config = secure
+        server.restart()
+        eventually(lambda: client.status == "connected", 10)
+        client.flush()
+
+
+# -- servers that are discovered
+
+
+def test_a_server_discovered_by_address_is_verified_by_the_name_of_who_told(
+    config: Callable[..., str], trusting: ssl.SSLContext
+) -> None:
+    with NatsCluster(2, config("localhost")) as cluster:
+        with natsync.connect(tls_url(cluster.servers[0], "localhost"), tls=trusting, **QUICK) as client:
+            told = f"127.0.0.1:{cluster.servers[1].port}"
+            eventually(lambda: told in client.server_info.get("connect_urls", []), 10)
+            cluster.kill(0)
+            eventually(lambda: client.stats()["server"] == f"tls://127.0.0.1:{cluster.servers[1].port}", 20)
+            client.flush()
+
+
+def test_a_server_given_by_an_address_that_its_certificate_lacks_is_refused(
+    config: Callable[..., str], trusting: ssl.SSLContext, make_nats_server: Callable[..., NatsServer]
+) -> None:
+    server = make_nats_server(config=config("localhost"))
+    assert "mismatch" in str(failure(tls_url(server), tls=trusting))
+    named = replace(parse_server(tls_url(server)), tls_name="localhost")
+    transport, _ = dial(named, ConnectOptions(tls=trusting, connect_timeout=10))
+    transport.close()
+    other = replace(named, tls_name="other.example")
+    with pytest.raises(ConnectError, match="mismatch"):
+        dial(other, ConnectOptions(tls=trusting, connect_timeout=10))
+
+
 # -- client certificates
 
 
@@ -185,7 +345,37 @@ def test_a_missing_client_certificate_is_a_connect_error(
     config: Callable[..., str], trusting: ssl.SSLContext, make_nats_server: Callable[..., NatsServer]
 ) -> None:
     server = make_nats_server(config=config("127.0.0.1", verify=True))
-    assert isinstance(failure(tls_url(server), tls=trusting), ConnectError)
+    error = failure(tls_url(server), tls=trusting)
+    assert isinstance(error, ConnectError)
+    assert "client certificate" in str(error)
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_a_client_certificate_of_an_unknown_authority_is_a_connect_error(
+    config: Callable[..., str],
+    authority: trustme.CA,
+    make_nats_server: Callable[..., NatsServer],
+    version: ssl.TLSVersion,
+) -> None:
+    server = make_nats_server(config=config("127.0.0.1", verify=True))
+    context = trust(authority)
+    context.minimum_version = context.maximum_version = version
+    trustme.CA().issue_cert("client@example.org").configure_cert(context)
+    assert isinstance(failure(tls_url(server), tls=context), ConnectError)
+
+
+def test_a_client_is_known_by_its_certificate(
+    config: Callable[..., str], authority: trustme.CA, make_nats_server: Callable[..., NatsServer]
+) -> None:
+    users = 'authorization { users = [ { user: "known@example.org" } ] }'
+    mapped = config("127.0.0.1", verify=True).replace("verify: true", "verify_and_map: true")
+    server = make_nats_server(config=f"{mapped}\n{users}")
+    known, unknown = trust(authority), trust(authority)
+    authority.issue_cert("known@example.org").configure_cert(known)
+    authority.issue_cert("unknown@example.org").configure_cert(unknown)
+    with natsync.connect(tls_url(server), tls=known) as client:
+        client.flush()
+    assert isinstance(failure(tls_url(server), tls=unknown), natsync.AuthorizationError)
 
 
 # -- everything works over it

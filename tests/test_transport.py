@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -16,7 +16,8 @@ import natsync
 from natsync.errors import AuthorizationError, ConnectError, NatsError, ProtocolError, TimedOut
 from natsync.options import ConnectOptions, Server, parse_server
 from natsync.testing import PeerConnection, ScriptedPeer
-from natsync.transport import Transport, dial
+from natsync.transport import Dialing, Transport, dial
+from support import natsync_threads
 
 #: Seconds by which a deadline may be overrun on a busy machine.
 SLACK = 1.0
@@ -219,6 +220,101 @@ def test_a_name_that_does_not_resolve_is_a_connect_error(monkeypatch: pytest.Mon
         dial(Server("nobody.example", 4222), options())
 
 
+@pytest.fixture
+def stuck_resolver(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """The system's resolver does not answer; the event tells that it was asked."""
+    asked, answer = threading.Event(), threading.Event()
+
+    def stuck(*args: object, **kwargs: object) -> list[object]:
+        asked.set()
+        answer.wait(30)
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", stuck)
+    yield asked
+    answer.set()
+
+
+def test_a_resolver_that_does_not_answer_is_given_up_at_the_deadline(stuck_resolver: threading.Event) -> None:
+    begin = time.monotonic()
+    with pytest.raises(TimedOut):
+        dial(Server("slow.example", 4222), options(connect_timeout=SHORT))
+    assert SHORT <= time.monotonic() - begin < SHORT + SLACK
+
+
+def test_a_resolver_that_does_not_answer_costs_one_thread_however_often_it_is_asked(
+    stuck_resolver: threading.Event,
+) -> None:
+    for _ in range(3):
+        with pytest.raises(TimedOut):
+            dial(Server("slow.example", 4222), options(connect_timeout=0.05))
+    assert [thread.name for thread in natsync_threads()].count("natsync-resolver") == 1
+
+
+def test_cancelling_ends_the_wait_for_the_resolver(stuck_resolver: threading.Event) -> None:
+    dialing, failed = Dialing(), list[Exception]()
+
+    def dial_slowly() -> None:
+        try:
+            dial(Server("slow.example", 4222), options(), dialing)
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=dial_slowly)
+    thread.start()
+    assert stuck_resolver.wait(5)
+    dialing.cancel()
+    thread.join(5)
+    assert [type(error) for error in failed] == [ConnectError]
+    assert "closed while connecting" in str(failed[0])
+
+
+def test_after_cancelling_nothing_is_dialed() -> None:
+    dialing = Dialing()
+    dialing.cancel()
+    with ScriptedPeer(PeerConnection.handshake) as peer:
+        for host in ("127.0.0.1", "localhost"):
+            with pytest.raises(ConnectError, match="closed while connecting"):
+                dial(Server(host, peer.port), options(), dialing)
+        assert peer.accepted == 0
+
+
+def test_closing_a_client_does_not_wait_for_the_resolver(stuck_resolver: threading.Event) -> None:
+    client = natsync.Client("nats://slow.example:4222", connect_timeout=LONG)
+
+    def open_client() -> None:
+        with suppress(NatsError):
+            client.open()
+
+    opener = threading.Thread(target=open_client)
+    opener.start()
+    assert stuck_resolver.wait(5)
+    begin = time.monotonic()
+    client.close()
+    opener.join(5)
+    assert time.monotonic() - begin < LONG / 2
+    assert not opener.is_alive()
+
+
+def test_an_address_is_not_resolved_on_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[str] = []
+    real = socket.getaddrinfo
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", watched)
+    assert info_of(PeerConnection.handshake)
+    assert set(threads) == {threading.current_thread().name}
+
+
+def test_a_name_is_dialed_at_its_address() -> None:
+    with ScriptedPeer(PeerConnection.handshake) as peer:
+        transport, _ = dial(Server("localhost", peer.port), options())
+        transport.close()
+
+
 @pytest.mark.parametrize("host", ["a" * 64 + ".example", "a..b"])
 def test_a_host_name_that_cannot_be_encoded_is_a_typed_error_and_no_hang(host: str) -> None:
     client = natsync.Client(f"nats://{host}:4222")
@@ -359,7 +455,6 @@ def refuse(text: bytes) -> Callable[[PeerConnection], None]:
         b"User Authentication Expired",
         b"User Authentication Revoked",
         b"Account Authentication Expired",
-        b"Authentication Timeout",
     ],
 )
 def test_refused_credentials_are_an_authorization_error(text: bytes) -> None:
@@ -369,13 +464,56 @@ def test_refused_credentials_are_an_authorization_error(text: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", [b"maximum connections exceeded", b"Secure Connection - TLS Required", b"what is this"]
+    "text",
+    [
+        b"maximum connections exceeded",
+        b"maximum account active connections exceeded",
+        b"Connection throttling is active. Please try again later.",
+        b"Authentication Timeout",
+        b"Secure Connection - TLS Required",
+        b"no responders requires headers support",
+        b"invalid client protocol",
+        b"what is this",
+    ],
 )
 def test_another_refusal_is_a_connect_error_with_the_servers_words(text: bytes) -> None:
     error = failure(refuse(text))
     assert isinstance(error, ConnectError)
     assert not isinstance(error, AuthorizationError)
     assert text.decode() in str(error)
+
+
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        (b"Secure Connection - TLS Required", "tls_first=True"),
+        (b"no responders requires headers support", "no_header_support"),
+        (b"invalid client protocol", "too old"),
+        (b"Authentication Timeout", "authorization timeout"),
+    ],
+)
+def test_a_refusal_comes_with_advice(text: bytes, advice: str) -> None:
+    assert advice in str(failure(refuse(text)))
+
+
+def test_the_last_words_of_a_server_that_hangs_up_are_told() -> None:
+    """It refuses and resets before CONNECT has come: writing fails, but what it said can still be read."""
+
+    def script(peer: PeerConnection) -> None:
+        peer.send_info()
+        peer.send(b"-ERR 'maximum connections exceeded'\r\n")
+        peer.close()
+
+    for _ in range(20):
+        assert "maximum connections exceeded" in str(failure(script))
+
+
+def test_a_refusal_in_place_of_tls_is_told() -> None:
+    def script(peer: PeerConnection) -> None:
+        peer.send(b"INFO {\"tls_required\":true}\r\n-ERR 'maximum connections exceeded'\r\n")
+        peer.recv_until_eof()
+
+    assert "maximum connections exceeded" in str(failure(script))
 
 
 def test_a_refusal_in_place_of_info_is_told() -> None:
@@ -390,8 +528,8 @@ def test_an_error_without_text_is_a_refusal() -> None:
 def test_a_refusal_does_not_quote_the_credentials() -> None:
     with ScriptedPeer(refuse(b"Authorization Violation")) as peer:
         with pytest.raises(AuthorizationError) as raised:
-            dial(parse_server(f"nats://ada:s3cret@127.0.0.1:{peer.port}"), options())
-    assert "s3cret" not in str(raised.value)
+            dial(parse_server(f"nats://ada:S3CRET@127.0.0.1:{peer.port}"), options())
+    assert "S3CRET" not in str(raised.value)
 
 
 # -- not a NATS server ------------------------------------------------------------------------------------------------
@@ -454,7 +592,7 @@ def test_tls_wanted_but_not_offered_is_refused_with_nothing_sent(scheme: str, tl
         sent.append(peer.recv_until_eof())
 
     with ScriptedPeer(script) as peer:
-        server = parse_server(f"{scheme}://ada:s3cret@127.0.0.1:{peer.port}")
+        server = parse_server(f"{scheme}://ada:S3CRET@127.0.0.1:{peer.port}")
         with pytest.raises(ConnectError, match="TLS"):
             dial(server, options(tls=tls))
     assert sent == [b""]
@@ -469,7 +607,7 @@ def test_tls_switched_off_but_required_is_refused_with_nothing_sent() -> None:
 
     with ScriptedPeer(script) as peer:
         with pytest.raises(ConnectError, match="requires TLS"):
-            dial_peer(peer, tls=False, password="s3cret", user="ada")
+            dial_peer(peer, tls=False, password="S3CRET", user="ada")
     assert sent == [b""]
 
 
@@ -520,6 +658,8 @@ def test_connect_can_switch_the_echo_off() -> None:
     ("prefix", "given", "expected"),
     [
         ("", {"user": "ada", "password": "pw"}, {"user": "ada", "pass": "pw"}),
+        ("", {"user": lambda: ("ada", "pw")}, {"user": "ada", "pass": "pw"}),
+        ("", {"token": lambda: "tok"}, {"auth_token": "tok"}),
         ("", {"token": "tok"}, {"auth_token": "tok"}),
         ("ada:pw@", {}, {"user": "ada", "pass": "pw"}),
         ("tok@", {}, {"auth_token": "tok"}),

@@ -5,9 +5,11 @@ of the command; what is written on the command line wins over the environment.
 """
 
 import logging
+import os
 import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -15,6 +17,7 @@ from click.core import ParameterSource
 
 import natsync
 from natsync.cli.failures import DEBUG
+from natsync.nkey import find_seed
 
 #: Called as notice(name, info) with an event of the connection, see ConnectOptions.on_event.
 Notice = Callable[[str, dict[str, Any]], None]
@@ -23,6 +26,7 @@ Notice = Callable[[str, dict[str, Any]], None]
 _REFUSALS = ("permissions violation", "maximum subscriptions exceeded", "invalid subject")
 
 _KEY = "natsync.cli.connection."
+_TYPED = "natsync.cli.typed."
 _Command = TypeVar("_Command", bound=Callable[..., object])
 
 
@@ -86,32 +90,67 @@ def _given(name: str) -> Any:
     return click.get_current_context().meta.get(_KEY + name)
 
 
-def _credentials() -> dict[str, str]:
-    user, password, token = _given("user"), _given("password"), _given("token")
-    if user and password is None and token is None:
+def _typed(name: str) -> bool:
+    """Whether it was written on the command line, not in the environment."""
+    return bool(click.get_current_context().meta.get(_TYPED + name))
+
+
+def _credentials() -> dict[str, Any]:
+    """The options that say who connects; of several kinds in the environment the first, as in the nats command."""
+    kinds: dict[str, Callable[[], dict[str, Any]]] = {
+        "user": _user,
+        "creds": lambda: {"credentials": Path(_given("creds"))},
+        "nkey": _nkey,
+        "token": lambda: {"token": _given("token")},
+    }
+    given = [kind for kind in kinds if _given(kind) is not None]
+    typed = [kind for kind in given if _typed(kind)]
+    if len(typed) > 1:
+        raise click.UsageError(f"--{typed[0]} and --{typed[1]} are credentials of different kinds: give one")
+    chosen = (typed or given)[:1]
+    return kinds[chosen[0]]() if chosen else {}
+
+
+def _user() -> dict[str, str]:
+    user, password = _given("user"), _given("password")
+    if user and password is None:
         return {"token": user}  # as the nats command reads a user without a password
-    named = {"user": user, "password": password, "token": token}
-    return {name: value for name, value in named.items() if value is not None}
+    return {"user": user, "password": password or ""}
 
 
-def _tls() -> dict[str, ssl.SSLContext]:
+def _nkey() -> dict[str, Callable[[], str]]:
+    """The seed is read from its file at each attempt to connect; now, too, to say what is wrong with it."""
+    path = Path(_given("nkey"))
+
+    def seed() -> str:
+        return find_seed(path.read_text("utf-8"))
+
+    seed()
+    return {"nkey_seed": seed}
+
+
+def _tls() -> dict[str, Any]:
     authorities, certificate, key = _given("tlsca"), _given("tlscert"), _given("tlskey")
     if key and not certificate:
         raise click.UsageError("--tlskey (NATS_KEY) needs --tlscert (NATS_CERT)")
+    first = {"tls_first": True} if _given("tlsfirst") else {}
     if not (authorities or certificate):
-        return {}
+        return first
     context = ssl.create_default_context(cafile=authorities)
     if certificate:
         context.load_cert_chain(certificate, key)
-    return {"tls": context}
+    return {"tls": context, **first}
 
 
 def _remember(ctx: click.Context, parameter: click.Parameter, value: object) -> None:
     if value is None:
         return
-    key = _KEY + str(parameter.name)
-    if ctx.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE or key not in ctx.meta:
-        ctx.meta[key] = value
+    name = str(parameter.name)
+    typed = ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    if typed or _KEY + name not in ctx.meta:
+        ctx.meta[_KEY + name] = value
+    if typed:
+        ctx.meta[_TYPED + name] = True
 
 
 def _remember_debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
@@ -119,8 +158,15 @@ def _remember_debug(ctx: click.Context, parameter: click.Parameter, value: bool)
         ctx.meta[DEBUG] = True
 
 
+class _File(click.Path):
+    """A file that is there; `~` is one's home in the environment too, where no shell expands it."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(os.path.expanduser(value), param, ctx)
+
+
 def _option(*names: str, env: str, help: str, path: bool = False) -> Callable[[_Command], _Command]:
-    kind = click.Path(exists=True, dir_okay=False) if path else click.STRING
+    kind = _File(exists=True, dir_okay=False) if path else click.STRING
     return click.option(
         *names, envvar=env, show_envvar=True, help=help, type=kind, expose_value=False, callback=_remember
     )
@@ -134,6 +180,22 @@ DEBUG_OPTION = click.option(
     help="Show the traceback of an error.",
 )
 
+#: TLS before the greeting. The second name is nsc's.
+_TLS_FIRST = tuple(
+    click.option(
+        f"--{name}",
+        "tlsfirst",
+        flag_value=True,
+        default=None,
+        type=click.BOOL,
+        expose_value=False,
+        hidden=name != "tlsfirst",
+        callback=_remember,
+        help="Start TLS before the server's greeting.",
+    )
+    for name in ("tlsfirst", "tls-first")
+)
+
 SERVER_OPTION = _option("-s", "--server", env="NATS_URL", help="Server URL, or several with commas.")
 
 _OPTIONS = (
@@ -141,8 +203,11 @@ _OPTIONS = (
     _option("--user", env="NATS_USER", help="User name; without a password, a token."),
     _option("--password", env="NATS_PASSWORD", help="Password."),
     _option("--token", env="NATS_TOKEN", help="Token."),
+    _option("--creds", env="NATS_CREDS", help="File of credentials (.creds).", path=True),
+    _option("--nkey", env="NATS_NKEY", help="File of a user's nkey seed.", path=True),
     _option("--tlsca", env="NATS_CA", help="File of authorities to trust.", path=True),
     _option("--tlscert", env="NATS_CERT", help="File of our certificate.", path=True),
     _option("--tlskey", env="NATS_KEY", help="File of our private key.", path=True),
+    *_TLS_FIRST,
     DEBUG_OPTION,
 )

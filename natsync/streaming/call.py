@@ -90,6 +90,7 @@ class Call(Waiter):
     def open(self, payload: bytes, headers: Headers, ctx: Context, attempt: int) -> None:
         """Publish the request. On failure the call is over and the error is the caller's."""
         try:
+            self._connection.mux.check_allowed()
             block: bytes | None = frames.encode_opening(headers, ctx.remaining(), attempt)
             if self._connection.info.get("headers") is False:
                 block = None  # a server without headers: the stream is plain, and its cancel unheard
@@ -152,6 +153,9 @@ class Call(Waiter):
     def publish_denied(self, subject: bytes, error: Exception) -> None:
         if not self.mode and subject == _subject.publish_subject(self.subject):
             self._fail(error, tell=False)
+
+    def refused(self, error: Exception) -> None:
+        self._fail(error, tell=False)
 
     def connection_closing(self) -> None:
         """Let the responder know while that can still be sent; the error comes with connection_closed()."""
@@ -326,6 +330,11 @@ class Call(Waiter):
     @property
     def over(self) -> bool:
         return self._over
+
+    @property
+    def outcome(self) -> Exception | None:
+        """How the call ended: None if it is complete (or not over yet)."""
+        return None if self.complete else self._error
 
     @property
     def error(self) -> Exception:

@@ -1,7 +1,8 @@
 """Handlers: the shapes of functions that users register, each turned into one that drives a sender to its end.
 
 A Runner is called on a worker thread with (ctx, request, core); whatever the user's function does, the stream has ended
-when it returns, unless the function took the sender along to go on in threads of its own.
+when it returns, unless the function took the sender along to go on in threads of its own. It returns what the function
+raised.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from natsync.streaming.sender import ResponseSender, SenderCore, describe
 log = logging.getLogger("natsync.streaming")
 
 Handler: TypeAlias = Callable[..., Any]
-Runner: TypeAlias = "Callable[[HandlerContext, Message, SenderCore], None]"
+Runner: TypeAlias = "Callable[[HandlerContext, Message, SenderCore], BaseException | None]"
 
 _NO_DEADLINE = Deadline()
 
@@ -133,18 +134,20 @@ def reply_bytes(value: Any) -> bytes:
         raise TypeError(f"the handler returned {type(value).__name__}, which has no JSON form: {error}") from error
 
 
-def _guarded(run: Runner) -> Runner:
+def _guarded(run: Callable[[HandlerContext, Message, SenderCore], None]) -> Runner:
     """Answer whatever the handler raises with an error, and log it unless the stream was over anyway."""
 
-    def guarded(ctx: HandlerContext, request: Message, core: SenderCore) -> None:
+    def guarded(ctx: HandlerContext, request: Message, core: SenderCore) -> BaseException | None:
         try:
             run(ctx, request, core)
+            return None
         except BaseException as error:  # SystemExit in a handler must not leave its requester waiting
             if core.closed.is_set():
                 log.debug("handler of %r stopped after its stream was over: %r", request.subject, error)
-                return
+                return error
             core.fail(describe(error), Status(code_of(error), getattr(error, "details", None)))
             log.exception("handler of %r raised", request.subject)
+            return error
 
     return guarded
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 from natsync import subject as _subject
 from natsync.concurrency import Deadline, check_timeout
-from natsync.connection import Status
 from natsync.errors import Cancelled, NatsError
+from natsync.links import Status
 from natsync.streaming.responder import Responder
 from natsync.streaming.work import Work
 from natsync.subscription import SubscriptionCore

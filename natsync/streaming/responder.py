@@ -11,12 +11,15 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import TypeAlias
 
 from natsync import subject as _subject
 from natsync.concurrency import Deadline
 from natsync.connection import Connection
 from natsync.errors import Code, NatsError
 from natsync.headers import Headers
+from natsync.hooks import Kind, Watch
 from natsync.message import Message
 from natsync.mux import Mux
 from natsync.protocol import Batch
@@ -24,11 +27,15 @@ from natsync.reply import ERROR_CODE_HEADER, ERROR_HEADER
 from natsync.streaming import frames, handlers
 from natsync.streaming.handlers import Handler, HandlerContext, Runner
 from natsync.streaming.sender import SenderCore, describe
+from natsync.streaming.watched import WatchedSender, run_watched
 from natsync.streaming.work import Work
 from natsync.subscription import SubscriptionCore
 from natsync.workers import WorkerPool
 
 log = logging.getLogger("natsync.streaming")
+
+#: Answers a request, and returns what its handler raised.
+Answering: TypeAlias = "Callable[[HandlerContext, Message], BaseException | None]"
 
 #: Seconds after which a refused requester may try again.
 RETRY_AFTER = 1.0
@@ -100,27 +107,31 @@ class Responder:
     def start_stream(self, request: Message, runner: Runner, work: Work) -> None:
         """Give a request a slot and a thread, or refuse it."""
         work.count("received")
-        if not _wants_answer(request, work):
+        if not self._wants_answer("stream", request, work):
             return
         opening = frames.decode_opening(request.headers)
         ctx = self._context(opening, work)
-        core = self._sender(request, ctx, opening)
+        core = self._sender(request, ctx, opening, work)
         if not self._take_slot():
             work.count("dropped")
-            status = frames.Status(Code.RESOURCE_EXHAUSTED, reason=frames.REFUSED, retry_after=RETRY_AFTER)
-            core.fail(f"too many streams: all {self._max_streams} are in use", status)
+            self._refuse(core, request, work, f"too many streams: all {self._max_streams} are in use")
             return
         core.when_closed(self._free_slot)
         work.begin(ctx)
         if not self._pool.submit(lambda: _run_stream(request, runner, ctx, core, work), queue=False):
             # Shutting down, or all threads are held by handlers that go on although their streams are over.
-            status = frames.Status(Code.RESOURCE_EXHAUSTED, reason=frames.REFUSED, retry_after=RETRY_AFTER)
-            core.fail("no thread is free to run the handler", status)
+            self._refuse(core, request, work, "no thread is free to run the handler")
             work.end(ctx, "dropped")
 
-    def _sender(self, request: Message, ctx: HandlerContext, opening: frames.Opening) -> SenderCore:
+    def _refuse(self, core: SenderCore, request: Message, work: Work, reason: str) -> None:
+        core.fail(reason, frames.Status(Code.RESOURCE_EXHAUSTED, reason=frames.REFUSED, retry_after=RETRY_AFTER))
+        self._tell_refused("stream", request, work, reason)
+
+    def _sender(self, request: Message, ctx: HandlerContext, opening: frames.Opening, work: Work) -> SenderCore:
         assert request.reply is not None
-        return SenderCore(
+        watch = self._watch("stream", request, work)
+        make = SenderCore if watch is None else partial(WatchedSender, watch)
+        return make(
             self.connection,
             self._control,
             request.reply.encode("utf-8", "surrogateescape"),
@@ -142,23 +153,21 @@ class Responder:
 
     # -- request and reply ---------------------------------------------------------------------------------------
 
-    def answer(self, request: Message, function: Handler, single: Runner, work: Work) -> None:
-        """Run a request/reply handler and publish what it returned or raised; as a stream, if one is asked for."""
+    def answer(self, request: Message, run: Answering, single: Runner, work: Work) -> None:
+        """Have a request/reply handler answer; as a stream, if one is asked for."""
         if frames.STREAM_HEADER in request.headers:
             self.start_stream(request, single, work)
             return
         work.count("received")
-        if not _wants_answer(request, work):
+        if not self._wants_answer("request", request, work):
             return
         ctx = self._context(frames.decode_opening(request.headers), work)
         work.begin(ctx)
+        watch = self._watch("request", request, work)
         outcome = "failed"
         try:
-            request.respond(handlers.reply_bytes(function(ctx, request)))
-            outcome = "processed"
-        except BaseException as error:  # SystemExit in a handler must not leave its requester waiting
-            _respond_error(request, error)
-            log.exception("handler of %r raised", request.subject)
+            error = run(ctx, request) if watch is None else run_watched(watch, lambda: run(ctx, request))
+            outcome = "processed" if error is None else "failed"
         finally:
             work.end(ctx, outcome)
 
@@ -171,13 +180,41 @@ class Responder:
             is_draining=lambda: self.draining,
         )
 
+    def _wants_answer(self, kind: Kind, request: Message, work: Work) -> bool:
+        if request.reply is not None:
+            return True
+        work.count("dropped")
+        level, work.warned = logging.DEBUG if work.warned else logging.WARNING, True
+        log.log(level, "request on %r without a reply subject: ignored, nobody waits for an answer", request.subject)
+        self._tell_refused(kind, request, work, "no reply subject")
+        return False
 
-def _wants_answer(request: Message, work: Work) -> bool:
-    if request.reply is not None:
-        return True
-    log.warning("request on %r without a reply subject: ignored, nobody waits for an answer", request.subject)
-    work.count("dropped")
-    return False
+    # -- hooks -----------------------------------------------------------------------------------------------------
+
+    def _watch(self, kind: Kind, request: Message, work: Work) -> Watch | None:
+        """A watch on a request, if there are hooks."""
+        hooks = self.connection.options.hooks
+        return None if hooks is None else Watch(hooks, kind, work.subject, request.headers, request.subject)
+
+    def _tell_refused(self, kind: Kind, request: Message, work: Work, reason: str) -> None:
+        watch = self._watch(kind, request, work)
+        if watch is not None:
+            self.connection.dispatcher.event(lambda: watch.tell("refused", reason))
+
+
+def answering(function: Handler) -> Answering:
+    """For a request/reply handler: publishes what it returned or raised."""
+
+    def answer(ctx: HandlerContext, request: Message) -> BaseException | None:
+        try:
+            request.respond(handlers.reply_bytes(function(ctx, request)))
+            return None
+        except BaseException as error:  # SystemExit in a handler must not leave its requester waiting
+            _respond_error(request, error)
+            log.exception("handler of %r raised", request.subject)
+            return error
+
+    return answer
 
 
 def _run_stream(request: Message, runner: Runner, ctx: HandlerContext, core: SenderCore, work: Work) -> None:

@@ -153,9 +153,15 @@ class SenderCore(Waiter):
                 return 0
             self.count += chunks
             self._last_mark = mark
-            if not self._first_mark:
-                self._first_mark = mark
-            return self.count
+            if self._first_mark:
+                return self.count
+            self._first_mark = mark
+            number = self.count
+        self._begun()
+        return number
+
+    def _begun(self) -> None:
+        """The first chunk was queued; in the thread that sends it."""
 
     def set_header(self, key: str, value: str) -> None:
         with self._lock:

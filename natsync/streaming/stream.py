@@ -14,7 +14,7 @@ from natsync.connection import Connection
 from natsync.context import Context
 from natsync.errors import Cancelled, DeadlineExceeded, ForkError, StreamCancelled, StreamEnded, TimedOut
 from natsync.headers import Headers
-from natsync.message import Message
+from natsync.message import Item, Message
 from natsync.retry import RetryPolicy, run
 from natsync.streaming.call import Call, Finished
 
@@ -92,7 +92,7 @@ class Stream(Closable[bytes]):
         self._idle_timeout = idle_timeout
         self._retry = retry
         self._generation = fork_generation()
-        self._hooks: list[Finished] = []
+        self._at_end: list[Finished] = []
         self._tries = 0
         self._call = self._open(0)
 
@@ -115,7 +115,7 @@ class Stream(Closable[bytes]):
                 call.bytes += len(payload)
                 return payload
             try:
-                chunk = call.judge(item)
+                chunk = self._judge(call, item)
             except StreamEnded:
                 raise StopIteration from None
             if chunk is not None:
@@ -124,6 +124,9 @@ class Stream(Closable[bytes]):
             return self._next(_NO_DEADLINE)
         except StreamEnded:
             raise StopIteration from None
+
+    def _judge(self, call: Call, item: Item) -> bytes | None:
+        return call.judge(item)
 
     def next(self, timeout: float | None = None) -> bytes:
         """The next chunk; blocks up to timeout seconds (None = no limit, 0 = do not wait).
@@ -162,15 +165,15 @@ class Stream(Closable[bytes]):
             outcome = run(attempt, policy, scope)
         except DeadlineExceeded:
             if self._ctx.cancelled:
-                self._attach_hooks()
+                self._attach()
                 raise
             self._retry = policy  # the wait ended, between two tries
             raise TimedOut(f"no chunk of {self.subject!r} in time; the stream goes on") from None
         except Cancelled as error:  # while it waited for another try
-            self._attach_hooks()
+            self._attach()
             raise StreamCancelled(error.reason) from None
         except BaseException:
-            self._attach_hooks()
+            self._attach()
             raise
         finally:
             if scope is not self._ctx:
@@ -178,14 +181,14 @@ class Stream(Closable[bytes]):
         if isinstance(outcome, TimedOut):
             self._retry = policy
             raise outcome
-        self._attach_hooks()
+        self._attach()
         return outcome
 
-    def _attach_hooks(self) -> None:
+    def _attach(self) -> None:
         """The attempt in hand is the last: what waits for the stream's end waits for its end."""
-        hooks, self._hooks = self._hooks, []
-        for hook in hooks:
-            self._call.when_finished(hook)
+        callbacks, self._at_end = self._at_end, []
+        for callback in callbacks:
+            self._call.when_finished(callback)
 
     # -- ending ----------------------------------------------------------------------------------------------------
 
@@ -197,7 +200,7 @@ class Stream(Closable[bytes]):
         if self._generation == fork_generation():
             self._ctx.cancel(reason)  # ends the attempt in hand, and keeps a retry from making another
             self._call.cancel(reason)
-            self._attach_hooks()
+            self._attach()
 
     def close(self) -> None:
         """cancel() unless the stream has ended. Idempotent, from any thread; WSGI servers call it."""
@@ -205,17 +208,17 @@ class Stream(Closable[bytes]):
 
     def when_finished(self, callback: Finished) -> None:
         """Have callback() called once when the stream is over; brief and non-blocking, in any thread."""
-        self._hooks.append(callback)
+        self._at_end.append(callback)
         if self._retry is None:
-            self._attach_hooks()
+            self._attach()
 
     def __del__(self) -> None:
         call = getattr(self, "_call", None)
-        if call is None or self._generation != fork_generation() or (call.over and not self._hooks):
+        if call is None or self._generation != fork_generation() or (call.over and not self._at_end):
             return
         # A finalizer may run anywhere, inside any lock: leave the work to the supervisor.
-        hooks = self._hooks
-        self._connection.in_supervisor(lambda: _drop(call, hooks))
+        callbacks = self._at_end
+        self._connection.in_supervisor(lambda: _drop(call, callbacks))
 
     # -- asking ----------------------------------------------------------------------------------------------------
 
@@ -253,10 +256,10 @@ class Stream(Closable[bytes]):
         return f"<Stream {self.subject!r}: {state}, {call.chunks} chunks>"
 
 
-def _drop(call: Call, hooks: list[Finished]) -> None:
+def _drop(call: Call, callbacks: list[Finished]) -> None:
     call.cancel("dropped by the requester")
-    for hook in hooks:
-        hook()
+    for callback in callbacks:
+        callback()
 
 
 def process(

@@ -15,16 +15,18 @@ from typing import Any, TypeVar
 
 from natsync import subject as _subject
 from natsync.concurrency import Deadline, check_timeout, fork_generation
-from natsync.connection import Connection, Status
+from natsync.connection import Connection
 from natsync.context import Context
 from natsync.errors import ConnectionClosed, DrainTimeout, ForkError, InvalidArgument, TimedOut
+from natsync.links import Status
 from natsync.message import Message
 from natsync.options import Servers, connect_options, parse_servers
 from natsync.streaming import handlers
 from natsync.streaming.handlers import Handler, Runner
 from natsync.streaming.registration import LEAVE_SECONDS, Handle
-from natsync.streaming.responder import Responder, StreamIntake
+from natsync.streaming.responder import Responder, StreamIntake, answering
 from natsync.streaming.serving import Serving
+from natsync.streaming.watched import watched_callback, watched_runner
 from natsync.streaming.work import COUNTED, Work
 from natsync.subscription import PENDING_BYTES, PENDING_MESSAGES, Overflow, SubscriptionCore, check_limits
 
@@ -144,11 +146,13 @@ class Subscriber:
         "drop_new" or "drop_old"; every loss is counted. Raises as stream_subscribe() does.
         """
         handlers.arguments(handler, (1,), "(message)")
-        work = Work((ctx or Context()).with_cancel())
+        work = Work((ctx or Context()).with_cancel(), subject)
+        hooks = self._options.hooks
+        run = handler if hooks is None else watched_callback(hooks, subject, handler)
 
         def take(message: Message) -> None:
             work.count("received")
-            handler(message)
+            run(message)
             work.count("processed")
 
         self.open()
@@ -202,23 +206,28 @@ class Subscriber:
         return self._register_stream(subject, runner, queue, ctx)
 
     def _register_stream(self, subject: str, runner: Runner, queue: str | None, ctx: Context | None) -> Handle:
-        work = Work((ctx or Context()).with_cancel())
+        work = Work((ctx or Context()).with_cancel(), subject)
+        run = self._watched(runner)
         responder = self._opened()
 
         def take(message: Message) -> None:
-            responder.start_stream(message, runner, work)
+            responder.start_stream(message, run, work)
 
         return self._register(subject, queue or self.default_queue, take, work, intake=StreamIntake)
 
     def _register_reply(self, subject: str, function: Handler, queue: str | None) -> Handle:
-        work = Work(Context())
-        single = handlers.single_runner(function)
+        work = Work(Context(), subject)
+        run = answering(function)
+        single = self._watched(handlers.single_runner(function))
         responder = self._opened()
 
         def take(message: Message) -> None:
-            responder.answer(message, function, single, work)
+            responder.answer(message, run, single, work)
 
         return self._register(subject, queue or self.default_queue, take, work, concurrency=self._max_workers)
+
+    def _watched(self, runner: Runner) -> Runner:
+        return runner if self._options.hooks is None else watched_runner(runner)
 
     def _register(
         self,
@@ -334,7 +343,7 @@ class Subscriber:
         """
         unfinished = self._close(Deadline.after(check_timeout(timeout)))
         if unfinished:
-            raise DrainTimeout(f"cancelled after {timeout} s: " + "; ".join(unfinished))
+            raise DrainTimeout(f"cancelled after {timeout} s", undone=unfinished)
 
     def close(self, timeout: float | None = CLOSE_SECONDS) -> None:
         """Take no more requests, let those under way finish, cancel what lasts longer than timeout seconds, close.

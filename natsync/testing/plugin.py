@@ -15,6 +15,7 @@ import pytest
 
 if TYPE_CHECKING:
     import natsync
+    from natsync.testing.proxy import FaultProxy
     from natsync.testing.server import NatsServer
 
 
@@ -36,6 +37,19 @@ def make_nats_server() -> Iterator[Callable[..., NatsServer]]:
 
         def make(*args: Any, **options: Any) -> NatsServer:
             return stack.enter_context(NatsServer(*args, **options))
+
+        yield make
+
+
+@pytest.fixture
+def make_fault_proxy(nats_server: NatsServer) -> Iterator[Callable[..., FaultProxy]]:
+    """make_fault_proxy(target=nats_server.url, **options) starts a FaultProxy; all are closed at the test's end."""
+    from natsync.testing.proxy import FaultProxy
+
+    with ExitStack() as stack:
+
+        def make(target: str | int = nats_server.url, **options: Any) -> FaultProxy:
+            return stack.enter_context(FaultProxy(target, **options))
 
         yield make
 

@@ -222,6 +222,26 @@ class NatsServer:
         """Let a paused server run again."""
         self.signal(signal.SIGCONT)
 
+    def reload(self, config: str | None = None) -> None:
+        """Have the server read its configuration again, a new one if given. Returns when it has.
+
+        Raises:
+            RuntimeError: it does not run, or has no configuration.
+            ServerStartError: it did not accept the configuration, or not in START_TIMEOUT seconds.
+        """
+        directory = self._held.directory
+        self.config = self.config if config is None else config
+        if self.config is None or directory is None:
+            raise RuntimeError("the server has no configuration to reload")
+        (directory / "server.conf").write_text(self.config, encoding="utf-8")
+        offset = len(self.log())
+        self.signal(signal.SIGHUP)
+        deadline = time.monotonic() + START_TIMEOUT
+        while "Reloaded server configuration" not in (said := self.log()[offset:]):
+            if "Failed to reload" in said or time.monotonic() >= deadline:
+                raise ServerStartError("the server did not take the configuration", said)
+            time.sleep(POLL_INTERVAL)
+
     def signal(self, number: int) -> None:
         """Send a signal to the server: SIGHUP reloads its configuration, SIGUSR2 is lame duck mode."""
         self._running_process().send_signal(number)

@@ -1,0 +1,191 @@
+"""Handover: from a server that is going away to another one, while the old link still works.
+
+Make before break. The new link subscribes to everything; for a while both bring every message, and those of the old
+one count. Then the old link unsubscribes, and everything published from now on waits; the PONG behind that proves that
+the old link has brought all it will ever bring and that its server has all it was given. Now the new link takes over.
+
+What the new link brought up to the UNSUBs came on the old one too and is dropped. What it brought behind them is
+kept, and compared with what came on the old one, as the cluster's other servers learn of the UNSUBs a moment later.
+Messages of queue groups go to one of the two links only, so these are never compared. Equal messages within that
+moment cannot be told apart other than by their number.
+
+It runs on the two readers' threads and the timer's, and never waits. Its lock comes before the connection's.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+from collections import Counter
+from collections.abc import Callable
+from typing import Protocol
+
+from natsync import timers
+from natsync.errors import ConnectError
+from natsync.protocol import Batch
+from natsync.session import Session
+
+#: Seconds for which both links bring everything before the old one is left: time for the whole cluster to learn of
+#: the new subscriptions, which takes the slowest route's delay. A server in lame duck mode keeps its links for 10 s at
+#: least (nats-server's default lame_duck_grace_period).
+OVERLAP_SECONDS = 1.0
+#: The last part of it, in which what the two links bring is compared.
+COMPARE_SECONDS = 0.5
+#: Seconds for which the old link may still be ahead of the new one when it is left.
+STRAGGLER_SECONDS = 1.0
+
+
+class Phase(enum.IntEnum):
+    """How far a handover is."""
+
+    JOINING = 1  # the new link subscribes
+    OVERLAP = 2  # both bring everything
+    COMPARING = 3  # and what they bring is compared
+    LEAVING = 4  # the old link has unsubscribed, the new one's messages are kept
+    TAKEN_OVER = 5  # the old link is gone; stragglers of its messages are still dropped
+
+
+class Keeper(Protocol):
+    """What a handover asks of its connection. None of it blocks."""
+
+    def deliver(self, batch: Batch) -> None:
+        """Hand a batch to whom it concerns."""
+
+    def is_shared(self, sid: bytes) -> bool:
+        """Whether the subscription is a member of a queue group."""
+
+    def leave_old_link(self, handover: Handover) -> None:
+        """Everything published from now on is for the new link; the old one unsubscribes, see Session.hand_over()."""
+
+    def take_over(self, handover: Handover) -> None:
+        """The new link is the only one from now on."""
+
+    def end_handover(self, handover: Handover) -> None:
+        """There is nothing left to compare."""
+
+
+class Handover:
+    """One move from one link to another; thrown away when it is over or either link is lost."""
+
+    def __init__(self, keeper: Keeper, old: Session, new: Session, step_timeout: float) -> None:
+        self.old = old
+        self.new = new
+        self.phase = Phase.JOINING
+        self._keeper = keeper
+        self._step_timeout = step_timeout
+        self._lock = threading.Lock()
+        self._kept: list[Batch] = []
+        # How many more of a message came on the old link than on the new one.
+        self._ahead: Counter[int] = Counter()
+        self._timers: list[timers.Timer] = []
+        self._stopped = False
+
+    def begin(self) -> None:
+        """The new session has started, and its subscriptions are on their way."""
+        self.new.ping_first(self._joined)
+        self._later(self._step_timeout, self._check_joined)
+
+    def stop(self) -> None:
+        """It is over, or a link was lost; what was kept is delivered."""
+        with self._lock:
+            self._stopped = True
+            pending, self._timers = self._timers, []
+            self._deliver_kept_locked()
+        for timer in pending:
+            timer.cancel()
+
+    def _later(self, seconds: float, step: Callable[[], None]) -> None:
+        with self._lock:
+            if not self._stopped:
+                self._timers.append(timers.schedule_after(seconds, step))
+
+    # -- the steps -----------------------------------------------------------------------------------------------
+
+    def _joined(self, position: int | None) -> None:
+        """The new server has our subscriptions."""
+        if position is None:
+            return
+        self.phase = Phase.OVERLAP
+        self._later(OVERLAP_SECONDS - COMPARE_SECONDS, self._compare)
+        self._later(OVERLAP_SECONDS, self._leave)
+
+    def _check_joined(self) -> None:
+        if self.phase is Phase.JOINING:
+            self.new.end(ConnectError(f"{self.new.server} did not confirm the subscriptions in time"))
+
+    def _compare(self) -> None:
+        with self._lock:
+            self.phase = Phase.COMPARING
+
+    def _leave(self) -> None:
+        with self._lock:
+            self.phase = Phase.LEAVING
+        self._keeper.leave_old_link(self)
+        self._later(self._step_timeout, self._check_left)
+
+    def _check_left(self) -> None:
+        if self.phase is Phase.LEAVING:
+            self.old.end(ConnectError(f"{self.old.server} did not confirm the end of the subscriptions in time"))
+
+    def left(self, position: int | None) -> None:
+        """The old link has brought, and its server has taken, everything."""
+        if position is None:
+            return
+        with self._lock:
+            self._deliver_kept_locked()
+            self.phase = Phase.TAKEN_OVER
+        # One more round trip, so that what the old server passed on is not overtaken by what the new one is given.
+        self.new.ping_first(self._take_over)
+
+    def _take_over(self, position: int | None) -> None:
+        if position is None:
+            return
+        self._keeper.take_over(self)
+        self._later(STRAGGLER_SECONDS, lambda: self._keeper.end_handover(self))
+
+    # -- what the links bring --------------------------------------------------------------------------------------
+
+    def on_batch(self, session: Session, batch: Batch) -> None:
+        """Deliver a batch, keep it, or drop what has come on the other link."""
+        if self._keeper.is_shared(batch.sid):
+            self._keeper.deliver(batch)
+        elif session is self.old:
+            self._on_old(batch)
+        else:
+            self._on_new(batch)
+
+    def _on_old(self, batch: Batch) -> None:
+        if self.phase >= Phase.COMPARING:
+            with self._lock:
+                self._ahead.update(_keys(batch))
+        self._keeper.deliver(batch)
+
+    def _on_new(self, batch: Batch) -> None:
+        with self._lock:
+            if self.phase is Phase.COMPARING:
+                self._ahead.subtract(_keys(batch))
+            elif self.phase is Phase.LEAVING:
+                self._kept.append(batch)
+            elif self.phase is Phase.TAKEN_OVER:
+                self._deliver_rest_locked(batch)
+
+    def _deliver_kept_locked(self) -> None:
+        kept, self._kept = self._kept, []
+        for batch in kept:
+            self._deliver_rest_locked(batch)
+
+    def _deliver_rest_locked(self, batch: Batch) -> None:
+        """Deliver what did not come on the old link."""
+        items = []
+        for item, key in zip(batch.items, _keys(batch), strict=True):
+            if self._ahead[key] > 0:
+                self._ahead[key] -= 1
+            else:
+                items.append(item)
+        if items:
+            self._keeper.deliver(Batch(batch.sid, batch.subject, items))
+
+
+def _keys(batch: Batch) -> list[int]:
+    """What equal messages have in common, without holding them."""
+    return [hash((batch.sid, batch.subject, item)) for item in batch.items]

@@ -1,0 +1,225 @@
+"""What tells hooks of requests, streams and handlers; made only where there are hooks.
+
+Without hooks nothing here runs: streams and senders are then of the plain classes, whose subclasses these are. With
+them, a chunk costs a requester nothing more, and a responder the counting of its bytes.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from natsync.concurrency import Deadline, fork_generation, run_safely, run_soon
+from natsync.connection import Connection
+from natsync.errors import ForkError, StreamCancelled, StreamEnded, TimedOut
+from natsync.headers import Headers
+from natsync.hooks import HooksOption, Watch
+from natsync.message import Item, Message
+from natsync.streaming.call import Call
+from natsync.streaming.handlers import HandlerContext, Runner
+from natsync.streaming.sender import SenderCore
+from natsync.streaming.stream import Stream
+from natsync.subscription import Callback
+
+# -- the requester -----------------------------------------------------------------------------------------------------
+
+
+def open_stream(hooks: HooksOption, subject: str, headers: Headers) -> Watch:
+    """A watch on a stream that is about to be asked for; hooks may add to the headers."""
+    watch = Watch(hooks, "stream", subject, headers)
+    watch.tell("stream_opened")
+    return watch
+
+
+def stream_done(watch: Watch, chunks: int, size_bytes: int, error: BaseException | None) -> None:
+    watch.tell_once("stream_done", watch.seconds, chunks, size_bytes, error)
+
+
+class WatchedStream(Stream):
+    """A Stream of which hooks are told: when the consumer gets the first chunk, and when it learns of the end."""
+
+    def __init__(self, watch: Watch, *arguments: Any) -> None:
+        self._watch = watch
+        self._begun = False
+        super().__init__(*arguments)
+
+    def _next(self, deadline: Deadline) -> bytes:
+        try:
+            chunk = super()._next(deadline)
+        except Exception as error:
+            self._learn(error)
+            raise
+        if not self._begun:
+            self._begun = True
+            self._watch.tell_once("stream_first_chunk", self._watch.seconds)
+        return chunk
+
+    def _judge(self, call: Call, item: Item) -> bytes | None:
+        try:
+            return super()._judge(call, item)
+        except Exception as error:
+            self._learn(error)
+            raise
+
+    def _learn(self, error: Exception) -> None:
+        """The consumer is about to get this error; it ends the stream, unless only the wait is over."""
+        if type(error) is TimedOut or isinstance(error, ForkError):
+            return
+        _call_done(self._watch, self._call, None if isinstance(error, StreamEnded) else error)
+
+    def cancel(self, reason: str = "cancelled by the requester") -> None:
+        may_retry = bool(self._at_end)
+        super().cancel(reason)
+        if self._generation == fork_generation():
+            # How an attempt failed is not how the stream ended, as long as there could have been another.
+            _call_done(self._watch, self._call, StreamCancelled(reason) if may_retry else self._call.outcome)
+
+    def __del__(self) -> None:
+        call = getattr(self, "_call", None)
+        if call is not None and not self._watch.told("stream_done"):
+            watch, connection = self._watch, self._connection
+            self._at_end.append(lambda: _on_worker(connection, lambda: _call_done(watch, call, call.outcome)))
+        super().__del__()
+
+
+def _call_done(watch: Watch, call: Call, error: BaseException | None) -> None:
+    stream_done(watch, call.chunks, call.bytes, error)
+
+
+class WatchedProcessor:
+    """A processor of stream_request() of which hooks are told. It counts over all attempts."""
+
+    def __init__(self, watch: Watch, processor: Callable[[Message], object]) -> None:
+        self._watch = watch
+        self._processor = processor
+        self._chunks = 0
+        self._bytes = 0
+        self._complete = False
+
+    def __call__(self, message: Message) -> object:
+        if message.is_end:
+            self._complete = True
+        elif message.error is None:
+            self._chunks += 1
+            self._bytes += len(message.data)
+            if self._chunks == 1:
+                self._watch.tell_once("stream_first_chunk", self._watch.seconds)
+        return self._processor(message)
+
+    def returned(self) -> None:
+        """The request has returned: at the end, or because the processor wanted no more."""
+        self.raised(None if self._complete else StreamCancelled("stopped by the processor"))
+
+    def raised(self, error: BaseException | None) -> None:
+        stream_done(self._watch, self._chunks, self._bytes, error)
+
+
+# -- the responder -----------------------------------------------------------------------------------------------------
+
+
+class WatchedSender(SenderCore):
+    """A SenderCore of which hooks are told: of its first chunk, and of its end, once the handler is done too."""
+
+    def __init__(self, watch: Watch, *arguments: Any, **options: Any) -> None:
+        self.watch = watch
+        self._counting = threading.Lock()
+        self._bytes = 0
+        self._over_at = 0.0
+        super().__init__(*arguments, **options)
+        self.when_closed(self._note_time)
+
+    def send(self, data: bytes, deadline: Deadline) -> int:
+        number = super().send(data, deadline)
+        self._count(len(data))
+        return number
+
+    def try_send(self, data: bytes) -> bool:
+        sent = super().try_send(data)
+        if sent:
+            self._count(len(data))
+        return sent
+
+    def _send_group(self, frames_: list[bytes], deadline: Deadline) -> int:
+        number = super()._send_group(frames_, deadline)
+        self._count(sum(payload_size(frame) for frame in frames_))
+        return number
+
+    def _count(self, size_bytes: int) -> None:
+        with self._counting:
+            self._bytes += size_bytes
+
+    def _begun(self) -> None:
+        self.watch.tell("response_first_chunk", self.watch.seconds)
+
+    def _note_time(self) -> None:
+        self._over_at = time.monotonic()
+
+    def handler_left(self) -> None:
+        """The handler has returned: tell of the end, now or when it comes."""
+        if self.closed.is_set():
+            self._tell_done()
+        else:
+            self.on_close(self._tell_done)
+
+    def _tell_done(self) -> None:
+        seconds = (self._over_at or time.monotonic()) - self.watch.exchange.started
+        error = None if self._ended else self._error
+        _tell(self.watch, "response_done", seconds, self.count, self._bytes, error)
+
+
+def payload_size(frame: bytes) -> int:
+    """The bytes of payload in a message's frame."""
+    words = frame[: frame.index(b"\r\n")].split(b" ")
+    return int(words[-1]) - (int(words[-2]) if words[0] == b"HPUB" else 0)
+
+
+def watched_runner(runner: Runner) -> Runner:
+    """The runner of a stream's handler, which hooks are told of; for senders that are WatchedSenders."""
+
+    def run(ctx: HandlerContext, request: Message, core: SenderCore) -> BaseException | None:
+        assert isinstance(core, WatchedSender)
+        try:
+            return run_watched(core.watch, lambda: runner(ctx, request, core))
+        finally:
+            core.handler_left()
+
+    return run
+
+
+def watched_callback(hooks: HooksOption, subject: str, callback: Callback) -> Callback:
+    """A callback of plain messages, which hooks are told of."""
+
+    def run(message: Message) -> None:
+        def handler() -> None:
+            callback(message)
+
+        run_watched(Watch(hooks, "message", subject, message.headers, message.subject), handler)
+
+    return run
+
+
+def run_watched(watch: Watch, handler: Callable[[], BaseException | None]) -> BaseException | None:
+    """Call a handler between handler_started and handler_done; it returns what it raised, or raises it."""
+    _tell(watch, "handler_started")
+    try:
+        error = handler()
+    except BaseException as raised:
+        _tell(watch, "handler_done", watch.seconds, raised)
+        raise
+    _tell(watch, "handler_done", watch.seconds, error)
+    return error
+
+
+# -- threads -----------------------------------------------------------------------------------------------------------
+
+
+def _tell(watch: Watch, event: str, *values: Any) -> None:
+    """tell() on a worker, where nothing that a hook raises belongs to anybody else."""
+    run_safely(lambda: watch.tell(event, *values), f"the hook {event}()")
+
+
+def _on_worker(connection: Connection, task: Callable[[], object]) -> None:
+    if not connection.dispatcher.workers.submit(task):
+        run_soon(task, "a hook")

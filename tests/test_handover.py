@@ -1,0 +1,553 @@
+"""A server in lame duck mode is left for another one: nothing lost, nothing doubled, everything in order."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import natsync
+from broker import QUICK, Broker, Events, Outcome, opened, refuse
+from natsync.handover import Handover, Phase
+from natsync.outbox import Outbox
+from natsync.protocol import Batch, Sub, Unsub
+from natsync.testing import NatsCluster, PeerConnection, ScriptedPeer, eventually
+
+
+@pytest.fixture
+def cluster() -> Iterator[NatsCluster]:
+    # The grace period is long enough for the handover, which begins with the announcement.
+    with NatsCluster(3, lame_duck_grace_period=8.0) as nodes:
+        yield nodes
+        nodes.kill(0)  # in lame duck mode it takes its time
+
+
+class Numbers:
+    """Publishes 0, 1, 2 … on a subject from a thread of its own, until stopped."""
+
+    def __init__(self, client: natsync.Client, subject: str, **options: Any) -> None:
+        self.count = 0
+        self._client = client
+        self._subject = subject
+        self._options = options
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.0005):
+            for _ in range(50):
+                self._client.publish(self._subject, b"%d" % self.count, **self._options)
+                self.count += 1
+
+    def stop(self) -> int:
+        self._stop.set()
+        self._thread.join(10)
+        assert not self._thread.is_alive()
+        self._client.flush()
+        return self.count
+
+
+def moved(events: Events, client: natsync.Client, away_from: str) -> None:
+    events.wait("reconnected")
+    assert client.stats()["server"] != away_from
+
+
+# -- real servers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_leaving_a_lame_duck_loses_nothing_doubles_nothing_and_keeps_the_order(cluster: NatsCluster) -> None:
+    events = Events()
+    got: dict[str, list[int]] = {}
+    with (
+        natsync.connect(cluster.urls[0], on_event=events, name="mover") as mover,
+        natsync.connect(cluster.urls[0], name="stays-behind", discover=False) as at_the_lame,
+        natsync.connect(cluster.urls[1]) as second,
+        natsync.connect(cluster.urls[2]) as third,
+    ):
+        mover.subscribe("n.*", lambda message: got.setdefault(message.subject, []).append(int(message.data)))
+        mover.flush()
+        with_interest(cluster, mover)
+        publishers = [Numbers(one, f"n.{name}") for name, one in (("2", second), ("3", third), ("own", mover))]
+        early = Numbers(at_the_lame, "n.lame")
+        eventually(lambda: len(got) == 4)
+        cluster.lame_duck(0)
+        published = {}
+        moved(events, mover, cluster.urls[0])
+        published["n.lame"] = early.stop()
+        # Some more behind the move, so that a message that is lost or doubled late would show too.
+        seen = {one: one.count for one in publishers}
+        eventually(lambda: all(one.count > seen[one] + 500 for one in publishers), 10)
+        published.update({one._subject: one.stop() for one in publishers})
+        eventually(lambda: all(len(got[name]) >= published[name] for name in published), 10)
+        assert {name: numbers == list(range(published[name])) for name, numbers in got.items()} == dict.fromkeys(
+            published, True
+        )
+        assert "disconnected" not in events.names
+        assert mover.stats()["reconnects"] == 1
+
+
+def with_interest(cluster: NatsCluster, client: natsync.Client) -> None:
+    """Wait until every node's messages reach the client: a subscription takes a moment to get around."""
+    for url in cluster.urls:
+        with natsync.connect(url, discover=False) as other:
+            sub = client.subscribe("interest.known")
+            client.flush()
+            eventually(lambda other=other, sub=sub: knocks(other, sub))
+            sub.unsubscribe()
+
+
+def knocks(client: natsync.Client, sub: natsync.Subscription) -> bool:
+    client.publish("interest.known")
+    client.flush()
+    try:
+        sub.next(timeout=0.1)
+    except natsync.TimedOut:
+        return False
+    return True
+
+
+@pytest.mark.slow
+def test_members_of_a_queue_group_handle_every_message_once_while_one_of_them_moves(cluster: NatsCluster) -> None:
+    events = Events()
+    got: Counter[int] = Counter()
+    lock = threading.Lock()
+
+    def take(message: natsync.Message) -> None:
+        with lock:
+            got[int(message.data)] += 1
+
+    with (
+        natsync.connect(cluster.urls[0], on_event=events) as mover,
+        natsync.connect(cluster.urls[1]) as stays,
+        natsync.connect(cluster.urls[2]) as source,
+    ):
+        for member in (mover, stays):
+            member.subscribe("work", take, queue="w")
+            member.flush()
+        with_interest(cluster, mover)
+        numbers = Numbers(source, "work")
+        eventually(lambda: len(got) > 500)
+        cluster.lame_duck(0)
+        moved(events, mover, cluster.urls[0])
+        count = numbers.count
+        eventually(lambda: numbers.count > count + 500, 10)
+        published = numbers.stop()
+        eventually(lambda: len(got) == published, 10)
+        assert set(got.values()) == {1}
+
+
+@pytest.mark.slow
+def test_requests_and_streams_go_on_while_the_requesters_server_leaves(cluster: NatsCluster) -> None:
+    _go_on(cluster, requester=0, responder=1)
+
+
+@pytest.mark.slow
+def test_requests_and_streams_go_on_while_the_responders_server_leaves(cluster: NatsCluster) -> None:
+    _go_on(cluster, requester=1, responder=0)
+
+
+def _go_on(cluster: NatsCluster, requester: int, responder: int) -> None:
+    events = Events()
+    over = threading.Event()
+    mover = {"on_event": events}
+    subscriber = natsync.Subscriber(cluster.urls[responder], **(mover if responder == 0 else {}))
+    client = natsync.Client(cluster.urls[requester], **(mover if requester == 0 else {}))
+
+    @subscriber.stream("count")
+    def count(ctx: natsync.Context, request: natsync.Message) -> Iterator[bytes]:
+        number = 0
+        while not over.wait(0.001):
+            yield b"%d" % number
+            number += 1
+
+    @subscriber.handler("double")
+    def double(ctx: natsync.Context, request: natsync.Message) -> bytes:
+        return b"%d" % (2 * int(request.data))
+
+    asked = 0
+    with subscriber, client:
+        eventually(lambda: _answers(client))
+        stream = client.stream("count")
+        chunks: list[int] = []
+        reading = Outcome(lambda: chunks.extend(int(chunk) for chunk in stream))
+        eventually(lambda: len(chunks) > 20)
+        cluster.lame_duck(0)
+        while "reconnected" not in events.names or asked < 200:
+            assert client.request("double", b"%d" % asked, timeout=10).data == b"%d" % (2 * asked)
+            asked += 1
+        behind = len(chunks)
+        eventually(lambda: len(chunks) > behind + 50)
+        over.set()
+        assert reading.within(10) is None
+        assert chunks == list(range(len(chunks)))
+        assert "disconnected" not in events.names
+
+
+def _answers(client: natsync.Client) -> bool:
+    try:
+        return client.request("double", b"1", timeout=1).data == b"2"
+    except natsync.NoRespondersError:
+        return False
+
+
+@pytest.mark.slow
+def test_the_only_server_is_left_when_it_ends_and_not_before(
+    make_nats_server: Callable[..., natsync.testing.NatsServer],
+) -> None:
+    events = Events()
+    server = make_nats_server(config='lame_duck_duration: "30s"\nlame_duck_grace_period: "1s"')
+    with natsync.connect(server.url, on_event=events, **QUICK) as client:
+        server.signal(signal.SIGUSR2)
+        events.wait("lame_duck")
+        client.flush()
+        assert client.status == "connected"
+        events.wait("disconnected")
+        eventually(lambda: not server.running, 10)
+        server.start()
+        events.wait("reconnected")
+        client.flush()
+
+
+# -- scripted servers -------------------------------------------------------------------------------------------------
+
+LAME = b'INFO {"ldm":true} \r\n'
+
+
+class TwoServers:
+    """Two scripted servers, and a client that is connected to the first."""
+
+    def __init__(self, first: Callable[[PeerConnection], object], second: Callable[[PeerConnection], object]) -> None:
+        self.first = ScriptedPeer(first)
+        self.second = ScriptedPeer(second)
+        self.events = Events()
+        self._client: natsync.Client | None = None
+
+    def client(self, **options: Any) -> natsync.Client:
+        urls = [self.first.url, self.second.url]
+        self._client = natsync.connect(urls, randomize=False, on_event=self.events, **{**QUICK, **options})
+        return self._client
+
+    def __enter__(self) -> TwoServers:
+        self.first.start()
+        self.second.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._client is not None:
+            self._client.close(1.0)
+        self.first.stop()
+        self.second.stop()
+
+
+def numbers(*brokers: Broker) -> list[int]:
+    return [
+        int(pub.payload) for broker in brokers for link in range(len(broker.links)) for pub in broker.published(link)
+    ]
+
+
+def test_what_is_published_meanwhile_leaves_once_and_in_order() -> None:
+    old, new = Broker(), Broker()
+    with TwoServers(old, new) as two:
+        client = two.client()
+        publisher = Numbers(client, "n")
+        eventually(lambda: len(numbers(old)) > 100)
+        old.newest.send(LAME)
+        moved(two.events, client, two.first.url)
+        eventually(lambda: len(numbers(new)) > 100)
+        count = publisher.stop()
+        assert numbers(old, new) == list(range(count))
+        assert client.stats()["out_messages"] == count
+
+
+def test_the_old_link_unsubscribes_before_it_is_left() -> None:
+    old, new = Broker(), Broker()
+    with TwoServers(old, new) as two:
+        client = two.client()
+        sub = client.subscribe("here")
+        old.newest.send(LAME)
+        moved(two.events, client, two.first.url)
+        assert [one.subject for one in new.subscribed()] == [b"here"]
+        subscribed = {one.sid for one in old.said[0] if isinstance(one, Sub)}
+        assert {one.sid for one in old.said[0] if isinstance(one, Unsub)} == subscribed
+        new.newest.send(b"MSG here %b 2\r\nhi\r\n" % new.subscribed()[0].sid)
+        assert sub.next(timeout=5).data == b"hi"
+
+
+def test_subscriptions_that_change_in_between_change_on_both_links() -> None:
+    old, new = Broker(), Broker()
+    with TwoServers(old, new) as two:
+        client = two.client()
+        ended = client.subscribe("ended")
+        client.flush()
+        old.newest.send(LAME)
+        eventually(lambda: new.subscribed())
+        ended.unsubscribe()
+        begun = client.subscribe("begun", max_messages=3)
+        moved(two.events, client, two.first.url)
+        client.flush()
+        assert [one.subject for one in new.subscribed()] == [b"ended", b"begun"]
+        (gone,) = (one for one in new.said[0] if isinstance(one, Unsub))
+        assert gone.sid == new.subscribed()[0].sid
+        assert begun.active
+
+
+def test_a_maximum_counts_what_came_on_both_links() -> None:
+    old, new = Broker(), Broker()
+    with TwoServers(old, new) as two:
+        client = two.client()
+        sub = client.subscribe("s", max_messages=3)
+        eventually(lambda: old.subscribed())
+        old.newest.send(b"MSG s %b 1\r\n1\r\n" % old.subscribed()[0].sid)
+        assert sub.next(timeout=5).data == b"1"
+        old.newest.send(LAME)
+        moved(two.events, client, two.first.url)
+        for data in (b"2", b"3", b"4"):
+            new.newest.send(b"MSG s %b 1\r\n%b\r\n" % (new.subscribed()[0].sid, data))
+        assert [message.data for message in sub] == [b"2", b"3"]
+
+
+def test_the_old_link_stays_in_use_while_the_other_server_cannot_be_had() -> None:
+    old = Broker()
+    with TwoServers(old, refuse) as two:
+        client = two.client()
+        old.newest.send(LAME)
+        eventually(lambda: two.second.accepted >= 3)
+        client.flush()
+        assert client.stats()["server"] == two.first.url
+
+
+def test_a_server_that_does_not_confirm_the_subscriptions_is_not_moved_to() -> None:
+    old, new = Broker(), Broker(lambda peer: (peer.handshake(), peer.hold()))
+    with TwoServers(old, new) as two:
+        client = two.client(connect_timeout=0.3)
+        old.newest.send(LAME)
+        eventually(lambda: two.second.accepted == 2)
+        client.flush()
+        moved(two.events, client, two.first.url)
+        assert "disconnected" not in two.events.names
+
+
+def test_a_server_that_is_discovered_later_is_moved_to() -> None:
+    old, new = Broker(), Broker()
+    with ScriptedPeer(old) as first, ScriptedPeer(new) as second:
+        events = Events()
+        with opened(first, on_event=events) as client:
+            old.newest.send(LAME)
+            events.wait("lame_duck")
+            old.newest.send(b'INFO {"connect_urls":["127.0.0.1:%d"]} \r\n' % second.port)
+            moved(events, client, first.url)
+
+
+def test_a_link_that_is_lost_before_it_is_left_is_made_again_as_ever() -> None:
+    old, new = Broker(), Broker()
+    with TwoServers(old, new) as two:
+        client = two.client()
+        client.publish("n", b"0")
+        client.flush()
+        old.newest.send(LAME)
+        eventually(lambda: two.second.accepted)
+        old.drop()
+        two.events.wait("reconnected")
+        client.publish("n", b"1")
+        client.flush()
+        assert numbers(old, new) == [0, 1]
+
+
+def test_a_server_that_does_not_confirm_the_end_costs_what_it_was_given_and_no_more() -> None:
+    """The PING behind the UNSUBs is not answered: what had been written may be lost, all else goes out, once."""
+    old, new = Broker(), Broker()
+    with TwoServers(old, new) as two:
+        client = two.client(connect_timeout=0.5)
+        subscribed = client.subscribe("s")
+        publisher = Numbers(client, "n")
+        eventually(lambda: len(numbers(old)) > 100)
+        old.newest.send(LAME)
+        eventually(lambda: new.subscribed())
+        old.pongs = False
+        two.events.wait("disconnected")
+        two.events.wait("reconnected")
+        old.pongs = True
+        count = publisher.stop()
+        assert subscribed.active
+        found = numbers(old, new)
+        assert found == sorted(set(found))
+        assert found[-1] == count - 1
+        assert set(range(count)) - set(found) <= set(range(max(numbers(old)), count))
+
+
+@pytest.mark.parametrize("accepted", [0, 1])
+def test_close_in_between_is_prompt_and_leaves_nothing(accepted: int) -> None:
+    old, new = Broker(), Broker()
+    with TwoServers(old, new) as two:
+        client = two.client()
+        subscribed = client.subscribe("s")
+        old.newest.send(LAME)
+        eventually(lambda: two.second.accepted >= accepted)
+        client.publish("n", b"last")
+        assert Outcome(client.close).within(3) is None
+        assert not subscribed.active
+        assert b"last" in {pub.payload for broker in (old, new) for pub in (broker.published() if broker.said else [])}
+
+
+def test_a_connection_that_drains_does_not_move() -> None:
+    old, new = Broker(), Broker()
+    release = threading.Event()
+    with TwoServers(old, new) as two:
+        client = two.client()
+        client.subscribe("s", lambda message: release.wait(10))
+        eventually(lambda: old.subscribed())
+        old.newest.send(b"MSG s %b 1\r\n1\r\n" % old.subscribed()[0].sid)
+        eventually(lambda: client.stats()["in_messages"] == 1)
+        draining = Outcome(lambda: client.drain(5))
+        eventually(lambda: client.status == "draining")
+        old.newest.send(LAME)
+        two.events.wait("lame_duck")
+        release.set()
+        assert draining.within(5) is None
+        assert not two.second.accepted
+
+
+# -- what is compared -------------------------------------------------------------------------------------------------
+
+
+class Connection:
+    """Takes the part of the connection."""
+
+    def __init__(self) -> None:
+        self.got: list[tuple[bytes, bytes]] = []
+        self.steps: list[str] = []
+
+    def deliver(self, batch: Batch) -> None:
+        self.got += [(batch.subject, item[2]) for item in batch.items]
+
+    def is_shared(self, sid: bytes) -> bool:
+        return sid == b"queue"
+
+    def leave_old_link(self, handover: Handover) -> None:
+        self.steps.append("leave")
+
+    def take_over(self, handover: Handover) -> None:
+        self.steps.append("take over")
+
+    def end_handover(self, handover: Handover) -> None:
+        self.steps.append("end")
+
+
+class Link:
+    """Takes the part of a session."""
+
+    server = "nats://127.0.0.1:4222"
+
+    def __init__(self) -> None:
+        self.outbox = Outbox(0)
+        self.pings: list[Callable[[int | None], None]] = []
+
+    def ping_first(self, callback: Callable[[int | None], None]) -> bool:
+        self.pings.append(callback)
+        return True
+
+
+class Case:
+    def __init__(self) -> None:
+        self.keeper = Connection()
+        self.old: Any = Link()
+        self.new: Any = Link()
+        self.handover = Handover(self.keeper, self.old, self.new, 60.0)
+
+    def at(self, phase: Phase) -> Case:
+        self.handover.phase = phase
+        return self
+
+    def bring(self, link: Any, *payloads: bytes, sid: bytes = b"1", subject: bytes = b"s") -> None:
+        self.handover.on_batch(link, Batch(sid, subject, [(None, None, payload) for payload in payloads]))
+
+    @property
+    def got(self) -> list[bytes]:
+        return [payload for _, payload in self.keeper.got]
+
+
+@pytest.mark.parametrize("phase", [Phase.JOINING, Phase.OVERLAP, Phase.COMPARING])
+def test_while_both_links_bring_everything_the_old_one_counts(phase: Phase) -> None:
+    case = Case().at(phase)
+    case.bring(case.new, b"1", b"2", b"3")
+    case.bring(case.old, b"1", b"2")
+    assert case.got == [b"1", b"2"]
+
+
+@pytest.mark.parametrize("phase", [phase for phase in Phase if phase is not Phase.TAKEN_OVER])
+def test_messages_of_a_queue_group_are_delivered_from_both(phase: Phase) -> None:
+    case = Case().at(phase)
+    case.bring(case.new, b"1", sid=b"queue")
+    case.bring(case.old, b"1", sid=b"queue")
+    assert case.got == [b"1", b"1"]
+
+
+def test_what_only_the_new_link_brings_comes_behind_all_of_the_old_one() -> None:
+    case = Case().at(Phase.LEAVING)
+    case.bring(case.new, b"2", b"3")
+    case.bring(case.old, b"1")
+    case.bring(case.old, b"2")
+    assert case.got == [b"1", b"2"]
+    case.handover.left(1)
+    assert case.got == [b"1", b"2", b"3"]
+
+
+def test_equal_messages_are_told_apart_by_their_number() -> None:
+    case = Case().at(Phase.COMPARING)
+    case.bring(case.old, b"tick", b"tick")
+    case.bring(case.new, b"tick")
+    case.at(Phase.LEAVING)
+    case.bring(case.new, b"tick", b"tick", b"tick")
+    case.bring(case.old, b"tick")
+    case.handover.left(1)
+    assert case.got == [b"tick"] * 4  # three came on both links, and one more on the new one
+    case.bring(case.new, b"tick")
+    assert case.got == [b"tick"] * 5
+
+
+def test_a_straggler_is_dropped_and_what_is_new_is_not() -> None:
+    case = Case().at(Phase.COMPARING)
+    case.bring(case.old, b"1", b"2")
+    case.at(Phase.LEAVING)
+    case.handover.left(1)
+    case.bring(case.new, b"2", b"3")
+    assert case.got == [b"1", b"2", b"3"]
+
+
+def test_the_same_payload_on_another_subject_or_with_another_reply_is_another_message() -> None:
+    case = Case().at(Phase.LEAVING)
+    case.bring(case.old, b"x")
+    case.bring(case.new, b"x", subject=b"t")
+    case.bring(case.new, b"x", sid=b"2")
+    case.handover.on_batch(case.new, Batch(b"1", b"s", [(b"reply", None, b"x"), (None, b"NATS/1.0\r\n\r\n", b"x")]))
+    case.handover.left(1)
+    assert len(case.got) == 5
+
+
+def test_the_new_link_takes_over_one_round_trip_behind_the_old_ones_end() -> None:
+    case = Case().at(Phase.LEAVING)
+    case.handover.left(7)
+    assert case.keeper.steps == []
+    case.new.pings[-1](0)
+    assert case.keeper.steps == ["take over"]
+    case.handover.stop()
+
+
+def test_a_link_that_ends_instead_of_answering_takes_nothing_over() -> None:
+    case = Case().at(Phase.LEAVING)
+    case.handover.left(None)
+    assert case.handover.phase is Phase.LEAVING
+    assert case.keeper.steps == []
+
+
+def test_what_was_kept_is_delivered_if_the_handover_is_given_up() -> None:
+    case = Case().at(Phase.LEAVING)
+    case.bring(case.new, b"1")
+    case.handover.stop()
+    assert case.got == [b"1"]
