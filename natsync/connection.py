@@ -6,7 +6,6 @@ up. The lock is that of Links.
 
 from __future__ import annotations
 
-import atexit
 import logging
 import threading
 import time
@@ -17,7 +16,7 @@ from typing import Any
 
 from natsync import protocol, timers
 from natsync import subject as _subject
-from natsync.concurrency import Deadline, Tally, after_fork_in_child, fork_generation
+from natsync.concurrency import Deadline, Tally, after_fork_in_child, at_exit, fork_generation
 from natsync.dispatcher import CALLBACK_WORKERS
 from natsync.errors import (
     DrainTimeout,
@@ -53,6 +52,7 @@ class Connection(Links):
         self.mux = self.add_mux(Mux(f"{options.inbox_prefix}.{_subject.unique()}"))
         self._dropped = Tally()
         _connections.add(self)
+        at_exit(_flush_at_exit)
 
     # -- sending --------------------------------------------------------------------------------------------------
 
@@ -238,35 +238,14 @@ class Connection(Links):
         deadline = Deadline.after(timeout)
         for mux in self.dispatcher.muxes():
             mux.connection_closing()
-        present = self._session
-        if timeout != 0 and present is not None:
-            try:
-                self._confirm(present, deadline)
-            except NatsError as failure:
-                log.warning("%s: closed without the server's word that all has arrived: %s", self.name, failure)
-        with self._lock:
-            already = self._status is Status.CLOSED
-        if already:
+        if timeout != 0:
+            self._flush_last(deadline)
+        links = self._end(reason)
+        if links is None:
             if not self._is_own_thread():
-                self._closed.wait(deadline.remaining())  # the first closer is at it
+                self._closed.wait(deadline.remaining())  # another thread is at it
             return
-        with self._lock:
-            if self._status is Status.CLOSED:
-                return
-            self._close_reason = reason
-            self._status = Status.CLOSED
-            links, handover = self._take_links_locked()
-            unsent = [frame for link in links for frame in link.outbox.close()] or self._outbox.close()
-            if self._attempt is not None and self._attempt.pending:
-                self._attempt.pending = False
-                self._attempt.error = self.closed_error()
-            self._changed.notify_all()
-        if unsent:
-            log.warning("%s: closed with %d messages unsent", self.name, len(unsent))
         error = self.closed_error()
-        if handover is not None:
-            handover.stop()
-            links = list({*links, handover.old, handover.new})
         for link in links:
             link.outbox.close()
             link.end(error)
@@ -283,6 +262,36 @@ class Connection(Links):
         _connections.discard(self)
         self._closed.set()
 
+    def _flush_last(self, deadline: Deadline) -> None:
+        """Have the present link take what was published; there is no waiting for another one."""
+        present = self._session
+        if present is not None:
+            try:
+                self._confirm(present, deadline)
+            except NatsError as failure:
+                log.warning("%s: closed without the server's word that all has arrived: %s", self.name, failure)
+
+    def _end(self, reason: Exception | None) -> set[Session] | None:
+        """Be closed from now on; the links that are left to be ended, None if that had been done."""
+        with self._lock:
+            if self._status is Status.CLOSED:
+                return None
+            self._close_reason = reason
+            self._status = Status.CLOSED
+            links, handover = self._take_links_locked()
+            unsent = sum(link.outbox.waiting_messages for link in links) or self._outbox.waiting_messages
+            self._outbox.close()
+            if self._attempt is not None and self._attempt.pending:
+                self._attempt.pending = False
+                self._attempt.error = self.closed_error()
+            self._changed.notify_all()
+        if unsent:
+            log.warning("%s: closed with %d messages unsent", self.name, unsent)
+        if handover is None:
+            return set(links)
+        handover.stop()
+        return {*links, handover.old, handover.new}
+
     def _is_own_thread(self) -> bool:
         """Whether this is a thread that close() itself waits for."""
         session = self._session
@@ -290,7 +299,7 @@ class Connection(Links):
         own = self.dispatcher.workers.is_own_thread() or self._supervisor.thread is me
         return own or (session is not None and me in session.threads)
 
-    def _join(self, links: list[Session], deadline: Deadline) -> None:
+    def _join(self, links: set[Session], deadline: Deadline) -> None:
         # Our own threads end in milliseconds, so they get a moment even if user code is to get none.
         soon = Deadline(None if deadline.at is None else max(deadline.at, time.monotonic() + LEAVE_SECONDS))
         stuck = [name for link in links for name in link.join(soon)]
@@ -343,5 +352,4 @@ def _abandon_in_child() -> None:
     _connections.clear()
 
 
-atexit.register(_flush_at_exit)
 after_fork_in_child(_abandon_in_child)

@@ -15,7 +15,15 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from natsync import closing, timers
-from natsync.concurrency import Deadline, SafeEvent, check_timeout, run_safely, run_soon
+from natsync.concurrency import (
+    Deadline,
+    SafeEvent,
+    after_fork_in_child,
+    check_timeout,
+    fork_generation,
+    run_safely,
+    run_soon,
+)
 from natsync.errors import Cancelled, DeadlineExceeded
 
 T = TypeVar("T")
@@ -36,8 +44,8 @@ class Context:
     """
 
     __slots__ = (
-        "__weakref__", "_callbacks", "_children", "_deadline", "_error", "_event", "_lock", "_parent", "_pinned",
-        "_timer", "_values",
+        "__weakref__", "_callbacks", "_children", "_deadline", "_error", "_event", "_generation", "_lock", "_parent",
+        "_pinned", "_timer", "_values",
     )  # fmt: skip
 
     def __init__(
@@ -48,6 +56,7 @@ class Context:
         values: dict[Hashable, Any] | None = None,
     ) -> None:
         self._lock = threading.Lock()
+        self._generation = fork_generation()
         self._deadline: float | None
         self._parent = parent
         self._values = values
@@ -102,7 +111,7 @@ class Context:
     @property
     def done(self) -> threading.Event:
         """Set when the context has ended. Wait on it, do not set it."""
-        with self._lock:
+        with self._own_lock():
             if self._event is None:
                 self._event = _Done()
                 self._event.context = self if self._error is None else None
@@ -217,8 +226,30 @@ class Context:
     def _expire(self) -> None:
         self.cancel_soon(DeadlineExceeded("deadline exceeded"))
 
+    def _own_lock(self) -> threading.Lock:
+        """The lock. In a forked child a new one: the parent's may be held by a thread that is not there."""
+        if self._generation != fork_generation():
+            with _renewing:
+                context: Context | None = self
+                while context is not None and context._generation != fork_generation():
+                    context._renew()
+                    context = context._parent
+        return self._lock
+
+    def _renew(self) -> None:
+        """In a forked child: what was to be called at the end is the parent's; the deadline holds here too."""
+        self._lock = threading.Lock()
+        self._callbacks = {}
+        self._pinned = set()
+        if self._event is not None:
+            self._event.renew()
+        if self._timer is not None and self._deadline is not None and self._error is None:
+            mine = weakref.ref(self)
+            self._timer = timers.schedule(self._deadline, lambda: _expire(mine))
+        self._generation = fork_generation()  # last: from here on other threads use what is new
+
     def _adopt(self, child: Context) -> None:
-        with self._lock:
+        with self._own_lock():
             error = self._error
             if error is None:
                 if self._children is None:
@@ -228,14 +259,14 @@ class Context:
             child._end(error)
 
     def _forget(self, child: Context) -> None:
-        with self._lock:
+        with self._own_lock():
             self._pinned.discard(child)
             if self._children is not None:
                 self._children.discard(child)
 
     def _add(self, callback: Callable[[], object], *, internal: bool) -> Callable[[], None]:
         key = object()
-        with self._lock:
+        with self._own_lock():
             ended = self._error is not None
             if not ended:
                 self._callbacks[key] = (callback, internal)
@@ -246,13 +277,13 @@ class Context:
         return lambda: self._remove(key)
 
     def _remove(self, key: object) -> None:
-        with self._lock:
+        with self._own_lock():
             self._callbacks.pop(key, None)
         self._keep_or_let_go()
 
     def _needed(self) -> bool:
         """Whether this must be told of its parent's end, so that the parent has to hold it."""
-        with self._lock:
+        with self._own_lock():
             return self._error is None and bool(self._callbacks or self._pinned)
 
     def _keep_or_let_go(self) -> None:
@@ -267,7 +298,7 @@ class Context:
             if timer is not None:
                 timer.keep = context if needed else None
             if parent is not None:
-                with parent._lock:
+                with parent._own_lock():
                     if needed and parent._error is None:
                         parent._pinned.add(context)
                     else:
@@ -292,7 +323,7 @@ class Context:
 
     def _end_alone(self, error: Cancelled | DeadlineExceeded) -> tuple[list[_Callback], list[Context]]:
         """Mark this context as ended; its callbacks, and the children that end with it. Nothing if it had ended."""
-        with self._lock:
+        with self._own_lock():
             if self._error is not None:
                 return [], []
             self._error = error
@@ -312,6 +343,17 @@ class Context:
             if self._parent._error is None:  # otherwise its own end has seen to those above
                 self._parent._keep_or_let_go()
         return callbacks, children
+
+
+_renewing = threading.Lock()
+
+
+def _renew_in_child() -> None:
+    global _renewing
+    _renewing = threading.Lock()
+
+
+after_fork_in_child(_renew_in_child)
 
 
 def _expire(reference: weakref.ref[Context]) -> None:

@@ -145,6 +145,8 @@ class Links:
         return self._close_reason
 
     def closed_error(self) -> NatsError:
+        if self.generation != fork_generation():
+            return ForkError("this connection belongs to the parent process")
         reason = self._close_reason
         error = ConnectionClosed("the connection is closed" + (f": {reason}" if reason else ""))
         error.__cause__ = reason

@@ -1,14 +1,13 @@
 """Mux: one wildcard inbox for all answers of a connection; a token in the subject finds who waits for them.
 
 Tokens are counted up and never used twice, so that a late answer cannot reach somebody else. Runs on the reader's
-thread; the lock covers the table only.
+thread. The table needs no lock: each change and each look is one operation of a dict.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -88,8 +87,7 @@ class Mux:
         self.late = 0
         self.on_late: Callable[[list[Item]], None] | None = None
         self.denied: PermissionDenied | None = None  # why no answer can come on the present link
-        self._lock = threading.Lock()
-        self._waiters: dict[bytes, Waiter] = {}
+        self.waiters: dict[bytes, Waiter] = {}
         self._tokens = itertools.count(1)
         self._prefix_length = len(self.inbox) + 1
 
@@ -105,19 +103,17 @@ class Mux:
 
     def register(self, token: bytes, waiter: Waiter) -> None:
         """Messages to the token's subject go to the waiter from now on."""
-        with self._lock:
-            self._waiters[token] = waiter
+        self.waiters[token] = waiter
 
     def unregister(self, token: bytes) -> None:
-        with self._lock:
-            self._waiters.pop(token, None)
+        self.waiters.pop(token, None)
 
     def __len__(self) -> int:
-        return len(self._waiters)
+        return len(self.waiters)
 
     def deliver(self, batch: Batch) -> None:
         """Give a batch to its waiter; one that nobody waits for any more is counted as late."""
-        waiter = self._waiters.get(batch.subject[self._prefix_length :])
+        waiter = self.waiters.get(batch.subject[self._prefix_length :])
         if waiter is not None:
             waiter.deliver(batch.items)
             return
@@ -145,7 +141,7 @@ class Mux:
 
     def reply_denied(self, subject: bytes, error: PermissionDenied) -> None:
         """The server did not let a message with this reply subject pass."""
-        waiter = self._waiters.get(subject[self._prefix_length :]) if subject.startswith(self.inbox) else None
+        waiter = self.waiters.get(subject[self._prefix_length :]) if subject.startswith(self.inbox) else None
         if waiter is not None:
             waiter.refused(error)
 
@@ -160,10 +156,8 @@ class Mux:
 
     def _each(self, tell: Callable[[Waiter], T]) -> list[T]:
         """Tell every waiter; a fault of one is logged, and the others are told all the same."""
-        with self._lock:
-            waiters = list(self._waiters.values())
         results = []
-        for waiter in waiters:
+        for waiter in self.waiters.copy().values():
             try:
                 results.append(tell(waiter))
             except Exception:

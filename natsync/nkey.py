@@ -22,6 +22,8 @@ INSTALL = 'install the nkeys library: pip install "natsync[nkeys]"'
 _SEED = 18 << 3
 #: The roles that a seed may have, by their number on the wire; only a user's can connect.
 _ROLES = {20 << 3: "user", 0: "account", 14 << 3: "operator", 13 << 3: "server", 2 << 3: "cluster", 23 << 3: "curve"}
+#: How the seeds of a user, an account and an operator begin; other roles do not connect.
+_SEED_STARTS = ("SU", "SA", "SO")
 #: Two bytes of prefix, 32 of the Ed25519 seed, two of the checksum.
 _SEED_BYTES = 36
 
@@ -72,7 +74,7 @@ def find_seed(text: str) -> str:
     """
     block = _SEED_BLOCK.search(text)
     lines = (text if block is None else block[1]).split()
-    return check_seed(next((line for line in lines if line.startswith("S")), ""))
+    return check_seed(next((line for line in lines if line.startswith(_SEED_STARTS)), ""))
 
 
 def parse_creds(text: str) -> Creds:

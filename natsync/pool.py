@@ -3,6 +3,10 @@
 Most programs want one Client: it serves any number of threads. A pool is for callers who want connections of their own:
 isolation of a slow consumer from the rest, or more than one socket's throughput. Connections are made when needed, one
 waiter after the other, and dialed outside the lock.
+
+A Ctrl-C may come at any moment, in the pool's own clean-up too. CPython looks for signals at calls, at the beginning of
+a function and when a loop starts over, not between plain statements. So what belongs together is changed by statements
+without a call, and a caller whose leaving was cut short is left to the next one who uses the pool, or waits for it.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from natsync.client import REQUEST_SECONDS, Client
-from natsync.concurrency import Deadline, Signal, check_timeout, fork_generation, run_soon
+from natsync.concurrency import Deadline, Signal, after_fork_in_child, check_timeout, fork_generation, run_soon
 from natsync.errors import ForkError, InvalidArgument, PoolClosed, PoolTimeout, TimedOut
 from natsync.message import Message, Payload
 from natsync.options import Servers, connect_options, parse_servers
@@ -28,12 +32,15 @@ MIN_SIZE = 4
 MAX_SIZE = 128
 #: Seconds to wait for a free connection. Default of the Go system (AcquireTimeout).
 TIMEOUT = 15.0
+#: Seconds after which one who waits looks for himself: an interrupt may have kept others from telling him.
+LOOK_SECONDS = 1.0
 
 
 class _Turn:
-    """A caller in the queue, and what it was granted: a client, the right to dial one, or nothing yet."""
+    """A caller, and what it was granted: a client, the right to dial one, or nothing (any more)."""
 
     def __init__(self) -> None:
+        self.generation = fork_generation()
         self.signal = Signal()
         self.client: Client | None = None
         self.may_dial = False
@@ -72,18 +79,20 @@ class ConnectionPool:
         self._options = options
         self._max_size = max_size
         self._timeout = check_timeout(timeout)
-        self._generation = fork_generation()
+        self._lent_by_parent: weakref.WeakSet[Client] = weakref.WeakSet()
         self._forget_all()
         self._closed = False
+        _pools.add(self)
 
     def _forget_all(self) -> None:
         self._lock = threading.Lock()
         self._returned = threading.Condition(self._lock)
         self._idle: list[Client] = []
-        self._leased: set[Client] = set()
+        self._leased: dict[Client, None] = {}
         self._overdue: weakref.WeakSet[Client] = weakref.WeakSet()  # taken from their holders by close()
         self._dialing = 0
         self._turns: deque[_Turn] = deque()
+        self._cut_short: deque[_Turn] = deque()  # callers whose leaving an interrupt may have cut short
         self._numbers = {"leases": 0, "dials": 0, "dials_failed": 0, "timeouts": 0}
 
     # -- lending ---------------------------------------------------------------------------------------------------
@@ -118,10 +127,10 @@ class ConnectionPool:
         """Wait for the turn; whatever happens, the caller has to _leave() it."""
         limit = self._timeout if timeout is None else check_timeout(timeout)
         deadline = Deadline.after(limit)
-        self._check_process()
         self._queue(turn)
-        if not turn.signal.wait(deadline):
-            self._check_granted(turn, limit)
+        while turn.client is None and not turn.may_dial and not self._closed:
+            if not turn.signal.wait(deadline.or_sooner(LOOK_SECONDS)):
+                self._look(turn, deadline, limit)
         if turn.may_dial:
             self._dial(turn, deadline, limit)
         if turn.client is None:
@@ -135,18 +144,20 @@ class ConnectionPool:
             InvalidArgument: it is not lent by this pool, or was given back before.
             ForkError: it was borrowed in the parent process.
         """
-        if self._generation != fork_generation():
-            raise ForkError("this connection was borrowed in the parent process")
-        if not self._take_back(client):
-            raise InvalidArgument("this client is not on loan from this pool")
-
-    def _check_process(self) -> None:
-        if self._generation != fork_generation():
-            self._generation = fork_generation()
-            self._forget_all()  # the parent's connections, its borrowers and their locks are the parent's
+        turn = _Turn()
+        try:
+            with self._lock:
+                turn.client = client if client in self._leased else None
+            if turn.client is None and client in self._lent_by_parent:
+                raise ForkError("this connection was borrowed in the parent process")
+            if turn.client is None and client not in self._overdue:  # those close() took from their holders
+                raise InvalidArgument("this client is not on loan from this pool")
+        finally:
+            self._leave(turn)
 
     def _queue(self, turn: _Turn) -> None:
         with self._lock:
+            self._finish_leaving_locked()
             if self._closed:
                 raise PoolClosed("the pool is closed")
             self._turns.append(turn)
@@ -158,22 +169,27 @@ class ConnectionPool:
             while self._idle and self._idle[-1].status == "closed":
                 self._idle.pop()
             turn = self._turns[0]
+            room = len(self._leased) + self._dialing < self._max_size
+            # No call from here to the signal, see above: a turn is granted whole or not at all.
             if self._idle:
-                turn.client = self._idle.pop()
-                self._leased.add(turn.client)
-            elif len(self._leased) + self._dialing < self._max_size:
+                turn.client = self._idle[-1]
+                self._leased[turn.client] = None
+                del self._idle[-1]
+            elif room:
                 turn.may_dial = True
                 self._dialing += 1
             else:
                 return
-            self._turns.popleft()
+            del self._turns[0]
             self._numbers["leases"] += 1
             turn.signal.set()
 
-    def _check_granted(self, turn: _Turn, limit: float | None) -> None:
-        """The wait is over; what was granted at the last moment still counts."""
+    def _look(self, turn: _Turn, deadline: Deadline, limit: float | None) -> None:
+        """Nobody has told the caller anything for a while; what was granted at the last moment still counts."""
         with self._lock:
-            if turn.client is None and not turn.may_dial and not self._closed:
+            self._finish_leaving_locked()
+            self._serve_locked()
+            if turn.client is None and not turn.may_dial and not self._closed and deadline.expired:
                 self._numbers["timeouts"] += 1
                 lent, waiting = len(self._leased) + self._dialing, len(self._turns)
                 raise PoolTimeout(
@@ -182,18 +198,48 @@ class ConnectionPool:
                 )
 
     def _leave(self, turn: _Turn) -> None:
-        """The caller goes away: its place in the queue, or what it was granted, is free."""
-        if self._generation != fork_generation():
+        """The caller goes away: its place in the queue, or what it was granted, is free. Idempotent."""
+        try:
+            self._let_go(turn)
+        except BaseException:  # a Ctrl-C in there: somebody else will do it
+            self._cut_short.append(turn)  # a call into C: done before the next signal is looked for
+            raise
+
+    def _let_go(self, turn: _Turn) -> None:
+        if turn.generation != fork_generation():
             return  # a forked child leaves a block that its parent entered: nothing here is the child's
+        client = turn.client
         with self._lock:
-            if turn in self._turns:
-                self._turns.remove(turn)
-            if turn.may_dial:
-                self._dialing -= 1
-                self._serve_locked()
-            client = turn.client
-        if client is not None:
-            self._take_back(client)
+            kept = self._free_locked(turn)
+            self._finish_leaving_locked()
+            self._serve_locked()
+            self._returned.notify_all()
+        if client is not None and not kept:
+            client.close()
+
+    def _free_locked(self, turn: _Turn) -> bool:
+        """Take back what the turn holds; whether the client, if there is one, stays in the pool. Requires _lock."""
+        if turn in self._turns:
+            self._turns.remove(turn)
+        client = turn.client
+        lent = client is not None and client in self._leased
+        keep = client is not None and lent and not self._closed and client.status != "closed"
+        # No call from here on, see above.
+        turn.client = None
+        if turn.may_dial:
+            turn.may_dial = False
+            self._dialing -= 1
+        if client is not None and lent:
+            del self._leased[client]
+            if keep:
+                self._idle += [client]
+        return keep or not lent
+
+    def _finish_leaving_locked(self) -> None:
+        """Do what interrupts have kept others from doing. Requires _lock."""
+        while self._cut_short:
+            self._free_locked(self._cut_short[0])
+            self._cut_short.popleft()
 
     def _dial(self, turn: _Turn, deadline: Deadline, limit: float | None) -> None:
         """Make the connection that the turn may make; the lock is not held meanwhile."""
@@ -208,31 +254,16 @@ class ConnectionPool:
                 raise PoolTimeout(f"a new connection was not made within {limit} s") from error
             raise
         with self._lock:
+            # No call here, see above.
+            closed = self._closed
             self._numbers["dials"] += 1
             self._dialing -= 1
             turn.may_dial = False
-            if not self._closed:
-                self._leased.add(client)
+            if not closed:
+                self._leased[client] = None
                 turn.client = client
-                return
-        client.close()
-
-    def _take_back(self, client: Client) -> bool:
-        """Make a lent client free again; False if it is not lent (close() may have taken it from its holder)."""
-        if self._generation != fork_generation():
-            return False
-        with self._lock:
-            if client not in self._leased:
-                return client in self._overdue
-            self._leased.discard(client)
-            keep = not self._closed and client.status != "closed"
-            if keep:
-                self._idle.append(client)
-            self._serve_locked()
-            self._returned.notify_all()
-        if not keep:
+        if closed:
             client.close()
-        return True
 
     # -- the client's verbs --------------------------------------------------------------------------------------
 
@@ -252,18 +283,19 @@ class ConnectionPool:
         try:
             client, rest = self._borrow_within(turn, arguments)
             stream = client.stream(subject, payload, **rest)
+            stream.when_finished(lambda: self._leave_soon(turn))
         except BaseException:
             self._leave(turn)
             raise
-        stream.when_finished(lambda: self._return_soon(client))
         return stream
 
-    def _return_soon(self, client: Client) -> None:
-        """Give back from whichever thread ended a stream: closing is for one that may block."""
-        if client.status == "closed" or self._closed:
-            run_soon(lambda: self._take_back(client), "giving a connection back")
+    def _leave_soon(self, turn: _Turn) -> None:
+        """Leave from whichever thread ended a stream: closing is for one that may block."""
+        client = turn.client
+        if client is not None and (client.status == "closed" or self._closed):
+            run_soon(lambda: self._leave(turn), "giving a connection back")
         else:
-            self._take_back(client)
+            self._leave(turn)
 
     def stream_request(
         self, subject: str, payload: Payload, processor: Callable[[Message], object], **arguments: Any
@@ -297,19 +329,21 @@ class ConnectionPool:
         deadline = Deadline.after(limit)
         with self._lock:
             wanted = self._min_size - len(self._leased)
-        clients: list[Client] = []
+        turns = [_Turn() for _ in range(wanted)]
         try:
-            while len(clients) < wanted:
-                clients.append(self.getconn(deadline.remaining()))
+            for turn in turns:
+                self._borrow(turn, deadline.remaining())
         finally:
-            for client in clients:
-                self.putconn(client)
+            with contextlib.ExitStack() as leaving:  # each of them, although an interrupt may fall on one
+                for turn in turns:
+                    leaving.callback(self._leave, turn)
 
     # -- life ------------------------------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, int]:
         """size, idle, leased, waiting now; leases, dials, dials_failed, timeouts so far."""
         with self._lock:
+            self._finish_leaving_locked()
             return {
                 "size": len(self._idle) + len(self._leased),
                 "idle": len(self._idle),
@@ -324,8 +358,8 @@ class ConnectionPool:
         Blocks up to timeout seconds. Idempotent.
         """
         deadline = Deadline.after(check_timeout(timeout))
-        self._check_process()
         with self._lock:
+            self._finish_leaving_locked()
             self._closed = True
             idle, self._idle = self._idle, []
             turns = list(self._turns)
@@ -337,7 +371,7 @@ class ConnectionPool:
         with self._lock:
             while self._leased and not deadline.expired:
                 self._returned.wait(deadline.remaining())
-            overdue, self._leased = self._leased, set()
+            overdue, self._leased = self._leased, {}
             self._overdue.update(overdue)
             self._returned.notify_all()
         for client in overdue:
@@ -353,3 +387,16 @@ class ConnectionPool:
 
     def __repr__(self) -> str:
         return f"<ConnectionPool {self.stats()}>"
+
+
+_pools: weakref.WeakSet[ConnectionPool] = weakref.WeakSet()
+
+
+def _forget_in_child() -> None:
+    """In a forked child: connections, borrowers and their locks are the parent's."""
+    for pool in list(_pools):
+        pool._lent_by_parent.update(pool._leased)
+        pool._forget_all()
+
+
+after_fork_in_child(_forget_in_child)

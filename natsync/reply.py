@@ -102,9 +102,10 @@ def request(
         if waiter.item is None:
             _give_up(connection, waiter, subject, timeout, ctx, answered)
     finally:
+        # A Ctrl-C may come at any call: this one, into C, is made before the next signal is looked for.
+        connection.mux.waiters.pop(token, None)
         if remove is not None:
             remove()
-        connection.mux.unregister(token)
         connection.mux.late += waiter.late
     assert waiter.item is not None
     return _reply(connection, inbox, waiter.item, subject)

@@ -193,7 +193,7 @@ class SubscriptionCore:
         """A turn of one worker: hand messages to the callback until none is left or others should go first."""
         assert self._callback is not None
         assert self._pool is not None
-        me = threading.get_ident()
+        me, generation = threading.get_ident(), fork_generation()
         for _ in range(_TURN):
             with self._lock:
                 self._busy.discard(me)
@@ -209,6 +209,8 @@ class SubscriptionCore:
                 self.failed += 1
                 log.exception("the callback for %r raised", message.subject)
             del message
+            if generation != fork_generation():
+                return  # a child that the callback forked: the rest is its parent's
         with self._lock:
             self._busy.discard(me)
         if not self._pool.submit(self._run):
@@ -333,12 +335,20 @@ class Subscription:
     def _take(self, deadline: Deadline) -> Message | None:
         if self._core.has_callback:
             raise RuntimeError(f"messages on {self.subject!r} go to the callback; next() and iteration have none")
-        if self._generation != fork_generation():
-            raise ForkError("this subscription belongs to the parent process; subscribe anew in the child")
+        self._check_process()
         return self._core.take(deadline)
 
+    def _check_process(self) -> None:
+        if self._generation != fork_generation():
+            raise ForkError("this subscription belongs to the parent process; subscribe anew in the child")
+
     def unsubscribe(self) -> None:
-        """Stop at once: messages that wait are forgotten (and counted as dropped). Idempotent, does not block."""
+        """Stop at once: messages that wait are forgotten (and counted as dropped). Idempotent, does not block.
+
+        No effect in a forked child, which may leave a block that its parent entered: the parent's goes on.
+        """
+        if self._generation != fork_generation():
+            return
         self._link.unsubscribe(self._core)
         self._core.deactivate(forget=True)
 
@@ -351,6 +361,7 @@ class Subscription:
             DrainTimeout: not done within timeout seconds; the subscription is ended all the same.
         """
         deadline = Deadline.after(check_timeout(timeout))
+        self._check_process()
         self._link.stop_intake(self._core)
         try:
             self._link.confirm(deadline)

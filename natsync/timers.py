@@ -38,7 +38,8 @@ class Timer:
 
     def cancel(self) -> None:
         """Make sure that the call does not start any more (one that is running goes on)."""
-        self._owner.cancel(self)
+        if self._owner is _timers:  # in a forked child the parent's timer is of no use, and its lock may be held
+            self._owner.cancel(self)
 
 
 class _Timers:

@@ -11,13 +11,14 @@ import re
 import socket
 import ssl
 import threading
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 from natsync import _pynats2, auth
 from natsync._version import __version__
-from natsync.concurrency import Deadline, Signal
+from natsync.concurrency import Deadline, Signal, after_fork_in_child
 from natsync.errors import ConnectError, NatsError, ProtocolError, TimedOut
 from natsync.options import ConnectOptions, Server
 from natsync.protocol import MAX_INFO_LINE, PING
@@ -421,6 +422,7 @@ def _connect(server: Server, deadline: Deadline, dialing: Dialing) -> socket.soc
     for tried, (family, kind, protocol, _, address) in enumerate(addresses):
         left = _left(deadline, "connecting")
         sock = socket.socket(family, kind, protocol)
+        _sockets.add(sock)
         try:
             dialing.begin(lambda sock=sock: sock.shutdown(socket.SHUT_RDWR))  # type: ignore[misc]
             sock.settimeout(None if left is None else left / (len(addresses) - tried))
@@ -468,6 +470,19 @@ def _json(text: bytes) -> object:
         return json.loads(text)
     except (ValueError, RecursionError):
         return None
+
+
+_sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    """In a forked child: give back every descriptor, those that are being dialed included; nothing goes on the wire."""
+    for sock in list(_sockets):
+        with suppress(OSError):
+            sock.close()
+
+
+after_fork_in_child(_close_in_child)
 
 
 def _left(deadline: Deadline, what: str) -> float | None:

@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-from natsync.concurrency import Deadline, join_all
+from natsync.concurrency import Deadline, fork_generation, join_all
 
 log = logging.getLogger("natsync.workers")
 
@@ -85,16 +85,19 @@ class WorkerPool:
         return join_all(threads, deadline)
 
     def _run(self) -> None:
+        generation = fork_generation()
         try:
-            while (task := self._next()) is not None:
+            # A child that a task forked, and that returns from it, is no worker of its parent's.
+            while generation == fork_generation() and (task := self._next()) is not None:
                 try:
                     task()
                 except BaseException:  # SystemExit in user code must not cost the pool a thread
                     log.exception("a task failed")
                 del task  # an idle worker must not keep its last handler's objects alive
         finally:
-            with self._lock:
-                self._threads.discard(threading.current_thread())
+            if generation == fork_generation():
+                with self._lock:
+                    self._threads.discard(threading.current_thread())
 
     def _next(self) -> Task | None:
         """The next task; None when the worker should end (then it counts as gone already)."""
@@ -132,7 +135,8 @@ class Lane:
             return self._running
 
     def _run(self) -> None:
-        while True:
+        generation = fork_generation()
+        while generation == fork_generation():
             with self._lock:
                 if not self._tasks:
                     self._running = False

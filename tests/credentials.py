@@ -83,12 +83,13 @@ class Operator:
         jwt = make_jwt(self.account, key, name, {**self.LIMITS, "pub": {}, "sub": {}}, lifetime)
         return CREDS.format(jwt=jwt, seed=key.seed)
 
-    def config(self) -> str:
+    def config(self, lifetime: float | None = None, **limits: int) -> str:
+        """A server's configuration; lifetime of the account in seconds, None = for ever."""
         operator = make_jwt(self.key, self.key, "operator", {})
-        claims: dict[str, Any] = {"limits": self.ACCOUNT_LIMITS}
+        claims: dict[str, Any] = {"limits": {**self.ACCOUNT_LIMITS, **limits}}
         if self.revoked:
             claims["revocations"] = self.revoked
-        account = make_jwt(self.key, self.account, "account", claims)
+        account = make_jwt(self.key, self.account, "account", claims, lifetime)
         return f"operator: {operator}\nresolver: MEMORY\nresolver_preload: {{ {self.account.public}: {account} }}\n"
 
 

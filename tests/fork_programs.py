@@ -294,7 +294,7 @@ def fork_inside_blocks(url: str) -> None:
 
     pids: list[int] = []
     try:
-        with client, subscriber, root.with_timeout(60) as ctx, pool.connection() as lent, pool:
+        with client, subscriber, root.with_timeout(60) as ctx, pool, pool.connection() as lent:
             with client.subscribe("f.block") as subscription, client.stream("f.hold.stream", ctx=ctx) as stream:
                 assert stream.next(10) == b"first"
                 lent.flush()
@@ -381,9 +381,7 @@ class _Objects:
         self.client.publish("f.objects", b"one", reply="f.nobody")
         self.message = self.subscription.next(10)
 
-    def _handler(
-        self, ctx: natsync.HandlerContext, request: natsync.Message, sender: natsync.ResponseSender
-    ) -> None:
+    def _handler(self, ctx: natsync.HandlerContext, request: natsync.Message, sender: natsync.ResponseSender) -> None:
         self.sender, self.handler_ctx = sender, ctx
         sender.send(b"mine")
         self.begun.set()
@@ -411,8 +409,12 @@ class _Objects:
             "client.stream with the parent's ctx": lambda: list(client.stream("f.count", b"2", ctx=ctx)),
             "client.request with the parent's ctx": lambda: client.request("f.echo", b"x", ctx=self.child_ctx),
             "subscription properties": lambda: (
-                subscription.pending, subscription.delivered, subscription.dropped, subscription.active,
-                subscription.queue, repr(subscription),
+                subscription.pending,
+                subscription.delivered,
+                subscription.dropped,
+                subscription.active,
+                subscription.queue,
+                repr(subscription),
             ),
             "subscription.next": lambda: subscription.next(None),
             "subscription iteration": lambda: next(iter(subscription)),
@@ -422,9 +424,7 @@ class _Objects:
             "callback subscription.drain": lambda: called.drain(None),
             "callback subscription.unsubscribe": called.unsubscribe,
             "message.respond": lambda: message.respond(b"x"),
-            "stream properties": lambda: (
-                stream.headers, stream.trailers, stream.mode, stream.stats, repr(stream)
-            ),
+            "stream properties": lambda: (stream.headers, stream.trailers, stream.mode, stream.stats, repr(stream)),
             "stream.next": lambda: stream.next(None),
             "stream iteration": lambda: list(stream),
             "stream.map iteration": lambda: next(stream.map(len)),

@@ -463,6 +463,66 @@ def test_a_revoked_user_is_told_so(make_nats_server: Callable[..., NatsServer]) 
     client.close()
 
 
+def test_an_account_that_expires_ends_the_client_with_a_typed_error(
+    make_nats_server: Callable[..., NatsServer],
+) -> None:
+    operator, events = Operator(), Events()
+    server = make_nats_server(config=operator.config(lifetime=2.9))
+    client = natsync.connect(server.url, credentials=operator.user(), on_event=events, **QUICK)
+    assert "refused the credentials" in events.wait("closed")["reason"]
+    assert "Account Authentication Expired" in events.wait("error")["error"]
+    client.close()
+
+
+def test_a_client_that_was_refused_connects_once_its_credentials_are_known(
+    make_nats_server: Callable[..., NatsServer],
+) -> None:
+    server = make_nats_server(config=TOKENS.replace(TOKEN, f"{MARKER}-other"))
+    client = natsync.Client(server.url, token=TOKEN)
+    with pytest.raises(AuthorizationError):
+        client.publish("x")
+    server.reload(TOKENS)
+    client.publish("x")
+    client.flush()
+    client.close()
+
+
+# -- a server that has no room ---------------------------------------------------------------------------------------
+
+
+def test_a_server_that_is_full_leaves_the_next_one(make_nats_server: Callable[..., NatsServer]) -> None:
+    full, other = make_nats_server(config="max_connections: 1"), make_nats_server()
+    with (
+        natsync.connect(full.url) as first,
+        natsync.connect([full.url, other.url], randomize=False) as second,
+    ):
+        assert (first.stats()["server"], second.stats()["server"]) == (full.url, other.url)
+        error = refusal(full)
+    assert "maximum connections exceeded" in str(error)
+    assert not isinstance(error, AuthorizationError)
+
+
+def test_an_account_that_is_full_is_no_refusal_of_the_credentials(make_nats_server: Callable[..., NatsServer]) -> None:
+    operator = Operator()
+    server = make_nats_server(config=operator.config(conn=1))
+    with natsync.connect(server.url, credentials=operator.user()):
+        error = refusal(server, credentials=operator.user())
+    assert "maximum account active connections exceeded" in str(error)
+    assert not isinstance(error, AuthorizationError)
+
+
+def test_a_client_waits_for_room(make_nats_server: Callable[..., NatsServer], caplog: pytest.LogCaptureFixture) -> None:
+    server = make_nats_server(config="max_connections: 1")
+    first = natsync.connect(server.url)
+    with (
+        caplog.at_level(logging.INFO, "natsync"),
+        natsync.connect(server.url, retry_on_failed_connect=True, **QUICK) as second,
+    ):
+        eventually(lambda: caplog.text.count("maximum connections exceeded") >= 3, 10)
+        first.close()
+        eventually(lambda: second.status == "connected", 10)
+
+
 # -- a server that asks for less than was asked of it ----------------------------------------------------------------
 
 

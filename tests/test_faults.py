@@ -236,8 +236,8 @@ def test_a_receiver_that_does_not_read_costs_what_it_was_given_and_nothing_else(
         for record in records:
             record.wait_for(119)
             record.check()
-        # Four MiB at most wait for the writer, and the kernel and the proxy hold some more.
-        assert sum(len(record.numbers) for record in records) > 4 * 120 // 4
+        # Lost is what the kernel's buffers and the proxy's held, and one write: well below half of it.
+        assert sum(len(record.numbers) for record in records) > 4 * 120 // 2
 
 
 def test_a_flush_behind_a_blocked_write_is_told_that_the_link_broke(narrow: FaultProxy) -> None:
@@ -685,6 +685,31 @@ def test_drain_with_a_stuck_callback_says_so_and_closes(nats_server: NatsServer,
         assert client.status == "closed"
     finally:
         leave.set()
+
+
+@pytest.mark.parametrize("kind", ["request", "stream"])
+def test_drain_of_a_subscriber_in_its_own_handler_does_not_hang(nats_server: NatsServer, kind: str) -> None:
+    subscriber = natsync.Subscriber(nats_server.url)
+    over = threading.Event()
+
+    def drain(ctx: natsync.Context, request: natsync.Message) -> Any:
+        try:
+            subscriber.drain(2.0)
+        except natsync.DrainTimeout:
+            pass  # this very handler may be what was not done
+        over.set()
+        return b"" if kind == "request" else []
+
+    if kind == "request":
+        subscriber.handler("f.drain")(drain)
+    else:
+        subscriber.stream_subscribe("f.drain", drain)
+    with subscriber, natsync.connect(nats_server.url) as client:
+        asking = Outcome(lambda: client.request("f.drain", b"", timeout=PATIENCE))
+        assert over.wait(2.0 + 2 * SLACK), "drain() in a handler hangs"
+        eventually(lambda: subscriber.status == "closed", PATIENCE)
+        client.close()
+        asking.within(PATIENCE)
 
 
 # -- requests inside callbacks -----------------------------------------------------------------------------------------

@@ -130,8 +130,8 @@ def test_a_value_that_would_break_the_block_is_refused(value: str) -> None:
 
 def test_a_refusal_does_not_quote_the_value_which_may_be_secret() -> None:
     with pytest.raises(InvalidArgument) as caught:
-        Headers({"Authorization": "secret\r\n"})
-    assert "secret" not in str(caught.value)
+        Headers({"Authorization": "S3CRET\r\n"})
+    assert "S3CRET" not in str(caught.value)
 
 
 @pytest.mark.parametrize("value", [1, None, b"bytes", ["x", 1], [b"x"]])

@@ -113,7 +113,7 @@ def test_ten_thousand_abandoned_requests_leave_nothing(mux: Mux) -> None:
         token, _ = enter(mux, Waiter())
         mux.unregister(token)
     assert len(mux) == 0
-    assert not mux._waiters
+    assert not mux.waiters
 
 
 def test_everybody_is_told_of_a_lost_link_a_denial_and_the_end(mux: Mux) -> None:

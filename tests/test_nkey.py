@@ -83,7 +83,7 @@ def test_every_seed_of_the_library_is_taken(raw: bytes) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    [KEY.seed, f"\n{KEY.seed}\n", f"# my seed\n{KEY.seed}\n", TEXT, TEXT.replace("\n", "\r\n")],
+    [KEY.seed, f"\n{KEY.seed}\n", f"# Secret Seed:\n{KEY.seed}\n", TEXT, TEXT.replace("\n", "\r\n")],
 )
 def test_a_seed_is_found_in_a_file(text: str) -> None:
     assert find_seed(text) == KEY.seed

@@ -341,11 +341,17 @@ def test_a_client_certificate_is_presented(
         client.flush()
 
 
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 def test_a_missing_client_certificate_is_a_connect_error(
-    config: Callable[..., str], trusting: ssl.SSLContext, make_nats_server: Callable[..., NatsServer]
+    config: Callable[..., str],
+    authority: trustme.CA,
+    make_nats_server: Callable[..., NatsServer],
+    version: ssl.TLSVersion,
 ) -> None:
     server = make_nats_server(config=config("127.0.0.1", verify=True))
-    error = failure(tls_url(server), tls=trusting)
+    context = trust(authority)
+    context.minimum_version = context.maximum_version = version
+    error = failure(tls_url(server), tls=context)
     assert isinstance(error, ConnectError)
     assert "client certificate" in str(error)
 

@@ -7,8 +7,8 @@ import threading
 from collections.abc import Callable
 
 from natsync import subject as _subject
-from natsync.concurrency import Deadline, check_timeout
-from natsync.errors import Cancelled, NatsError
+from natsync.concurrency import Deadline, check_timeout, fork_generation
+from natsync.errors import Cancelled, ForkError, NatsError
 from natsync.links import Status
 from natsync.streaming.responder import Responder
 from natsync.streaming.work import Work
@@ -39,6 +39,7 @@ class Handle:
         self._core = core
         self._work = work
         self._forget = forget
+        self._generation = fork_generation()
         self._stopped = threading.Event()
         self._stop_watching: Callable[[], None] = lambda: None
 
@@ -50,6 +51,7 @@ class Handle:
     @property
     def stats(self) -> dict[str, int]:
         """received, processed, failed, cancelled, dropped (refused or over the pending limits), active."""
+        self._check_process()
         numbers = self._work.numbers()
         numbers["dropped"] += self._core.dropped
         numbers["failed"] += self._core.failed
@@ -57,6 +59,7 @@ class Handle:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until the registration is stopped, up to timeout seconds (None = no limit); whether it is."""
+        self._check_process()
         return self._stopped.wait(check_timeout(timeout))
 
     def stop(self, timeout: float | None = None) -> None:
@@ -66,6 +69,7 @@ class Handle:
         is cancelled. Idempotent; from a handler it does not wait.
         """
         deadline = Deadline.after(check_timeout(timeout))
+        self._check_process()
         self.leave(deadline)
         if self._responder.in_handler():
             return
@@ -73,6 +77,10 @@ class Handle:
         self.ctx.cancel_soon(Cancelled(f"the registration of {self.subject!r} was stopped"))
         if not idle:
             self._work.wait_idle(Deadline.after(LEAVE_SECONDS if timeout else 0))
+
+    def _check_process(self) -> None:
+        if self._generation != fork_generation():
+            raise ForkError("this registration belongs to the parent process")
 
     def connection_closed(self) -> None:
         """The connection ended for good, and the registration with it."""

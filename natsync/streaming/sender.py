@@ -434,6 +434,7 @@ class ResponseSender:
         Raises:
             InvalidArgument: the first chunk has been sent, or the header is malformed.
         """
+        self._check_process()
         self._core.set_header(key, value)
 
     def is_closed(self) -> bool:
@@ -447,6 +448,7 @@ class ResponseSender:
 
     def on_close(self, callback: Callable[[], object]) -> None:
         """Have callback() run once, on a worker, when the stream is over; soon, if it already is."""
+        self._check_process()
         self._core.on_close(callback)
 
     def _check_process(self) -> None:

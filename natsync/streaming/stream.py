@@ -275,13 +275,17 @@ def process(
     """One try of stream_request(): every message, END and ERROR included, goes to the processor; False stops."""
     call = Call(connection, subject, idle_timeout)
     call.open(payload, headers, ctx, attempt)
+    generation = fork_generation()
     try:
         while True:
             message = call.next_message(_NO_DEADLINE)
             wanted = processor(message)
+            if generation != fork_generation():
+                raise ForkError("this request belongs to the parent process")
             if message.error is not None:
                 raise call.error
             if message.is_end or wanted is False:
                 return
     finally:
-        call.cancel("closed by the requester")
+        if generation == fork_generation():  # a child that the processor forked leaves the parent's call alone
+            call.cancel("closed by the requester")

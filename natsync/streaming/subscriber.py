@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TypeVar
 
 from natsync import subject as _subject
-from natsync.concurrency import Deadline, check_timeout, fork_generation
+from natsync.concurrency import Deadline, after_fork_in_child, check_timeout, fork_generation
 from natsync.connection import Connection
 from natsync.context import Context
 from natsync.errors import ConnectionClosed, DrainTimeout, ForkError, InvalidArgument, TimedOut
@@ -90,6 +91,7 @@ class Subscriber:
         self._retired = dict.fromkeys(COUNTED, 0)
         self._closed = False
         self._close_done = threading.Event()
+        _subscribers.add(self)
 
     # -- registering ---------------------------------------------------------------------------------------------
 
@@ -450,3 +452,16 @@ class Subscriber:
 
     def __repr__(self) -> str:
         return f"<Subscriber {self.status}: {len(self._handles)} registrations>"
+
+
+_subscribers: weakref.WeakSet[Subscriber] = weakref.WeakSet()
+
+
+def _renew_in_child() -> None:
+    """In a forked child: another thread of the parent may have held the locks at the fork."""
+    for subscriber in list(_subscribers):
+        subscriber._lock = threading.Lock()
+        subscriber._close_done = threading.Event()
+
+
+after_fork_in_child(_renew_in_child)
