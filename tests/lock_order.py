@@ -3,7 +3,7 @@
 Switched on by `pytest --lock-order`. Locks that natsync's own files make are then replaced by ones that keep book;
 everybody else's stay what they are. Two locks made at one place of the source count as one: what is looked at is the
 graph "held → taken" between places. Three things are faults: a cycle in that graph, for two threads may then wait for
-each other; a pair against the order that docs/architecture.md states ("Locks"), or one that it does not state; and
+each other; a pair against the order that docs/threads.md states ("Locks"), or one that it does not state; and
 a lock held over what may block: I/O, joining, sleeping, waiting, a user's callback.
 
 A lock that one thread takes and another gives back is no mutual exclusion but a signal (concurrency.Signal): to take
@@ -231,11 +231,11 @@ def documented(name: str) -> str:
 
 
 def documented_order(text: str) -> list[set[str]]:
-    """The order as docs/architecture.md draws it: places from the outside in, each with the names that share it."""
+    """The order as docs/threads.md draws it: places from the outside in, each with the names that share it."""
     section = text.partition("## Locks")[2].partition("\n## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("    ")]
     drawn = " ".join(line.strip() for line in lines)
-    assert "→" in drawn, "docs/architecture.md draws no lock order"
+    assert "→" in drawn, "docs/threads.md draws no lock order"
     return [set(map(str.strip, place.split(","))) for place in drawn.split("→")]
 
 
@@ -382,7 +382,7 @@ class Plugin:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        order = documented_order((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"))
+        order = documented_order((ROOT / "docs" / "threads.md").read_text(encoding="utf-8"))
         self._faults = self.recorder.faults(order)
         if self._faults and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED

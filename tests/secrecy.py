@@ -25,6 +25,9 @@ MARKER = "S3CRET"
 #: Characters shown on both sides of a find, for finding out where it comes from.
 AROUND = 120
 
+#: Characters of the shortest text that can be looked for.
+SHORTEST = 6
+
 V = TypeVar("V", str, bytes)
 
 
@@ -44,6 +47,7 @@ class Watch(logging.Handler):
     def add(self, value: str) -> None:
         """Look for this text too, also as it stands in a URL; a text of several lines line by line."""
         for line in filter(None, map(str.strip, value.splitlines())):
+            assert len(line) >= SHORTEST, "a secret this short is found everywhere"
             self._secrets.update((line, quote(line, safe="")))
 
     def shows(self, text: str) -> str | None:

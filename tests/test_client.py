@@ -801,10 +801,10 @@ def test_a_slow_consumer_is_an_event_once_an_episode(nats_server: NatsServer, ra
 
 def test_what_the_server_complains_of_is_an_event(make_nats_server: Make) -> None:
     server = make_nats_server(
-        config='authorization { users: [{user: u, password: p, permissions: {publish: "allowed.>"}}] }'
+        config='authorization { users: [{user: u, password: S3CRET, permissions: {publish: "allowed.>"}}] }'
     )
     events = Events()
-    with natsync.connect(server.url, user="u", password="p", on_event=events) as client:
+    with natsync.connect(server.url, user="u", password="S3CRET", on_event=events) as client:
         client.publish("forbidden.x")
         eventually(lambda: "error" in events.names)
         assert "Permissions Violation" in events.all[-1][1]["error"]
@@ -813,8 +813,8 @@ def test_what_the_server_complains_of_is_an_event(make_nats_server: Make) -> Non
 
 # -- credentials ---------------------------------------------------------------------------------------------------
 
-PASSWORD = "s3cr3t/ü@:?"
-QUOTED = "s3cr3t%2F%C3%BC%40%3A%3F"
+PASSWORD = "S3CRET/ü@:?"
+QUOTED = "S3CRET%2F%C3%BC%40%3A%3F"
 
 
 @pytest.fixture

@@ -516,6 +516,16 @@ def test_a_refusal_in_place_of_tls_is_told() -> None:
     assert "maximum connections exceeded" in str(failure(script))
 
 
+def test_plain_bytes_in_the_middle_of_tls_are_a_protocol_error() -> None:
+    def script(peer: PeerConnection) -> None:
+        peer.send_info(tls_required=True)
+        peer.recv_exactly(5)  # the head of the ClientHello
+        peer.send(b"+OK\r\n")
+        peer.recv_until_eof()
+
+    assert isinstance(failure(script), ProtocolError)
+
+
 def test_a_refusal_in_place_of_info_is_told() -> None:
     error = failure(lambda peer: peer.send(b"-ERR 'maximum connections exceeded'\r\n"))
     assert "maximum connections exceeded" in str(error)
