@@ -99,34 +99,35 @@ class SafeEvent(threading.Event):
     """A threading.Event that an interrupt (Ctrl-C) in wait() cannot leave locked.
 
     Event enters its Condition, which is Python code; interrupted inside, the lock stays taken, and whoever sets the
-    event next, perhaps the reader, blocks for ever. Here the plain lock is entered.
+    event next, perhaps the reader, blocks for ever. Here the plain lock is entered. Nothing of Event's own is relied
+    on: gevent puts another class in its place.
     """
-
-    _flag: bool
-    _cond: threading.Condition
 
     def __init__(self) -> None:
         super().__init__()
-        self._plain = threading.Lock()
-        self._cond = threading.Condition(self._plain)
-
-    def set(self) -> None:
-        with self._plain:
-            self._flag = True
-            self._cond.notify_all()
-
-    def clear(self) -> None:
-        with self._plain:
-            self._flag = False
-
-    def wait(self, timeout: float | None = None) -> bool:
-        with self._plain:
-            return self._flag or self._cond.wait(timeout)
+        self._happened = False
+        self.renew()
 
     def renew(self) -> None:
         """In a forked child: another thread of the parent may have held the lock at the fork."""
         self._plain = threading.Lock()
-        self._cond = threading.Condition(self._plain)
+        self._changed = threading.Condition(self._plain)
+
+    def is_set(self) -> bool:
+        return self._happened
+
+    def set(self) -> None:
+        with self._plain:
+            self._happened = True
+            self._changed.notify_all()
+
+    def clear(self) -> None:
+        with self._plain:
+            self._happened = False
+
+    def wait(self, timeout: float | None = None) -> bool:
+        with self._plain:
+            return self._happened or self._changed.wait(timeout)
 
 
 class Tally:
@@ -180,6 +181,8 @@ class _Background:
         self._threads = 0
 
     def run(self, function: Callable[[], object], what: str) -> None:
+        if sys.is_finalizing():
+            return  # no thread starts any more; before Python 3.12, start() would wait for ever
         with self._lock:
             self._due.append((function, what))
             if self._threads == CALLBACK_THREADS:

@@ -310,7 +310,7 @@ class Connection(Links):
         timers.settle()
 
     def gave_up(self, reason: Exception) -> None:
-        self.close(0, reason)
+        self.close(LEAVE_SECONDS, reason)
 
     def when_closed(self, callback: Callable[[Exception | None], None]) -> None:
         """Have callback(reason) called when the connection ends for good; reason None = it was closed on purpose.

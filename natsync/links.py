@@ -223,6 +223,7 @@ class Links:
             handover.on_batch(session, batch)
 
     def on_info(self, session: Session, fields: dict[str, Any]) -> None:
+        fields = protocol.checked_info(fields)
         session.info = {**session.info, **fields}
         if session is self._session:
             self.info = session.info
@@ -306,7 +307,7 @@ class Links:
         return self._status is Status.CONNECTING or self._status is Status.RECONNECTING
 
     def on_link(self, transport: Transport, info: dict[str, Any]) -> bool:
-        self.info = info
+        self.info = info = protocol.checked_info(info)
         self._drop_larger(info.get("max_payload", protocol.MAX_MESSAGE_BYTES))
         with self._lock:
             if not self.wants_link():
@@ -379,6 +380,7 @@ class Links:
         return self._session is lame and self._handover is None and not self._draining
 
     def on_other_link(self, lame: Session, transport: Transport, info: dict[str, Any]) -> bool:
+        info = protocol.checked_info(info)
         outbox = Outbox(self.options.reconnect_buffer_bytes)
         outbox.hold()
         session = Session(transport, info, outbox, self.options, self, self.name, lame.confirmed)

@@ -115,10 +115,10 @@ class Outbox:
             self._wake_locked()
             return self.position
 
-    def put_first(self, frame: bytes) -> None:
-        """Queue a control frame ahead of everything; for the session of this outbox alone."""
+    def put_first(self, frame: bytes, *, once: bool = False) -> None:
+        """Queue a control frame ahead of everything; with once=True only if none like it waits already."""
         with self._lock:
-            if not self._closed:
+            if not self._closed and not (once and frame in self._control):
                 self._control.append(frame)
                 self._wake_locked()
 

@@ -12,6 +12,9 @@ from dataclasses import replace
 from natsync.errors import InvalidURL
 from natsync.options import ConnectOptions, Server, parse_server
 
+#: Servers that are kept of those that were told of. No cluster has as many; a server gone mad may tell of more.
+MAX_DISCOVERED = 1000
+
 
 class ServerList:
     """The servers of one connection, in the order in which they are tried."""
@@ -20,6 +23,7 @@ class ServerList:
         self._options = options
         self._given = list(dict.fromkeys(servers))
         self._order = list(self._given)
+        self._room = MAX_DISCOVERED
         if options.randomize:
             random.shuffle(self._order)
 
@@ -44,18 +48,19 @@ class ServerList:
             return []
         told_by = through or self._given[0]
         known = {(server.host, server.port) for server in self._order}
-        new = []
+        new: list[Server] = []
         for url in urls:
             try:
                 told = parse_server(url)
             except (InvalidURL, TypeError):
                 continue
-            if (told.host, told.port) not in known:
+            if (told.host, told.port) not in known and len(new) < self._room:
                 known.add((told.host, told.port))
                 new.append(replace(told_by, host=told.host, port=told.port, tls_name=_tls_name(told, told_by)))
         if self._options.randomize:
             random.shuffle(new)
         self._order.extend(new)
+        self._room -= len(new)
         return new
 
     def backoff(self, walks: int) -> float:

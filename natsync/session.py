@@ -165,7 +165,7 @@ class Session:
         if isinstance(event, Batch):
             self._owner.on_batch(self, event)
         elif event is Op.PING:
-            self.outbox.put_first(PONG)
+            self.outbox.put_first(PONG, once=True)  # one answers all PINGs that came before it
         elif event is Op.PONG:
             self._pong()
         elif isinstance(event, Info):

@@ -24,6 +24,7 @@ from natsync.options import ConnectOptions, Server
 from natsync.protocol import MAX_INFO_LINE, PING
 from natsync.resolver import Address, look_up
 from natsync.server_errors import server_error
+from natsync.server_info import reliable
 
 #: Bytes asked of the socket at once. Bursts are parsed, and their consumers woken, once a read.
 READ_BYTES = 256 << 10
@@ -297,10 +298,10 @@ class _Handshake(_pynats2.NATSNoSubscribeClient):
         Raises:
             ConnectError: there is a key to prove, and the server does not ask for the proof.
         """
-        nonce = self.info.get("nonce")
+        nonce: str = self.info.get("nonce", "")
         if not self._credentials.signs:
             return ""
-        if not isinstance(nonce, str) or not nonce:
+        if not nonce:
             raise ConnectError(
                 f"{self._server} gives no nonce to sign: it demands less security than nkey_seed or credentials ask "
                 "for; nothing was sent to it"
@@ -375,7 +376,7 @@ class _Handshake(_pynats2.NATSNoSubscribeClient):
         info = _json(line[4:])
         if not isinstance(info, dict):
             raise ProtocolError(f"{self._server} sent an INFO that is no JSON object: {self._quote(line)}")
-        self.info.update(info)
+        self.info.update(reliable(info))
 
     def _quote(self, line: bytes) -> str:
         """The beginning of an odd line. Whoever has seen the credentials might send them back, so it is not quoted."""

@@ -33,6 +33,8 @@ import natsync
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = str(Path(natsync.__file__).resolve().parent) + "/"
+#: Where the order is written, in its section "Locks".
+PAGE = ROOT / "docs" / "threads.md"
 TESTS = str(ROOT / "tests") + "/"
 #: Parts of the package that are tools beside the library.
 TOOLS = (PACKAGE + "testing/", PACKAGE + "cli/")
@@ -230,12 +232,12 @@ def documented(name: str) -> str:
     return DOCUMENTED.get(owner, owner.lstrip("_"))
 
 
-def documented_order(text: str) -> list[set[str]]:
-    """The order as docs/threads.md draws it: places from the outside in, each with the names that share it."""
-    section = text.partition("## Locks")[2].partition("\n## ")[0]
+def documented_order(page: Path = PAGE) -> list[set[str]]:
+    """The order as the page draws it: places from the outside in, each with the names that share it."""
+    section = page.read_text(encoding="utf-8").partition("## Locks")[2].partition("\n## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("    ")]
     drawn = " ".join(line.strip() for line in lines)
-    assert "→" in drawn, "docs/threads.md draws no lock order"
+    assert "→" in drawn, f"{page} draws no lock order"
     return [set(map(str.strip, place.split(","))) for place in drawn.split("→")]
 
 
@@ -283,14 +285,17 @@ def _is_ours(frame: FrameType) -> bool:
 
 
 def _name(frame: FrameType) -> str:
-    """Class and attribute of a lock that is being made in this frame, else the place."""
+    """Class and attribute of a lock that is being made in this frame; module and name, if it is no object's."""
     code = frame.f_code
-    made = re.match(r"\s*(?:self|client)\.(\w+)\b.*=", linecache.getline(code.co_filename, frame.f_lineno))
+    made = re.match(r"\s*(?:(\w+)\.)?(\w+)\b.*=", linecache.getline(code.co_filename, frame.f_lineno))
+    module = Path(code.co_filename).stem
     if made is None:
-        return f"{Path(code.co_filename).name}:{frame.f_lineno}"
-    owner = frame.f_locals.get("self", frame.f_locals.get("client"))
+        return f"{module}:{frame.f_lineno}"
+    if made[1] is None:
+        return f"{module}.{made[2]}"
+    owner = frame.f_locals[made[1]]
     kinds = [kind for kind in type(owner).__mro__ if _defines(kind, frame)]
-    return f"{(kinds or [type(owner)])[0].__name__}.{made[1]}"
+    return f"{(kinds or [type(owner)])[0].__name__}.{made[2]}"
 
 
 def _defines(kind: type, frame: FrameType) -> bool:
@@ -382,8 +387,7 @@ class Plugin:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        order = documented_order((ROOT / "docs" / "threads.md").read_text(encoding="utf-8"))
-        self._faults = self.recorder.faults(order)
+        self._faults = self.recorder.faults(documented_order())
         if self._faults and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

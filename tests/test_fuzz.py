@@ -454,6 +454,12 @@ def bounded_memory(limit: int) -> Iterator[None]:
     assert peak < limit, f"{peak} bytes at the peak"
 
 
+def resident_bytes() -> int:
+    """What the process holds in memory; 0 where the system does not tell."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+
+
 @pytest.mark.parametrize("name", ENDLESS)
 def test_a_line_without_an_end_is_given_up_with_little_memory(name: str, peer: Peer, client: natsync.Client) -> None:
     first = ENDLESS[name]
@@ -518,17 +524,13 @@ def test_a_link_is_made_again_although_the_server_told_of_many_that_do_not_exist
             recovered(client)
 
 
-def test_a_peer_that_sends_pings_and_does_not_read_the_answers_is_given_up_with_bounded_memory(peer: Peer) -> None:
-    with natsync.Client(peer.url, **{**OPTIONS, "write_timeout": 0.5}) as client:
-        client.flush(PATIENCE)
-        before = peer.links
-        peer.reads.clear()
-        with bounded_memory(64 << 20):
-            peer.attack(b"PING\r\n" * 1000, times=20_000)
-            eventually(lambda: client.status != "connected", PATIENCE)
-        peer.reads.set()
-        recovered(client)
-        assert peer.links == before + 1
+def test_answers_to_pings_do_not_pile_up_for_a_peer_that_does_not_read_them(peer: Peer, client: natsync.Client) -> None:
+    peer.reads.clear()
+    for _ in range(50):
+        peer.attack(b"PING\r\n" * 2000)
+        assert len(client._core._outbox._control) <= 1
+    peer.reads.set()
+    recovered(client)
 
 
 # -- messages that are allowed and unpleasant --------------------------------------------------------------------------
@@ -565,12 +567,6 @@ def test_a_header_bomb_is_read_or_refused_in_time_and_memory_and_the_link_goes_o
 
 
 # -- random cases on a whole connection --------------------------------------------------------------------------------
-
-
-def resident_bytes() -> int:
-    """What the process holds in memory; 0 where the system does not tell."""
-    statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
 
 
 @bounded
@@ -671,13 +667,17 @@ def some_answer(rng: random.Random) -> bytes:
 
 def use_once(url: str) -> str:
     """Connect, use what a strange INFO may spoil, and leave."""
-    with natsync.Client(url, **{**OPTIONS, "connect_timeout": 0.1, "reconnect": False}) as client:
+    client = natsync.Client(url, **{**OPTIONS, "connect_timeout": 0.1, "reconnect": False})
+    try:
+        client.open()
         subscription = client.subscribe("fuzz.x")
         client.publish("fuzz.x", b"payload", headers={"A": "b"})
         client.stats(), client.server_info, repr(client)
         try:
-            client.request("fuzz.x", b"", timeout=0.01)
+            client.request("fuzz.x", b"", timeout=0.005)
         except natsync.TimedOut:
             pass
         subscription.unsubscribe()
+    finally:
+        client.close(0)
     return "connected"

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -194,6 +195,32 @@ def _answers(client: natsync.Client) -> bool:
         return client.request("double", b"1", timeout=1).data == b"2"
     except natsync.NoRespondersError:
         return False
+
+
+@pytest.mark.slow
+def test_servers_that_are_restarted_one_after_the_other_cost_no_message() -> None:
+    """Everybody moves at once: publishers and subscribers, some of them to the node that goes next."""
+    got: dict[str, list[int]] = {}
+    with NatsCluster(3, lame_duck_grace_period=4.0) as nodes, ExitStack() as stack:
+        events = [Events() for _ in nodes.urls]
+        clients = [
+            stack.enter_context(natsync.connect(url, on_event=told, name=f"client-{index}"))
+            for index, (url, told) in enumerate(zip(nodes.urls, events, strict=True))
+        ]
+        clients[0].subscribe("n.*", lambda message: got.setdefault(message.subject, []).append(int(message.data)))
+        with_interest(nodes, clients[0])
+        publishers = {f"n.{index}": Numbers(client, f"n.{index}") for index, client in enumerate(clients)}
+        for index in (0, 1):
+            nodes.lame_duck(index)
+            eventually(lambda: not nodes.servers[index].running, 20)  # noqa: B023  called here
+            nodes.servers[index].start()
+            nodes.wait_joined()
+        published = {name: publisher.stop() for name, publisher in publishers.items()}
+        eventually(lambda: all(len(got[name]) >= count for name, count in published.items()), 10)
+        assert {name: numbers == list(range(published[name])) for name, numbers in got.items()} == dict.fromkeys(
+            published, True
+        )
+        assert all("disconnected" not in told.names for told in events)
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from natsync.streaming.sender import SenderCore
 from natsync.streaming.watched import payload_size
 from natsync.testing import NatsServer, PeerConnection, ScriptedPeer, eventually
 from rawclient import END, PATIENCE, RawClient
+from support import run_python
 
 Make = Callable[..., NatsServer]
 MakeClient = Callable[..., natsync.Client]
@@ -539,6 +540,19 @@ def test_a_stream_that_outlives_its_client_is_told_when_it_is_dropped(
     del stream
     gc.collect()
     assert isinstance(log.one("stream_done").values[4], natsync.ConnectionClosed)
+
+
+def test_a_stream_left_over_at_the_exit_keeps_nobody_waiting(nats_server: NatsServer) -> None:
+    code = """
+import sys, natsync
+client = natsync.Client(sys.argv[1], hooks=natsync.Hooks())
+subscription = client.subscribe("hk.exit")
+stream = client.stream("hk.exit")
+client.close()
+print("leaving")
+"""
+    done = run_python(code, nats_server.url, timeout=PATIENCE)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "leaving\n", "")
 
 
 def test_chunks_that_waited_when_the_link_broke_are_counted(

@@ -302,10 +302,9 @@ def test_a_pair_is_judged_by_the_documented_order(order: list[set[str]], allowed
 
 
 def test_the_documented_order_can_be_read() -> None:
-    order = lock_order.documented_order((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"))
+    order = lock_order.documented_order()
     assert len(order) > 5
-    assert {"Connection"} in order
-    assert order.index({"Connection"}) < order.index({"Outbox"})
+    assert order.index({"Links"}) < order.index({"Outbox"})
 
 
 def test_an_attempt_that_does_not_wait_is_no_nesting(locks: type) -> None:
@@ -372,31 +371,31 @@ def test_a_condition_takes_its_lock_again_after_waiting(locks: type) -> None:
 
 def test_natsync_under_the_instrument_works_and_keeps_the_order(nats_server: natsync.testing.NatsServer) -> None:
     before = natsync_threads()
-    order = lock_order.documented_order((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"))
     with lock_order.recording() as recorder:
         with natsync.Subscriber(nats_server.url) as subscriber, natsync.Client(nats_server.url) as client:
             subscriber.stream_subscribe("order.n", lambda ctx, request: iter([b"1", b"2"]))
             with client.stream("order.n", timeout=10) as stream:
                 assert list(stream) == [b"1", b"2"]
     assert natsync_threads() <= before
-    assert {"Connection._lock", "Outbox._lock", "Session._lock"} <= recorder.locks
-    assert ("Connection._lock", "Outbox._lock") in recorder.nestings
-    assert "\n".join(recorder.faults(order)) == ""
+    assert {"Links._lock", "Outbox._lock", "Session._lock"} <= recorder.locks
+    assert ("Links._lock", "Outbox._lock") in recorder.nestings
+    assert "\n".join(recorder.faults(lock_order.documented_order())) == ""
 
 
 def test_a_run_with_a_broken_order_fails_and_shows_it(tmp_path: Path) -> None:
     (tmp_path / "test_planted.py").write_text(
         textwrap.dedent("""
-            from natsync.mux import Mux
+            from natsync.concurrency import Deadline
             from natsync.outbox import Outbox
+            from natsync.workers import WorkerPool
 
             def test_against_the_order():
-                mux, outbox = Mux("a"), Outbox(1)
+                pool, outbox = WorkerPool("natsync-planted", 1), Outbox(1)
                 with outbox._lock:
-                    mux.unregister(b"1")
+                    pool.close(Deadline())
         """)
     )
     out = pytest_run(tmp_path, "--lock-order")
     assert "1 passed" in out
-    assert "not in the documented order: Outbox._lock → Mux._lock" in out
+    assert "not in the documented order: Outbox._lock → WorkerPool._lock" in out
     assert "1 faults" in out

@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import sys
+import textwrap
 import threading
 import time
 import weakref
@@ -465,3 +466,22 @@ except KeyboardInterrupt:
         assert process.wait() == 0
         assert process.out[-1] == "interrupted"
         assert time.monotonic() - begin < 3
+
+
+def test_a_client_that_gave_up_and_is_left_over_at_the_exit_keeps_nobody_waiting(
+    make_nats_server: Callable[..., NatsServer],
+) -> None:
+    server = make_nats_server()
+    code = """
+        import os, signal, sys, natsync
+        from natsync.testing import eventually
+
+        client = natsync.Client(sys.argv[1], reconnect=False).open()
+        os.kill(int(sys.argv[2]), signal.SIGKILL)
+        eventually(lambda: client.status == "closed")
+        left_over = [client]
+        left_over.append(left_over)
+        print("leaving")
+    """
+    outcome = run_python(textwrap.dedent(code), server.url, str(server.pid), timeout=20)
+    assert (outcome.returncode, outcome.stdout) == (0, "leaving\n"), outcome.stderr

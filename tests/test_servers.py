@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from natsync.options import ConnectOptions, Server, parse_servers
-from natsync.servers import ServerList
+from natsync.servers import MAX_DISCOVERED, ServerList
 
 A, B, C = Server("a", 1), Server("b", 2), Server("c", 3)
 
@@ -131,6 +131,14 @@ def test_nothing_told_drops_nothing() -> None:
     servers.discovered(["c:3"])
     assert servers.discovered([]) == []
     assert list(servers) == [A, B, C]
+
+
+def test_no_more_servers_are_kept_than_a_cluster_may_have() -> None:
+    servers = listed([A, B])
+    for round_ in range(3):
+        servers.discovered([f"h{round_}-{number}:1" for number in range(MAX_DISCOVERED // 2 + 1)])
+    assert len(list(servers)) == 2 + MAX_DISCOVERED
+    assert servers.discovered(["late:1"]) == []
 
 
 def test_discovery_can_be_switched_off() -> None:
