@@ -31,6 +31,7 @@ from natsync.mux import LinkLoss
 from natsync.options import ConnectOptions, Server
 from natsync.outbox import Outbox
 from natsync.server_errors import Denial, ServerError, advice, classify, denial, server_error
+from natsync.server_info import reliable
 from natsync.servers import ServerList
 from natsync.session import PongCallback, Session
 from natsync.settling import Settling
@@ -223,7 +224,7 @@ class Links:
             handover.on_batch(session, batch)
 
     def on_info(self, session: Session, fields: dict[str, Any]) -> None:
-        fields = protocol.checked_info(fields)
+        fields = reliable(fields)
         session.info = {**session.info, **fields}
         if session is self._session:
             self.info = session.info
@@ -307,7 +308,7 @@ class Links:
         return self._status is Status.CONNECTING or self._status is Status.RECONNECTING
 
     def on_link(self, transport: Transport, info: dict[str, Any]) -> bool:
-        self.info = info = protocol.checked_info(info)
+        self.info = info
         self._drop_larger(info.get("max_payload", protocol.MAX_MESSAGE_BYTES))
         with self._lock:
             if not self.wants_link():
@@ -380,7 +381,6 @@ class Links:
         return self._session is lame and self._handover is None and not self._draining
 
     def on_other_link(self, lame: Session, transport: Transport, info: dict[str, Any]) -> bool:
-        info = protocol.checked_info(info)
         outbox = Outbox(self.options.reconnect_buffer_bytes)
         outbox.hold()
         session = Session(transport, info, outbox, self.options, self, self.name, lame.confirmed)

@@ -73,23 +73,6 @@ class Info:
     fields: dict[str, Any]
 
 
-#: Fields of INFO that the link acts upon, and what they must be. The rest is the user's to read.
-_INFO_TYPES: dict[str, type] = {"headers": bool, "ldm": bool}
-
-
-def checked_info(fields: dict[str, Any]) -> dict[str, Any]:
-    """INFO without those fields that are not what they should be: nothing is known of them then."""
-
-    def right(name: str, value: object) -> bool:
-        if name == "max_payload":
-            return type(value) is int and value > 0
-        if name == "connect_urls":
-            return isinstance(value, list) and all(isinstance(url, str) for url in value)
-        return isinstance(value, _INFO_TYPES.get(name, object))
-
-    return {name: value for name, value in fields.items() if right(name, value)}
-
-
 @dataclass(frozen=True)
 class Err:
     """-ERR with its text, quotes removed."""

@@ -12,8 +12,8 @@ from support import ROOT
 #: Every module of the core, from the top: each may import those before it and none of those behind.
 CORE = [
     "_version", "_pynats2",
-    "errors", "server_errors", "nkey", "headers", "subject", "message", "concurrency", "timers", "closing",  # words
-    "context", "hooks", "options",
+    "errors", "server_errors", "server_info", "nkey", "headers", "subject", "message", "concurrency", "timers",  # words
+    "closing", "context", "hooks", "options",
     "protocol",  # wire
     "auth", "servers", "workers", "resolver", "transport", "outbox", "session", "handover",  # link
     "settling", "mux", "subscription", "dispatcher", "supervisor", "links",

@@ -729,20 +729,3 @@ def test_connect_is_one_line_of_json() -> None:
 )
 def test_a_frame_is_encoded_as_the_protocol_says(frame: bytes, wire: bytes) -> None:
     assert frame == wire
-
-
-@pytest.mark.parametrize(
-    ("fields", "kept"),
-    [
-        ({"max_payload": 10, "headers": True, "ldm": False, "connect_urls": ["a:1"], "other": 3}, None),
-        ({"max_payload": "10", "version": "2"}, {"version": "2"}),
-        ({"max_payload": True, "headers": "yes", "ldm": 1}, {}),
-        ({"max_payload": 0}, {}),
-        ({"max_payload": -5, "connect_urls": "a:1"}, {}),
-        ({"connect_urls": ["a:1", 2]}, {}),
-    ],
-)
-def test_fields_of_info_that_are_not_what_they_should_be_are_left_out(
-    fields: dict[str, Any], kept: dict[str, Any] | None
-) -> None:
-    assert protocol.checked_info(fields) == (fields if kept is None else kept)
