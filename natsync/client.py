@@ -65,6 +65,7 @@ class Client:
     def __init__(self, servers: Servers = None, **options: Any) -> None:
         self._servers = parse_servers(servers)
         self._options = connect_options(options)
+        self._hooks = self._options.hooks
         self._lock = threading.Lock()
         self._closed = False
         self._core: Connection | None = None
@@ -182,9 +183,9 @@ class Client:
         to = _subject.publish_subject(subject)
         answer = None if reply is None else _subject.publish_subject(reply)
         data = payload_of(payload, json)
-        if self._options.hooks is not None:
+        if self._hooks is not None:
             headers = Headers(headers)
-            fire(self._options.hooks, "publishing", Exchange("message", subject, headers), len(data))
+            fire(self._hooks, "publishing", Exchange("message", subject, headers), len(data))
         block = Headers(headers).encode() if headers else None
         core = self._connection()
         core.ensure_open()
@@ -219,10 +220,10 @@ class Client:
         check_policy(retry)
         _subject.publish_subject(subject)
         data = payload_of(payload, json)
-        if self._options.hooks is None:
+        if self._hooks is None:
             return self._ask(subject, data, headers, timeout, retry, ctx)
         headers = Headers(headers)
-        watch = Watch(self._options.hooks, "request", subject, headers)
+        watch = Watch(self._hooks, "request", subject, headers)
         watch.tell("request_started")
         try:
             reply = self._ask(subject, data, headers, timeout, retry, ctx)
@@ -276,8 +277,8 @@ class Client:
         group = None if queue is None else _subject.queue_name(queue)
         if callback is not None and not callable(callback):
             raise TypeError(f"a callback is a function (message), not {type(callback).__name__}")
-        if callback is not None and self._options.hooks is not None:
-            callback = watched_callback(self._options.hooks, subject, callback)
+        if callback is not None and self._hooks is not None:
+            callback = watched_callback(self._hooks, subject, callback)
         connection = self._connection()
         core = SubscriptionCore(
             connection,
@@ -357,8 +358,8 @@ class Client:
         given = frames.user_headers(headers)
         make: Callable[..., Stream] = Stream
         watch = None
-        if self._options.hooks is not None:
-            watch = open_stream(self._options.hooks, subject, given)
+        if self._hooks is not None:
+            watch = open_stream(self._hooks, subject, given)
             make = partial(WatchedStream, watch)
         scope = (ctx or Context()).with_timeout(timeout)
         try:
@@ -409,9 +410,10 @@ class Client:
         given = frames.user_headers(headers)
         if client_id is not None:
             given[CONNECT_ID_HEADER] = client_id
-        hooks = self._options.hooks
-        told = None if hooks is None else WatchedProcessor(open_stream(hooks, subject, given), processor)
-        take = processor if told is None else told
+        told = None
+        if self._hooks is not None:
+            told = WatchedProcessor(open_stream(self._hooks, subject, given), processor)
+        take = told or processor
         scope = (ctx or Context()).with_timeout(timeout)
         if client_id is not None:
             remove = scope.on_end(lambda: self._tell_offline(client_id))

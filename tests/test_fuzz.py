@@ -490,8 +490,8 @@ def test_a_greeting_without_an_end_is_given_up_with_little_memory(name: str) -> 
 def test_a_flood_of_frames_is_taken_with_little_memory_and_the_link_goes_on(
     frame: bytes, peer: Peer, client: natsync.Client
 ) -> None:
-    with bounded_memory(8 << 20):
-        peer.attack(frame * (CHUNK // len(frame)), times=10)
+    with bounded_memory(4 << 20):
+        peer.attack(frame * (CHUNK // len(frame)), times=8)
         client.flush(PATIENCE)
     assert client.stats()["reconnects"] == 0
     recovered(client)
@@ -509,8 +509,8 @@ def test_a_flood_of_news_is_taken_with_little_memory(
     frame: bytes, peer: Peer, client: natsync.Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.CRITICAL, "natsync")  # pytest would keep every record
-    with bounded_memory(8 << 20):
-        peer.attack(frame * (CHUNK // len(frame)), times=20)
+    with bounded_memory(4 << 20):
+        peer.attack(frame * (CHUNK // len(frame)), times=8)
         recovered(client)
 
 
@@ -667,7 +667,7 @@ def some_answer(rng: random.Random) -> bytes:
 
 def use_once(url: str) -> str:
     """Connect, use what a strange INFO may spoil, and leave."""
-    client = natsync.Client(url, **{**OPTIONS, "connect_timeout": 0.1, "reconnect": False})
+    client = natsync.Client(url, **{**OPTIONS, "connect_timeout": 0.05, "reconnect": False})
     try:
         client.open()
         subscription = client.subscribe("fuzz.x")
