@@ -51,6 +51,7 @@ class Connection(Links):
         super().__init__(servers, options, workers)
         self.mux = self.add_mux(Mux(f"{options.inbox_prefix}.{_subject.unique()}"))
         self._dropped = Tally()
+        self._cut_short: set[Session] | None = None  # what a close() that was interrupted has left
         _connections.add(self)
         at_exit(_flush_at_exit)
 
@@ -242,10 +243,20 @@ class Connection(Links):
             self._flush_last(deadline)
         links = self._end(reason)
         if links is None:
+            links, self._cut_short = self._cut_short, None
+        if links is None:
             if not self._is_own_thread():
                 self._closed.wait(deadline.remaining())  # another thread is at it
             return
-        error = self.closed_error()
+        try:
+            self._let_go(links, deadline)
+        except BaseException:  # a Ctrl-C: whoever closes next goes on with it
+            self._cut_short = links
+            raise
+
+    def _let_go(self, links: set[Session], deadline: Deadline) -> None:
+        """End the links, everybody who waits, and the threads. May be done again, if it was cut short."""
+        error, reason = self.closed_error(), self._close_reason
         for link in links:
             link.outbox.close()
             link.end(error)

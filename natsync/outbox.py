@@ -115,10 +115,10 @@ class Outbox:
             self._wake_locked()
             return self.position
 
-    def put_first(self, frame: bytes, *, once: bool = False) -> None:
-        """Queue a control frame ahead of everything; with once=True only if none like it waits already."""
+    def put_first(self, frame: bytes, *, most: int | None = None) -> None:
+        """Queue a control frame ahead of everything, unless `most` like it wait already."""
         with self._lock:
-            if not self._closed and not (once and frame in self._control):
+            if not self._closed and (most is None or self._control.count(frame) < most):
                 self._control.append(frame)
                 self._wake_locked()
 

@@ -25,6 +25,10 @@ from natsync.transport import Transport
 log = logging.getLogger("natsync.session")
 
 
+#: PONGs that may wait for a server that does not read; one answers all PINGs that came before it.
+_PONGS = 1_000
+
+
 class Owner(Protocol):
     """What a session tells its connection. None of it may block: it is called on the reader's or timer's thread."""
 
@@ -106,8 +110,11 @@ class Session:
                 self._pings.append((position, callback))
             return position
 
-    def end(self, reason: Exception) -> None:
-        """End the link, once: threads leave, the owner is told. Does not wait."""
+    def end(self, reason: Exception, *, dead: bool = False) -> None:
+        """End the link, once: threads leave, the owner is told. Does not wait.
+
+        dead: the server does not read any more; what it has not been sent yet is dropped.
+        """
         with self._lock:
             if self._ended:
                 return
@@ -118,7 +125,10 @@ class Session:
             pending = [timer for timer in (self._ping_timer, self._write_timer) if timer is not None]
         for timer in pending:
             timer.cancel()
-        self._transport.shutdown()
+        if dead:
+            self._transport.abort()
+        else:
+            self._transport.shutdown()
         self._owner.on_lost(self, reason)
         for callback in waiting:
             callback(None)
@@ -165,7 +175,7 @@ class Session:
         if isinstance(event, Batch):
             self._owner.on_batch(self, event)
         elif event is Op.PING:
-            self.outbox.put_first(PONG, once=True)  # one answers all PINGs that came before it
+            self.outbox.put_first(PONG, most=_PONGS)
         elif event is Op.PONG:
             self._pong()
         elif isinstance(event, Info):
@@ -213,7 +223,9 @@ class Session:
 
     def _ping_due(self) -> None:
         if self._unanswered >= self._options.max_pings_outstanding:
-            self.end(ConnectError(f"{self.server} has not answered {self._unanswered} PINGs: the link is stale"))
+            self.end(
+                ConnectError(f"{self.server} has not answered {self._unanswered} PINGs: the link is stale"), dead=True
+            )
             return
         self._unanswered += 1  # those of flush() do not count: several may be on their way on a healthy link
         if self.outbox.held:
@@ -237,7 +249,7 @@ class Session:
             return  # idle: the next write starts a new watch
         left = since + limit - time.monotonic()
         if left <= 0:
-            self.end(ConnectError(f"a write to {self.server} was blocked for {limit:g} s"))
+            self.end(ConnectError(f"a write to {self.server} was blocked for {limit:g} s"), dead=True)
             return
         with self._lock:
             if not self._ended:

@@ -10,6 +10,7 @@ import json
 import re
 import socket
 import ssl
+import struct
 import threading
 import weakref
 from collections.abc import Callable
@@ -67,6 +68,12 @@ class Transport:
         """End the link: blocked reads and writes in other threads return or raise at once."""
         with suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
+
+    def abort(self) -> None:
+        """shutdown(), and what the kernel has not sent yet is dropped: it must not come behind the next link's."""
+        with suppress(OSError):
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.shutdown()
 
     def close(self) -> None:
         """Give the descriptor back; only when no thread is in receive() or send()."""

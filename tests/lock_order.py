@@ -286,16 +286,21 @@ def _is_ours(frame: FrameType) -> bool:
 
 def _name(frame: FrameType) -> str:
     """Class and attribute of a lock that is being made in this frame; module and name, if it is no object's."""
-    code = frame.f_code
-    made = re.match(r"\s*(?:(\w+)\.)?(\w+)\b.*=", linecache.getline(code.co_filename, frame.f_lineno))
-    module = Path(code.co_filename).stem
+    owner, attribute = _assigned(frame.f_code.co_filename, frame.f_lineno)
+    if owner not in frame.f_locals:
+        return f"{owner}.{attribute}"
+    made_for = frame.f_locals[owner]
+    kinds = [kind for kind in type(made_for).__mro__ if _defines(kind, frame)]
+    return f"{(kinds or [type(made_for)])[0].__name__}.{attribute}"
+
+
+@functools.cache
+def _assigned(file: str, number: int) -> tuple[str, str]:
+    """What a line of source assigns to: (variable, attribute), or (module, variable)."""
+    made = re.match(r"\s*(?:(\w+)\.)?(\w+)\b.*=", linecache.getline(file, number))
     if made is None:
-        return f"{module}:{frame.f_lineno}"
-    if made[1] is None:
-        return f"{module}.{made[2]}"
-    owner = frame.f_locals[made[1]]
-    kinds = [kind for kind in type(owner).__mro__ if _defines(kind, frame)]
-    return f"{(kinds or [type(owner)])[0].__name__}.{made[2]}"
+        return Path(file).stem, f"line {number}"
+    return made[1] or Path(file).stem, made[2]
 
 
 def _defines(kind: type, frame: FrameType) -> bool:

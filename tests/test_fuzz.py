@@ -490,7 +490,7 @@ def test_a_greeting_without_an_end_is_given_up_with_little_memory(name: str) -> 
 def test_a_flood_of_frames_is_taken_with_little_memory_and_the_link_goes_on(
     frame: bytes, peer: Peer, client: natsync.Client
 ) -> None:
-    with bounded_memory(4 << 20):
+    with bounded_memory(8 << 20):
         peer.attack(frame * (CHUNK // len(frame)), times=8)
         client.flush(PATIENCE)
     assert client.stats()["reconnects"] == 0

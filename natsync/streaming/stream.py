@@ -12,10 +12,10 @@ from typing import Any, Generic, TypeVar
 from natsync.concurrency import Deadline, check_timeout, fork_generation
 from natsync.connection import Connection
 from natsync.context import Context
-from natsync.errors import Cancelled, DeadlineExceeded, ForkError, StreamCancelled, StreamEnded, TimedOut
+from natsync.errors import Cancelled, DeadlineExceeded, ForkError, NatsError, StreamCancelled, StreamEnded, TimedOut
 from natsync.headers import Headers
 from natsync.message import Item, Message
-from natsync.retry import RetryPolicy, run
+from natsync.retry import RetryPolicy, run, surely_not_run
 from natsync.streaming.call import Call, Finished
 
 T = TypeVar("T")
@@ -160,6 +160,10 @@ class Stream(Closable[bytes]):
                 if type(error) is not TimedOut:
                     raise
                 return error  # the wait ended, not the stream: nothing to repeat
+            except NatsError as error:
+                if deadline.expired and surely_not_run(error) and not self._ctx.cancelled:
+                    return TimedOut(f"no chunk of {self.subject!r} in time; the stream goes on")  # with another try
+                raise
 
         try:
             outcome = run(attempt, policy, scope)

@@ -90,6 +90,7 @@ class Subscriber:
         self._handles: list[Handle] = []
         self._retired = dict.fromkeys(COUNTED, 0)
         self._closed = False
+        self._closing = False
         self._close_done = threading.Event()
         _subscribers.add(self)
 
@@ -359,7 +360,7 @@ class Subscriber:
     def _close(self, deadline: Deadline) -> list[str]:
         """Close by the deadline; what had to be cancelled, in words."""
         with self._lock:
-            first, self._closed = not self._closed, True
+            first, self._closed, self._closing = not self._closing, True, True
             handles, responder = list(self._handles), self._responder
         if responder is None or self._generation != fork_generation():
             return []
@@ -370,6 +371,9 @@ class Subscriber:
             return []
         try:
             return self._shut_down(handles, responder, deadline, inside)
+        except BaseException:  # a Ctrl-C: whoever calls next goes on with it
+            self._closing = False
+            raise
         finally:
             self._close_done.set()
 

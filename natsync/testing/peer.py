@@ -6,6 +6,7 @@ connection runs the script in a daemon thread of its own. Only the standard libr
 
 from __future__ import annotations
 
+import errno
 import json
 import socket
 import struct
@@ -251,7 +252,7 @@ class ScriptedPeer:
         except (EOFError, ConnectionError):
             pass
         except Exception as error:
-            if not (isinstance(error, OSError) and self._stopping.is_set()):
+            if not (isinstance(error, OSError) and (self._stopping.is_set() or error.errno == errno.EBADF)):
                 self.errors.append(error)
         finally:
             connection.close()
