@@ -8,7 +8,6 @@ with natsync.Client("nats://127.0.0.1:4222") as client:
 """
 
 import importlib
-import logging
 
 from natsync._version import __version__
 from natsync.client import Client, connect
@@ -112,8 +111,6 @@ __all__ = [
     "__version__",
     "connect",
 ]
-
-logging.getLogger("natsync").addHandler(logging.NullHandler())  # what is logged is for the program to show
 
 
 def __getattr__(name: str) -> object:

@@ -226,6 +226,11 @@ class Connection(Links):
                 unhandled[subject] += left
                 undone.append(f"{left} messages on {subject!r} not handled")
             self.unsubscribe(core)
+        if not undone:
+            try:
+                self.flush(deadline)  # what the callbacks sent last
+            except NatsError as error:
+                undone.append(f"the server did not confirm what the callbacks sent: {error}")
         unsent = self._outbox.waiting_messages
         if unsent:
             undone.append(f"{unsent} messages were not sent")

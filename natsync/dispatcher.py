@@ -6,6 +6,7 @@ The table is read by the reader thread without a lock (one dict look-up) and cha
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -14,8 +15,12 @@ from natsync.protocol import Batch, encode_sub, encode_unsub
 from natsync.subscription import SubscriptionCore
 from natsync.workers import Lane, WorkerPool
 
+log = logging.getLogger("natsync.connection")
+
 #: Threads for callbacks of one connection. A blocked callback holds one; beyond that callbacks wait for a free one.
 CALLBACK_WORKERS = 64
+#: Events that may wait for on_event and hooks, if one of them blocks.
+EVENTS_WAITING = 10_000
 
 
 class Sink(Protocol):
@@ -30,7 +35,8 @@ class Dispatcher:
     def __init__(self, name: str, workers: int = CALLBACK_WORKERS) -> None:
         self.messages = 0
         self.workers = WorkerPool(f"{name}-worker", workers)
-        self._events = Lane(self.workers)
+        self._events = Lane(self.workers, EVENTS_WAITING)
+        self._events_lost = 0
         self._sinks: dict[bytes, Sink] = {}
         self._subscriptions: dict[bytes, SubscriptionCore] = {}
         self._sids = itertools.count(1)
@@ -129,7 +135,10 @@ class Dispatcher:
 
     def event(self, task: Callable[[], object]) -> None:
         """Run an event callback on a worker, in the order in which events happened."""
-        self._events.submit(task)
+        if not self._events.submit(task) and not self.workers.closed:
+            self._events_lost += 1
+            if self._events_lost == 1:
+                log.warning("on_event or a hook is stuck: %d events wait, and others are lost", EVENTS_WAITING)
 
     def _next_sid(self) -> bytes:
         return b"%d" % next(self._sids)

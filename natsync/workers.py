@@ -72,6 +72,10 @@ class WorkerPool:
         """How many threads there are now."""
         return len(self._threads)
 
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
     def is_own_thread(self) -> bool:
         """Whether the calling thread is one of this pool's."""
         return threading.current_thread() in self._threads
@@ -118,15 +122,21 @@ class WorkerPool:
 class Lane:
     """Runs tasks one after the other, in order, on a pool's threads: never two at a time, no thread when idle."""
 
-    def __init__(self, pool: WorkerPool) -> None:
+    def __init__(self, pool: WorkerPool, limit: int | None = None) -> None:
         self._pool = pool
+        self._limit = limit
         self._lock = threading.Lock()
         self._tasks: deque[Task] = deque()
         self._running = False
 
     def submit(self, task: Task) -> bool:
-        """Have the task run after those submitted before; False if the pool is closed. Never blocks."""
+        """Have the task run after those submitted before; never blocks.
+
+        Returns False, and forgets the task, if the pool is closed or `limit` tasks wait already.
+        """
         with self._lock:  # over the pool's answer too: what it refuses must not take somebody else's task along
+            if self._limit is not None and len(self._tasks) >= self._limit:
+                return False
             self._tasks.append(task)
             if not self._running:
                 self._running = self._pool.submit(self._run)

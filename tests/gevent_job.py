@@ -23,8 +23,8 @@ HERE = Path(__file__).resolve().parent
 
 #: The modules of tests that run: what users call, what a link must survive, and what waits.
 MODULES = [
-    "client", "subscription", "stream_client", "sender", "subscriber", "connection", "session", "transport", "tls", "pool",
-    "retry", "lifecycle", "context", "timers", "workers", "concurrency", "seed_scenarios", "gevent",
+    "client", "subscription", "stream_client", "sender", "subscriber", "connection", "session", "transport", "tls",
+    "faults", "pool", "retry", "lifecycle", "context", "timers", "workers", "gevent",
 ]  # fmt: skip
 
 RAISES = "gevent: a read of a socket that is shut down raises instead of returning b''"
@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> int:
     print(f"gevent {gevent.__version__}, threads are {threading.Thread(target=print).__class__.__mro__[-2]}")
     named = [argument for argument in arguments if argument.endswith(".py") or ".py::" in argument]
     modules = [] if named else [str(HERE / f"test_{name}.py") for name in MODULES]
-    return int(pytest.main(["-rs", "-m", "not slow", *modules, *arguments], plugins=[LeftOut()]))
+    return int(pytest.main(["-rsfE", "-m", "not slow", *modules, *arguments], plugins=[LeftOut()]))
 
 
 if __name__ == "__main__":

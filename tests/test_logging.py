@@ -18,9 +18,9 @@ def test_every_logger_is_under_natsync(module: str) -> None:
         assert re.fullmatch(r'"natsync(\.\w+)*"', name)
 
 
-def test_a_program_that_has_not_set_up_logging_sees_nothing() -> None:
+def test_a_program_that_has_not_set_up_logging_still_sees_what_went_wrong() -> None:
     done = run_python("import logging, natsync; logging.getLogger('natsync.connection').warning('lost')")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "lost\n")
 
 
 def test_a_program_that_has_set_up_logging_sees_it_once() -> None:

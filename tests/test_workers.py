@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -471,3 +472,17 @@ def test_closing_the_pool_runs_what_waits_in_a_lane() -> None:
     gate.open()
     assert pool.close(Deadline.after(5)) == []
     assert ran == [0, 1, 2]
+
+
+def test_a_lane_with_a_limit_forgets_what_is_beyond_it_and_goes_on() -> None:
+    pool = WorkerPool("natsync-test", 2)
+    lane = Lane(pool, 3)
+    release, ran = threading.Event(), []
+    assert lane.submit(lambda: release.wait(10))
+    eventually(lambda: not lane._tasks)
+    assert [lane.submit(partial(ran.append, number)) for number in range(5)] == [True] * 3 + [False] * 2
+    release.set()
+    eventually(lambda: ran == [0, 1, 2])
+    assert lane.submit(partial(ran.append, 3))
+    pool.close(Deadline.after(5))
+    assert ran == [0, 1, 2, 3]
