@@ -234,11 +234,11 @@ class Links:
             self._supervisor.move_from(session)
 
     def on_server_error(self, session: Session, text: str) -> None:
-        kind = classify(text)
-        error = server_error(str(session.server), text)
-        log.warning("%s: the server says: %s", self.name, error)
-        self.event("error", {"error": text, "kind": kind.value, "advice": advice(text)})
+        kind, what_to_do = classify(text), advice(text)
+        log.warning("%s: %s says: %s%s", self.name, session.server, text, f" ({what_to_do})" if what_to_do else "")
+        self.event("error", {"error": text, "kind": kind.value, "advice": what_to_do})
         if kind is ServerError.PERMISSION:
+            error = server_error(str(session.server), text)
             assert isinstance(error, PermissionDenied)
             self.denied(session, denial(text), error)
 

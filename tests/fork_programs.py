@@ -13,13 +13,15 @@ import logging
 import multiprocessing
 import os
 import signal
+import socket
+import stat
 import sys
 import threading
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.queues import SimpleQueue
 from typing import Any
 
@@ -151,6 +153,39 @@ def grandchild(url: str) -> None:
 
     join(forked(child))
     assert client_id(client) == numbers[0]
+    client.close()
+
+
+def _sockets() -> set[int]:
+    """The descriptors of this process that are sockets."""
+    found = set()
+    for number in range(256):
+        with suppress(OSError):
+            if stat.S_ISSOCK(os.fstat(number).st_mode):
+                found.add(number)
+    return found
+
+
+def child_holds_no_socket(url: str) -> None:
+    """Not one of a link, nor of a pool, nor one that is just being dialed."""
+    before = _sockets()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        client, pool = natsync.connect(url), natsync.ConnectionPool(url)
+        pool.wait()
+        dialing = natsync.Client(f"nats://127.0.0.1:{silent.getsockname()[1]}", retry_on_failed_connect=True)
+        dialing.publish("f.x", b"")
+        accepted, _ = silent.accept()
+        with accepted:
+            assert len(_sockets() - before) == 2 + 1 + 1 + 4  # two here, and natsync's: dialing, client, pool
+
+            def child() -> None:
+                left = _sockets() - before - {silent.fileno(), accepted.fileno()}
+                assert not left, left
+
+            join(forked(child))
+            works(client)
+        dialing.close(0)
+    pool.close()
     client.close()
 
 

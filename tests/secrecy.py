@@ -24,7 +24,6 @@ import natsync
 MARKER = "S3CRET"
 #: Characters shown on both sides of a find, for finding out where it comes from.
 AROUND = 120
-
 #: Characters of the shortest text that can be looked for.
 SHORTEST = 6
 
@@ -36,7 +35,7 @@ class Watch(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__(logging.DEBUG)
-        self._secrets = {MARKER}
+        self._secrets = (MARKER,)  # replaced, never changed: other threads are reading it
         self._finds: list[str] = []
         self._alive: dict[int, weakref.ref[BaseException]] = {}
         self.exceptions = 0  # how many were read so far
@@ -48,7 +47,7 @@ class Watch(logging.Handler):
         """Look for this text too, also as it stands in a URL; a text of several lines line by line."""
         for line in filter(None, map(str.strip, value.splitlines())):
             assert len(line) >= SHORTEST, "a secret this short is found everywhere"
-            self._secrets.update((line, quote(line, safe="")))
+            self._secrets = tuple({*self._secrets, line, quote(line, safe="")})
 
     def shows(self, text: str) -> str | None:
         """The part of the text around a secret that it contains, or None."""
@@ -78,10 +77,10 @@ class Watch(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         self.records += 1
         where = f"a log record of {record.name} ({record.filename}:{record.lineno})"
-        text = f"{record.getMessage()}\n{record.args!r}"
-        if record.exc_info and record.exc_info[1] is not None:
-            text += "".join(traceback.format_exception(record.exc_info[1]))
-        self._look(where, text)
+        try:
+            self._look(where, _written(record))
+        except Exception as error:
+            self._finds.append(f"{where} cannot be written: {error!r}")
 
     # -- exceptions ----------------------------------------------------------------------------------------------
 
@@ -103,6 +102,13 @@ class Watch(logging.Handler):
                     self._look(where, text(link))
                 except Exception:  # a test's own class may not be showable
                     pass
+
+
+def _written(record: logging.LogRecord) -> str:
+    text = f"{record.getMessage()}\n{record.args!r}\n"
+    if record.exc_info and record.exc_info[1] is not None:
+        text += "".join(traceback.format_exception(record.exc_info[1]))
+    return text
 
 
 def _arguments(error: BaseException) -> str:

@@ -983,6 +983,41 @@ def ask_slow(client: natsync.Client) -> bytes:
     return client.request("f.slow", b"word", timeout=PATIENCE, retry=retry).data
 
 
+@pytest.mark.slow
+def test_a_lame_duck_that_ends_before_it_was_left_doubles_nothing() -> None:
+    """Its grace period is too short for the move to another node, which has begun when the link is lost."""
+    over = threading.Event()
+    with NatsCluster(3, lame_duck_grace_period=0.2) as cluster, ExitStack() as stack:
+        clients = [
+            stack.enter_context(natsync.connect(cluster.urls[node:] + cluster.urls[:node], randomize=False, **QUICK))
+            for node in range(3)
+        ]
+        records = [[Record(client, f"f.from.{index}") for index in range(3)] for client in clients]
+
+        def publish(index: int) -> None:
+            numbers = itertools.count()
+            while not over.wait(0.002):
+                for number in itertools.islice(numbers, 50):
+                    clients[index].publish(f"f.from.{index}", numbered(number, 12 + number % 500))
+
+        publishing = [Outcome(lambda index=index: publish(index)) for index in range(3)]  # type: ignore[misc]
+        for node in (0, 1, 2):
+            before = [client.stats()["reconnects"] for client in clients]
+            cluster.lame_duck(node)
+            eventually(lambda node=node: not cluster.servers[node].running, PATIENCE)  # type: ignore[misc]
+            cluster.restart(node)
+            eventually(lambda: all(client.status == "connected" for client in clients), PATIENCE)
+            assert [client.stats()["reconnects"] for client in clients] != before
+        over.set()
+        for outcome in publishing:
+            assert outcome.within(PATIENCE) is None
+        for client in clients:
+            client.flush(PATIENCE)
+        for record in itertools.chain(*records):
+            eventually(lambda record=record: len(record.numbers) > 100, PATIENCE)  # type: ignore[misc]
+            record.check()
+
+
 # -- the clock ---------------------------------------------------------------------------------------------------------
 
 

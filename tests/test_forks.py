@@ -149,6 +149,10 @@ def test_nothing_of_a_child_comes_over_its_parents_connection() -> None:
         assert b"f.unused" not in received[index]
 
 
+def test_a_child_holds_no_socket_of_its_parent(server: NatsServer, responder: natsync.Subscriber) -> None:
+    runs_well("child_holds_no_socket", server.url)
+
+
 @pytest.mark.parametrize("name", ["child_outlives_its_parent", "subprocess_outlives_its_parent"])
 def test_no_other_process_holds_the_parents_socket(name: str, server: NatsServer) -> None:
     """When the parent is killed its connection ends at the server, although its child lives on."""

@@ -52,6 +52,11 @@ def test_a_credential_in_a_logged_traceback_is_found() -> None:
     assert f"ValueError: {PLANTED}" in found()
 
 
+def test_a_log_line_that_cannot_be_written_is_found() -> None:
+    log.debug("%d messages", "many")
+    assert "cannot be written: TypeError" in found()
+
+
 def test_a_log_line_without_a_credential_is_no_find() -> None:
     before = secrecy.watch.records
     log.debug("connecting")

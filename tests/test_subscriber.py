@@ -617,6 +617,7 @@ def test_a_nested_request_ends_with_its_handlers_context(
     subscriber.stream_subscribe("u.nesting", outer)
     stream = client.stream("u.nesting")
     gate.wait_entered()
+    assert [stream.next(PATIENCE), stream.next(PATIENCE)] == [b"first", b"first"]
     stream.cancel("all of it")
     eventually(lambda: outcome)
     assert isinstance(outcome[0], natsync.StreamCancelled)
