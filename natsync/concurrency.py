@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import math
+import mmap
 import os
 import sys
 import threading
@@ -216,7 +217,12 @@ def run_soon(function: Callable[[], object], what: str) -> None:
 
 
 def fork_generation() -> int:
-    """A number that differs between a process and its forked children: what was made under another is not ours."""
+    """A number that differs between a process and its forked children: what was made under another is not ours.
+
+    Finds out too about a fork that Python was not told of, as uWSGI's without py-call-osafterfork.
+    """
+    if not _at_home[0]:
+        _renew()
     return _fork_generation
 
 
@@ -241,13 +247,60 @@ def at_exit(callback: Callable[[], None]) -> None:
 _finalized: list[Callable[[], None]] = []
 
 
+class _ByProcessId:
+    """Whether this is the process that made it, at [0]."""
+
+    def __init__(self) -> None:
+        self._process = os.getpid()
+
+    def __getitem__(self, index: int) -> int:
+        return self._process == os.getpid()
+
+    def __setitem__(self, index: int, value: int) -> None:
+        self._process = os.getpid()
+
+
+def _process_mark() -> mmap.mmap | _ByProcessId:
+    """What is 1 at [0] here, and 0 in a forked child until it is set there."""
+    if sys.platform == "linux":
+        try:
+            # A page that the kernel hands to a child as zeros: to look at it costs a tenth of asking for the process id.
+            page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            page.madvise(_WIPE_ON_FORK)
+        except (OSError, ValueError):  # a kernel before 4.14
+            return _ByProcessId()
+        page[0] = 1
+        return page
+    return _ByProcessId()
+
+
+#: Linux's number of MADV_WIPEONFORK, for which Python has no name.
+_WIPE_ON_FORK = 18
+_at_home = _process_mark()
+_renewing = threading.RLock()
+_under_renewal = False
+
+
+def _renew() -> None:
+    """Make anew what a forked child must not share; once, whichever of its threads notices first."""
+    global _fork_generation, _background, _under_renewal
+    with _renewing:
+        if _at_home[0] or _under_renewal:  # done by another thread, or one of the callbacks asks
+            return
+        _under_renewal = True
+        _fork_generation += 1
+        _background = _Background()
+        _finalized.clear()
+        for callback in _fork_callbacks:
+            callback()
+        _under_renewal = False
+        _at_home[0] = 1
+
+
 def _forked() -> None:
-    global _fork_generation, _background
-    _fork_generation += 1
-    _background = _Background()
-    _finalized.clear()
-    for callback in _fork_callbacks:
-        callback()
+    global _renewing
+    _renewing = threading.RLock()
+    _renew()
 
 
 if hasattr(os, "register_at_fork"):

@@ -218,10 +218,10 @@ class Links:
 
     def on_batch(self, session: Session, batch: protocol.Batch) -> None:
         handover = self._handover
-        if handover is None:
-            self.dispatcher.deliver(batch)
-        else:
+        if handover is not None:
             handover.on_batch(session, batch)
+        elif not session.muted or self.is_shared(batch.sid):
+            self.dispatcher.deliver(batch)
 
     def on_info(self, session: Session, fields: dict[str, Any]) -> None:
         fields = reliable(fields)
@@ -281,6 +281,8 @@ class Links:
         for link in links:
             self._past["in_bytes"] += link.received_bytes
             self._past["out_messages"] += link.outbox.messages
+        if self._handover is not None and self._handover.new not in links:
+            self._handover.new.muted = True  # before its reader finds that there is no handover any more
         handover, self._handover = self._handover, None
         self._leaving = self._session = None
         return links, handover
@@ -412,6 +414,7 @@ class Links:
             handover = self._handover
             if handover is None or session is not handover.new or session is self._session:
                 return False
+            session.muted = True
             self._handover = None
         log.info("%s: could not move to %s", self.name, session.server)
         handover.stop()

@@ -7,6 +7,7 @@ and dies, so that the program fails too.
 from __future__ import annotations
 
 import concurrent.futures
+import ctypes
 import faulthandler
 import gc
 import logging
@@ -824,6 +825,65 @@ def prefork_without_exec(url: str) -> None:
 
     join(*(forked(worker, leave=sys.exit) for _ in range(4)))
     assert client_id(client) == number
+    client.close()
+
+
+def fork_untold(url: str) -> None:
+    """By the C library's fork(), of which Python hears nothing: so does uWSGI, unless it is told to call Python."""
+    client, pool, opened = natsync.connect(url), natsync.ConnectionPool(url), natsync.Subscriber(url)
+    opened.open()
+    works(client)
+    pool.request("f.echo", b"x")
+    subscription, number = client.subscribe("f.unused"), client_id(client)
+    pid = ctypes.PyDLL(None).fork()
+    if pid == 0:
+        signal.alarm(LIMIT)
+        status = 1
+        try:
+            _use_untold(client, pool, opened, subscription, number)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(status)
+    join(pid)
+    assert client_id(client) == number
+    assert client.stats()["reconnects"] == 0
+    works(client, "after")
+    for one in (opened, pool, client):
+        one.close()
+
+
+def _use_untold(
+    client: natsync.Client,
+    pool: natsync.ConnectionPool,
+    opened: natsync.Subscriber,
+    subscription: natsync.Subscription,
+    number: int,
+) -> None:
+    """In the child: several threads find out at once."""
+    failures: list[str] = []
+
+    def use() -> None:
+        try:
+            works(client)
+            assert pool.request("f.echo", b"x").data == b"x"
+        except BaseException:
+            failures.append(traceback.format_exc())
+
+    threads = [threading.Thread(target=use) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LIMIT)
+    assert not failures, failures[0]
+    assert client_id(client) != number
+    expect_fork_error(subscription.next)
+    expect_fork_error(opened.open)
+    opened.close()
+    assert not natsync.Context().with_timeout(0.05).wait(0)
+    assert natsync.Context().with_timeout(0.05).wait(5)
+    pool.close()
     client.close()
 
 

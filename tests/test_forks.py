@@ -215,6 +215,10 @@ def test_a_master_that_loads_the_application_forks_workers_with_threads(
     runs_well("prefork_without_exec", server.url)
 
 
+def test_a_fork_that_python_is_not_told_of_is_noticed(server: NatsServer, responder: natsync.Subscriber) -> None:
+    runs_well("fork_untold", server.url)
+
+
 def test_a_fork_before_the_first_use_is_nothing_to_warn_of(server: NatsServer, responder: natsync.Subscriber) -> None:
     """Python 3.12 and later warn when a process with threads forks: here an error, were there a thread."""
     runs_well("fork_before_use", server.url, "-W", "error")
