@@ -117,9 +117,9 @@ class Client:
         """Drop the present link at once and make another, a different server's if there are several.
 
         For a link that is suspected to be half dead, or after a change of credentials. Does not wait for the new
-        link. What the old one had not taken goes out on the new one; requests and streams under way end with
-        ConnectionLost or ServerLost. While there is no link it makes the next attempt come at once. With
-        reconnect=False the connection is closed.
+        link. What the old one had not taken goes out on the new one; what it had taken and no flush() has confirmed
+        may be lost; requests and streams under way end with ConnectionLost or ServerLost. While there is no link, the
+        next attempt comes at once. With reconnect=False the connection is closed.
 
         Raises:
             NoServersError, ConnectionClosed: there is no connection.

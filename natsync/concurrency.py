@@ -264,7 +264,7 @@ def _process_mark() -> mmap.mmap | _ByProcessId:
     """What is 1 at [0] here, and 0 in a forked child until it is set there."""
     if sys.platform == "linux":
         try:
-            # A page that the kernel hands to a child as zeros: to look at it costs a tenth of asking for the process id.
+            # A page that a child gets as zeros. To look at it costs a tenth of asking for the process id.
             page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             page.madvise(_WIPE_ON_FORK)
         except (OSError, ValueError):  # a kernel before 4.14

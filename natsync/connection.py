@@ -40,6 +40,8 @@ log = logging.getLogger("natsync.connection")
 EXIT_FLUSH_SECONDS = 2.0
 #: Seconds that close() takes at most, for flushing and for callbacks that are running, unless told otherwise.
 CLOSE_SECONDS = 5.0
+#: Seconds that workers get to end, even with close(0): those that are idle need no more.
+IDLE_LEAVE_SECONDS = 0.1
 
 _connections: weakref.WeakSet[Connection] = weakref.WeakSet()
 
@@ -187,9 +189,10 @@ class Connection(Links):
     def stats(self) -> dict[str, Any]:
         """Counters since the connection was made."""
         with self._lock:
-            session, outbox = self._session, self._outbox
-            received = self._past["in_bytes"] + (session.received_bytes if session else 0)
-            sent = self._past["out_messages"] + outbox.messages
+            session, leaving, outbox = self._session, self._leaving, self._outbox
+            links = [link for link in (leaving, session) if link is not None]
+            received = self._past["in_bytes"] + sum(link.received_bytes for link in links)
+            sent = self._past["out_messages"] + outbox.messages + (leaving.outbox.messages if leaving else 0)
         return {
             "status": str(self._status),
             "server": None if session is None else str(session.server),
@@ -319,7 +322,8 @@ class Connection(Links):
         # Our own threads end in milliseconds, so they get a moment even if user code is to get none.
         soon = Deadline(None if deadline.at is None else max(deadline.at, time.monotonic() + LEAVE_SECONDS))
         stuck = [name for link in links for name in link.join(soon)]
-        stuck += self.dispatcher.workers.close(deadline)
+        brief = Deadline(None if deadline.at is None else max(deadline.at, time.monotonic() + IDLE_LEAVE_SECONDS))
+        stuck += self.dispatcher.workers.close(brief)
         stuck += self._supervisor.join(soon)
         if stuck:
             log.warning("%s: still running after close(): %s", self.name, ", ".join(stuck))

@@ -1,13 +1,15 @@
 """Handover: from a server that is going away to another one, while the old link still works.
 
 Make before break. The new link subscribes to everything; for a while both bring every message, and those of the old
-one count. Then the old link unsubscribes, and everything published from now on waits; the PONG behind that proves that
-the old link has brought all it will ever bring and that its server has all it was given. Now the new link takes over.
+one count. Then a mark is published over the old link, to an inbox of our own: each link brings it, or the PONG behind
+it, at its place among the messages. From its mark on the messages of each link are counted. When both have come, the
+old link unsubscribes, and everything published from now on waits; the PONG behind that proves that the old link has
+brought all it will ever bring and that its server has all it was given. Now the new link takes over.
 
 What the new link brought up to the UNSUBs came on the old one too and is dropped. What it brought behind them is
 kept, and compared with what came on the old one, as the cluster's other servers learn of the UNSUBs a moment later.
-Messages of queue groups go to one of the two links only, so these are never compared. Equal messages within that
-moment cannot be told apart other than by their number.
+Messages of queue groups go to one of the two links only, so these are never compared. Equal messages are told apart
+by their number, which the servers' own routes may blur by as much as they differ in delay.
 
 It runs on the two readers' threads and the timer's, and never waits. Its lock comes before the connection's.
 """
@@ -29,8 +31,9 @@ from natsync.session import Session
 #: the new subscriptions, which takes the slowest route's delay. A server in lame duck mode keeps its links for 10 s at
 #: least (nats-server's default lame_duck_grace_period).
 OVERLAP_SECONDS = 1.0
-#: The last part of it, in which what the two links bring is compared.
-COMPARE_SECONDS = 0.5
+#: Seconds behind its arrival on the old link that the mark may take on the new one; a user who may not publish to his
+#: own inbox has none, and then a PONG must do.
+MARK_SECONDS = 0.5
 #: Seconds for which the old link may still be ahead of the new one when it is left.
 STRAGGLER_SECONDS = 1.0
 
@@ -40,7 +43,7 @@ class Phase(enum.IntEnum):
 
     JOINING = 1  # the new link subscribes
     OVERLAP = 2  # both bring everything
-    COMPARING = 3  # and what they bring is compared
+    COMPARING = 3  # and what they bring is counted, from the mark on
     LEAVING = 4  # the old link has unsubscribed, the new one's messages are kept
     TAKEN_OVER = 5  # the old link is gone; stragglers of its messages are still dropped
 
@@ -53,6 +56,9 @@ class Keeper(Protocol):
 
     def is_shared(self, sid: bytes) -> bool:
         """Whether the subscription is a member of a queue group."""
+
+    def send_mark(self, handover: Handover) -> bytes:
+        """Publish the mark over the old link, with a PING behind it for old_marked(); the mark's subject."""
 
     def leave_old_link(self, handover: Handover) -> None:
         """Everything published from now on is for the new link; the old one unsubscribes, see Session.hand_over()."""
@@ -67,12 +73,19 @@ class Keeper(Protocol):
 class Handover:
     """One move from one link to another; thrown away when it is over or either link is lost."""
 
-    def __init__(self, keeper: Keeper, old: Session, new: Session, step_timeout: float) -> None:
+    def __init__(self, keeper: Keeper, old: Session, new: Session, join_timeout: float, leave_timeout: float) -> None:
+        """Seconds for the new server to confirm the subscriptions, and for the old one to confirm the end.
+
+        The second are more, for all that has been published is to be taken before that.
+        """
         self.old = old
         self.new = new
         self.phase = Phase.JOINING
+        self._mark = b""
+        self._marked: set[Session] = set()  # from now on their messages are counted
         self._keeper = keeper
-        self._step_timeout = step_timeout
+        self._join_timeout = join_timeout
+        self._leave_timeout = leave_timeout
         self._lock = threading.Lock()
         self._kept: list[Batch] = []
         # How many more of a message came on the old link than on the new one.
@@ -83,7 +96,7 @@ class Handover:
     def begin(self) -> None:
         """The new session has started, and its subscriptions are on their way."""
         self.new.ping_first(self._joined)
-        self._later(self._step_timeout, self._check_joined)
+        self._later(self._join_timeout, self._check_joined)
 
     def stop(self) -> None:
         """It is over, or a link was lost; what was kept is delivered."""
@@ -93,6 +106,10 @@ class Handover:
             self._deliver_kept_locked()
         for timer in pending:
             timer.cancel()
+
+    def is_mark(self, subject: bytes) -> bool:
+        """Whether the subject is that of the mark, which the user knows nothing of."""
+        return subject == self._mark
 
     def _later(self, seconds: float, step: Callable[[], None]) -> None:
         with self._lock:
@@ -106,8 +123,7 @@ class Handover:
         if position is None:
             return
         self.phase = Phase.OVERLAP
-        self._later(OVERLAP_SECONDS - COMPARE_SECONDS, self._compare)
-        self._later(OVERLAP_SECONDS, self._leave)
+        self._later(OVERLAP_SECONDS, self._compare)
 
     def _check_joined(self) -> None:
         if self.phase is Phase.JOINING:
@@ -116,15 +132,34 @@ class Handover:
     def _compare(self) -> None:
         with self._lock:
             self.phase = Phase.COMPARING
+            self._mark = self._keeper.send_mark(self)
+        self._later(self._leave_timeout, self._check_left)
 
-    def _leave(self) -> None:
+    def old_marked(self, position: int | None) -> None:
+        """The mark's place among the old link's messages."""
+        if position is not None:
+            self._later(MARK_SECONDS, self._make_up_for_mark)
+            self._marks(self.old)
+
+    def _make_up_for_mark(self) -> None:
+        if self.new not in self._marked:
+            self.new.ping_first(self._new_marked)
+
+    def _new_marked(self, position: int | None) -> None:
+        if position is not None:
+            self._marks(self.new)
+
+    def _marks(self, session: Session) -> None:
+        """From here on what this link brings is counted; the old one is left when both have come to this point."""
         with self._lock:
+            self._marked.add(session)
+            if len(self._marked) < 2 or self.phase is not Phase.COMPARING:
+                return
             self.phase = Phase.LEAVING
         self._keeper.leave_old_link(self)
-        self._later(self._step_timeout, self._check_left)
 
     def _check_left(self) -> None:
-        if self.phase is Phase.LEAVING:
+        if self.phase in (Phase.COMPARING, Phase.LEAVING):
             self.old.end(ConnectError(f"{self.old.server} did not confirm the end of the subscriptions in time"))
 
     def left(self, position: int | None) -> None:
@@ -147,7 +182,10 @@ class Handover:
 
     def on_batch(self, session: Session, batch: Batch) -> None:
         """Deliver a batch, keep it, or drop what has come on the other link."""
-        if self._keeper.is_shared(batch.sid):
+        if self.is_mark(batch.subject):
+            if session is self.new:
+                self._marks(session)
+        elif self._keeper.is_shared(batch.sid):
             self._keeper.deliver(batch)
         elif session is self.old:
             self._on_old(batch)
@@ -155,14 +193,14 @@ class Handover:
             self._on_new(batch)
 
     def _on_old(self, batch: Batch) -> None:
-        if self.phase >= Phase.COMPARING:
+        if self.old in self._marked:
             with self._lock:
                 self._ahead.update(_keys(batch))
         self._keeper.deliver(batch)
 
     def _on_new(self, batch: Batch) -> None:
         with self._lock:
-            if self.phase is Phase.COMPARING:
+            if self.phase is Phase.COMPARING and self.new in self._marked:
                 self._ahead.subtract(_keys(batch))
             elif self.phase is Phase.LEAVING:
                 self._kept.append(batch)

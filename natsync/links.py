@@ -28,7 +28,7 @@ from natsync.errors import (
 )
 from natsync.handover import Handover
 from natsync.mux import LinkLoss
-from natsync.options import ConnectOptions, Server
+from natsync.options import WRITE_TIMEOUT, ConnectOptions, Server
 from natsync.outbox import Outbox
 from natsync.server_errors import Denial, ServerError, advice, classify, denial, server_error
 from natsync.server_info import reliable
@@ -67,6 +67,7 @@ class _Attempt:
 
 
 _names = itertools.count(1)
+_marks = itertools.count(1)
 
 
 class Links:
@@ -171,6 +172,14 @@ class Links:
         """
         while not self._confirm(self._await_session(deadline), deadline):
             pass  # the link ended before the PING was queued: the next one takes over what waited
+        self._confirm_other(deadline)
+
+    def _confirm_other(self, deadline: Deadline) -> None:
+        """Have a link that is about to take over bring what is on its way, too: messages of queue groups may be."""
+        handover, signal = self._handover, Signal()
+        other = None if handover is None or handover.new is self._session else handover.new
+        if other is not None and other.ping_first(lambda position: signal.set()) and not signal.wait(deadline):
+            raise TimedOut(f"{other.server} did not confirm in time")
 
     def _confirm(self, session: Session, deadline: Deadline) -> bool:
         """flush() on this very link; False if it had ended already."""
@@ -225,22 +234,32 @@ class Links:
 
     def on_info(self, session: Session, fields: dict[str, Any]) -> None:
         fields = reliable(fields)
-        session.info = {**session.info, **fields}
+        before, session.info = session.info, {**session.info, **fields}
         if session is self._session:
             self.info = session.info
         self._supervisor.discovered(fields.get("connect_urls"), session.server)
-        if fields.get("ldm"):
-            self.event("lame_duck", {"server": str(session.server)})
-            self._supervisor.move_from(session)
+        if session.info.get("ldm") and not before.get("ldm"):
+            self._lame_duck(session)
+
+    def _lame_duck(self, session: Session) -> None:
+        handover = self._handover
+        if handover is not None and session is handover.new and session is not self._session:
+            session.end(ConnectError(f"{session.server} is going away, too"))
+            return
+        self.event("lame_duck", {"server": str(session.server)})
+        self._supervisor.move_from(session)
 
     def on_server_error(self, session: Session, text: str) -> None:
-        kind, what_to_do = classify(text), advice(text)
+        kind, what_to_do, about = classify(text), advice(text), denial(text)
+        handover = self._handover
+        if handover is not None and about is not None and handover.is_mark(about.subject):
+            return  # it does without
         log.warning("%s: %s says: %s%s", self.name, session.server, text, f" ({what_to_do})" if what_to_do else "")
         self.event("error", {"error": text, "kind": kind.value, "advice": what_to_do})
         if kind is ServerError.PERMISSION:
             error = server_error(str(session.server), text)
             assert isinstance(error, PermissionDenied)
-            self.denied(session, denial(text), error)
+            self.denied(session, about, error)
 
     def denied(self, session: Session, about: Denial | None, error: PermissionDenied) -> None:
         """A permission, or a limit of subscriptions, is in somebody's way."""
@@ -386,7 +405,8 @@ class Links:
         outbox = Outbox(self.options.reconnect_buffer_bytes)
         outbox.hold()
         session = Session(transport, info, outbox, self.options, self, self.name, lame.confirmed)
-        handover = Handover(self, lame, session, self.options.connect_timeout)
+        patience = self.options.write_timeout or WRITE_TIMEOUT
+        handover = Handover(self, lame, session, self.options.connect_timeout, patience)
         failure: RuntimeError | None = None
         with self._lock:
             if not self.wants_move(lame):
@@ -420,7 +440,7 @@ class Links:
         handover.stop()
         session.outbox.close()
         self._join_soon(session)
-        self._supervisor.move_from(handover.old)
+        self._supervisor.move_from(handover.old, session.server)
         return True
 
     def deliver(self, batch: protocol.Batch) -> None:
@@ -428,6 +448,11 @@ class Links:
 
     def is_shared(self, sid: bytes) -> bool:
         return self.dispatcher.is_shared(sid)
+
+    def send_mark(self, handover: Handover) -> bytes:
+        mark = next(mux.inbox for mux in self.dispatcher.muxes()) + b".move-%d" % next(_marks)
+        handover.old.mark(protocol.encode_pub(mark, None, None, b""), handover.old_marked)
+        return mark
 
     def leave_old_link(self, handover: Handover) -> None:
         with self._lock:
@@ -461,7 +486,10 @@ class Links:
         with self._lock:
             if self._handover is handover:
                 self._handover = None
+            session = self._session
         handover.stop()
+        if session is not None and session.info.get("ldm"):  # it was announced meanwhile
+            self._supervisor.move_from(session)
 
     # -- telling --------------------------------------------------------------------------------------------------
 

@@ -100,6 +100,13 @@ class Session:
             self.outbox.put_first(PING)
             return True
 
+    def mark(self, frame: bytes, callback: PongCallback) -> None:
+        """Send a frame, and a PING right behind it; callback gets its answer."""
+        with self._lock:
+            position = 0 if self._ended else self.outbox.put_now(frame + PING)
+            if position:
+                self._pings.append((position, callback))
+
     def hand_over(self, last: bytes, callback: PongCallback) -> int:
         """Send the last frames of this link; callback gets the answer to the PING behind them.
 

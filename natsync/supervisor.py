@@ -77,6 +77,7 @@ class Supervisor:
         self._hurry = False  # do not wait before the next walk
         self._lame: Session | None = None  # the link to be left as soon as another server is there
         self._moves = 0  # attempts to leave it
+        self._moving = False  # _leave_lame() is at it
 
     def start(self) -> None:
         """Start the thread, and with it the first walk. Requires the connection's lock."""
@@ -95,9 +96,12 @@ class Supervisor:
         """Clear the session away and make the next link."""
         self.do(lambda: self._replace(session, reason))
 
-    def move_from(self, lame: Session) -> None:
-        """The server is going away: make a link to another one, if there is any, while this one still works."""
-        self._tasks.put(lambda: self._move(lame))
+    def move_from(self, lame: Session, failed: Server | None = None) -> None:
+        """The server is going away: make a link to another one, if there is any, while this one still works.
+
+        failed: a server to which moving has just failed.
+        """
+        self._tasks.put(lambda: self._move(lame, failed))
 
     def hurry(self) -> None:
         """Make the next attempt at once, however the last ones went."""
@@ -223,12 +227,23 @@ class Supervisor:
         self._linked_at = time.monotonic()
         self._lame, self._moves = None, 0
 
-    def _move(self, lame: Session) -> None:
-        """Try the other servers until one takes over or the lame one is gone; one walk, then a pause, and so on."""
+    def _move(self, lame: Session, failed: Server | None = None) -> None:
+        """Leave a lame server for another one. Chores that come meanwhile may ask for the same: one loop does it."""
         if lame is not self._lame:
             self._lame, self._moves = lame, 0
-        self._servers.failed(lame.server)
-        while self._keeper.wants_move(lame):
+        for server in (failed, lame.server):
+            if server is not None:
+                self._servers.failed(server)
+        if not self._moving:
+            self._moving = True
+            try:
+                self._leave_lame()
+            finally:
+                self._moving = False
+
+    def _leave_lame(self) -> None:
+        """Try the other servers until one takes over or the lame one is gone; one walk, then a pause, and so on."""
+        while (lame := self._lame) is not None and self._keeper.wants_move(lame):
             others = [server for server in self._servers if server != lame.server]
             if not others:
                 return  # _discover() comes back to it

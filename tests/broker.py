@@ -69,7 +69,9 @@ class Broker:
         self.newest.sock.shutdown(socket.SHUT_RDWR)
 
     def published(self, link: int = -1) -> list[Pub]:
-        return [request for request in self.said[link] if isinstance(request, Pub)] if self.said else []
+        """The messages that came over a link, but for the mark of a handover."""
+        pubs = [request for request in self.said[link] if isinstance(request, Pub)] if self.said else []
+        return [pub for pub in pubs if b".move-" not in pub.subject]
 
     def subscribed(self, link: int = -1) -> list[Sub]:
         """The SUBs of a link, but for those of inboxes."""

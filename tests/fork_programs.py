@@ -835,23 +835,28 @@ def fork_untold(url: str) -> None:
     works(client)
     pool.request("f.echo", b"x")
     subscription, number = client.subscribe("f.unused"), client_id(client)
-    pid = ctypes.PyDLL(None).fork()
-    if pid == 0:
-        signal.alarm(LIMIT)
-        status = 1
-        try:
-            _use_untold(client, pool, opened, subscription, number)
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(status)
-    join(pid)
+    join(_forked_untold(lambda: (client.close(), pool.close(), opened.close())))  # without another use before
+    join(_forked_untold(lambda: _use_untold(client, pool, opened, subscription, number)))
     assert client_id(client) == number
     assert client.stats()["reconnects"] == 0
     works(client, "after")
     for one in (opened, pool, client):
         one.close()
+
+
+def _forked_untold(function: Callable[[], object]) -> int:
+    pid: int = ctypes.PyDLL(None).fork()
+    if pid:
+        return pid
+    signal.alarm(LIMIT)
+    status = 1
+    try:
+        function()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _use_untold(

@@ -23,15 +23,14 @@ HERE = Path(__file__).resolve().parent
 
 #: The modules of tests that run: what users call, what a link must survive, and what waits.
 MODULES = [
-    "client", "subscription", "stream_client", "sender", "subscriber", "connection", "session", "transport", "tls",
-    "faults", "pool", "retry", "lifecycle", "context", "timers", "workers", "gevent",
+    "client", "subscription", "stream_client", "sender", "subscriber", "connection", "faults", "tls", "pool", "retry",
+    "lifecycle", "context", "gevent",
 ]  # fmt: skip
 
 RAISES = "gevent: a read of a socket that is shut down raises instead of returning b''"
 NEVER_SWITCHES = "gevent: it sends in a tight loop of one process, whose other greenlets do not run meanwhile"
 #: What is left out: the end of a test's id, without parameters, and why.
 LEFT_OUT = {
-    "test_transport.py::test_shutdown_wakes_a_reader": RAISES,
     "test_tls.py::test_shutdown_wakes_a_reader": RAISES,
     "test_context.py::test_a_blocked_recv_of_a_plain_socket_returns": RAISES,
     "test_sender.py::test_closing_wakes_a_blocked_read_from_a_third_party_on_cancel": RAISES,

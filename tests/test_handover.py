@@ -16,7 +16,7 @@ from broker import QUICK, Broker, Events, Outcome, opened, refuse
 from natsync.handover import Handover, Phase
 from natsync.outbox import Outbox
 from natsync.protocol import Batch, Sub, Unsub
-from natsync.testing import NatsCluster, PeerConnection, ScriptedPeer, eventually
+from natsync.testing import FaultProxy, NatsCluster, PeerConnection, ScriptedPeer, eventually
 
 
 @pytest.fixture
@@ -97,10 +97,14 @@ def with_interest(cluster: NatsCluster, client: natsync.Client) -> None:
     """Wait until every node's messages reach the client: a subscription takes a moment to get around."""
     for url in cluster.urls:
         with natsync.connect(url, discover=False) as other:
-            sub = client.subscribe("interest.known")
-            client.flush()
-            eventually(lambda other=other, sub=sub: knocks(other, sub))
-            sub.unsubscribe()
+            with_interest_of(client, other)
+
+
+def with_interest_of(client: natsync.Client, other: natsync.Client) -> None:
+    sub = client.subscribe("interest.known")
+    client.flush()
+    eventually(lambda: knocks(other, sub))
+    sub.unsubscribe()
 
 
 def knocks(client: natsync.Client, sub: natsync.Subscription) -> bool:
@@ -195,6 +199,46 @@ def _answers(client: natsync.Client) -> bool:
         return client.request("double", b"1", timeout=1).data == b"2"
     except natsync.NoRespondersError:
         return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slow", ["old", "new"])
+def test_equal_messages_on_links_of_different_delay_are_neither_lost_nor_doubled(slow: str) -> None:
+    """Chunks that are all alike, so that only their number can tell; the links differ by 50 ms, the servers by none."""
+    over = threading.Event()
+    events = Events()
+    with NatsCluster(2, lame_duck_grace_period=8.0, no_advertise=True) as nodes, ExitStack() as stack:
+        proxies = [stack.enter_context(FaultProxy(url)) for url in nodes.urls]
+        late = proxies[0 if slow == "old" else 1]
+        late.up.delay(0.05)
+        late.down.delay(0.05)
+        subscriber = stack.enter_context(natsync.Subscriber(nodes.urls[1]))
+        sent = 0
+
+        def equal(ctx: natsync.Context, request: natsync.Message) -> Iterator[bytes]:
+            nonlocal sent
+            while not over.wait(0.001):
+                yield b"x"
+                sent += 1
+
+        subscriber.stream_subscribe("equal", equal)
+        client = stack.enter_context(
+            natsync.connect([proxy.url for proxy in proxies], randomize=False, on_event=events)
+        )
+        with_interest_of(client, stack.enter_context(natsync.connect(nodes.urls[1])))
+        stream = client.stream("equal")
+        chunks: list[bytes] = []
+        reading = Outcome(lambda: chunks.extend(stream))
+        eventually(lambda: len(chunks) > 50)
+        nodes.lame_duck(0)
+        events.wait("reconnected")
+        behind = len(chunks)
+        eventually(lambda: len(chunks) > behind + 50)
+        over.set()
+        assert reading.within(10) is None
+        assert len(chunks) == sent
+        assert "disconnected" not in events.names
+        nodes.kill(0)
 
 
 @pytest.mark.slow
@@ -390,7 +434,7 @@ def test_a_server_that_does_not_confirm_the_end_costs_what_it_was_given_and_no_m
     """The PING behind the UNSUBs is not answered: what had been written may be lost, all else goes out, once."""
     old, new = Broker(), Broker()
     with TwoServers(old, new) as two:
-        client = two.client(connect_timeout=0.5)
+        client = two.client(write_timeout=0.5)
         subscribed = client.subscribe("s")
         publisher = Numbers(client, "n")
         eventually(lambda: len(numbers(old)) > 100)
@@ -420,6 +464,80 @@ def test_close_in_between_is_prompt_and_leaves_nothing(accepted: int) -> None:
         assert Outcome(client.close).within(3) is None
         assert not subscribed.active
         assert b"last" in {pub.payload for broker in (old, new) for pub in (broker.published() if broker.said else [])}
+
+
+def test_a_server_that_announces_its_end_too_is_not_moved_to_or_left_again() -> None:
+    """Two servers of three are going away at once: the one that was chosen says so in mid-move, or right behind it."""
+    old, second, third = Broker(), Broker(), Broker()
+    with ScriptedPeer(old) as one, ScriptedPeer(second) as two, ScriptedPeer(third) as three:
+        events = Events()
+        client = natsync.connect([one.url, two.url, three.url], randomize=False, on_event=events, **QUICK)
+        old.newest.send(LAME)
+        eventually(lambda: second.links)
+        second.newest.send(LAME)
+        assert events.wait("reconnected")["server"] == three.url
+        third.newest.send(LAME)  # nowhere is better now: it will be left when another one can be had
+        eventually(lambda: events.names.count("lame_duck") == 2)
+        client.close()
+
+
+def test_a_server_that_announces_its_end_right_behind_the_move_is_left_again() -> None:
+    old, second, third = Broker(), Broker(), Broker()
+    with ScriptedPeer(old) as one, ScriptedPeer(second) as two, ScriptedPeer(third) as three:
+        events = Events()
+        client = natsync.connect([one.url, two.url, three.url], randomize=False, on_event=events, **QUICK)
+        old.newest.send(LAME)
+        assert events.wait("reconnected")["server"] == two.url
+        second.newest.send(LAME)
+        assert events.wait("reconnected", 2)["server"] == three.url
+        client.close()
+
+
+def test_an_end_that_is_announced_again_and_again_is_one_event_and_costs_nothing() -> None:
+    old = Broker()
+    events = Events()
+    with ScriptedPeer(old) as peer, opened(peer, on_event=events) as client:
+        old.newest.send(LAME * 2000)
+        client.flush()
+        old.drop()
+        events.wait("reconnected")
+        client.flush()
+        assert events.names.count("lame_duck") == 1
+
+
+def test_drain_in_mid_move_handles_what_is_on_its_way_on_either_link() -> None:
+    old = Broker()
+    new = Broker()
+    got: list[bytes] = []
+    with TwoServers(old, new) as two:
+        client = two.client()
+        client.subscribe("q", lambda message: got.append(message.data), queue="g")
+        client.flush()
+        old.newest.send(LAME)
+        eventually(lambda: new.subscribed())
+        new.pongs = False
+        draining = Outcome(lambda: client.drain(10))
+        eventually(lambda: any(isinstance(one, Unsub) for one in new.said[0]))
+        new.newest.send(b"MSG q %b 2\r\nhi\r\n" % new.subscribed()[0].sid + b"PONG\r\n" * 5)
+        new.pongs = True
+        assert draining.within(10) is None
+        assert got == [b"hi"]
+
+
+def test_counters_never_fall_in_a_move() -> None:
+    old, new = Broker(), Broker()
+    with TwoServers(old, new) as two:
+        client = two.client()
+        for _ in range(100):
+            client.publish("n", b"1")
+        client.flush()
+        old.newest.send(LAME)
+        lowest = {"out_messages": 100, "out_bytes": 0, "in_bytes": 0}
+        while "reconnected" not in two.events.names:
+            now = client.stats()
+            for name, value in lowest.items():
+                assert now[name] >= value, name
+                lowest[name] = now[name]
 
 
 def test_a_connection_that_drains_does_not_move() -> None:
@@ -465,6 +583,10 @@ class Connection:
     def end_handover(self, handover: Handover) -> None:
         self.steps.append("end")
 
+    def send_mark(self, handover: Handover) -> bytes:
+        self.steps.append("mark")
+        return b"mark"
+
 
 class Link:
     """Takes the part of a session."""
@@ -485,10 +607,12 @@ class Case:
         self.keeper = Connection()
         self.old: Any = Link()
         self.new: Any = Link()
-        self.handover = Handover(self.keeper, self.old, self.new, 60.0)
+        self.handover = Handover(self.keeper, self.old, self.new, 60.0, 60.0)
 
     def at(self, phase: Phase) -> Case:
         self.handover.phase = phase
+        if phase >= Phase.COMPARING:
+            self.handover._marked = {self.old, self.new}
         return self
 
     def bring(self, link: Any, *payloads: bytes, sid: bytes = b"1", subject: bytes = b"s") -> None:
@@ -536,6 +660,74 @@ def test_equal_messages_are_told_apart_by_their_number() -> None:
     assert case.got == [b"tick"] * 4  # three came on both links, and one more on the new one
     case.bring(case.new, b"tick")
     assert case.got == [b"tick"] * 5
+
+
+def test_each_links_messages_are_counted_from_the_mark_on_and_then_the_old_one_is_left() -> None:
+    case = Case()
+    case.handover._compare()
+    case.bring(case.new, b"tick", b"tick")  # the new link is faster: these have not come on the old one yet
+    case.bring(case.new, b"", subject=b"mark")
+    case.bring(case.new, b"tick")
+    case.bring(case.old, b"tick", b"tick")
+    assert case.keeper.steps == ["mark"]
+    case.handover.old_marked(1)
+    assert case.keeper.steps == ["mark", "leave"]
+    case.bring(case.new, b"tick")
+    case.bring(case.old, b"tick", b"tick")
+    case.bring(case.new, b"tick")
+    case.handover.left(2)
+    case.handover.stop()
+    assert case.got == [b"tick"] * 5  # two before the mark, two behind it on both links, one on the new link alone
+
+
+def test_the_mark_itself_is_delivered_to_nobody() -> None:
+    case = Case()
+    case.handover._compare()
+    case.bring(case.old, b"", subject=b"mark")
+    case.bring(case.new, b"", subject=b"mark")
+    assert case.got == []
+    case.handover.stop()
+
+
+def test_without_a_mark_on_the_new_link_a_round_trip_must_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("natsync.handover.MARK_SECONDS", 0.01)
+    case = Case()
+    case.handover._compare()
+    case.handover.old_marked(1)
+    eventually(lambda: case.new.pings)
+    assert case.keeper.steps == ["mark"]
+    case.new.pings[-1](0)
+    assert case.keeper.steps == ["mark", "leave"]
+    case.handover.stop()
+
+
+@pytest.mark.slow
+def test_a_user_who_may_not_publish_to_his_inbox_moves_all_the_same_and_is_told_of_nothing() -> None:
+    denied = """
+authorization { users = [
+  {user: all, password: "S3CRET-all"}
+  {user: some, password: "S3CRET-some", permissions: {subscribe: ">", publish: {deny: "_INBOX.>"}}}
+] }
+"""
+    events = Events()
+    with NatsCluster(2, config=denied, lame_duck_grace_period=8.0) as nodes:
+        who = {"user": "some", "password": "S3CRET-some"}
+        with (
+            natsync.connect(nodes.urls[0], on_event=events, **who) as mover,
+            natsync.connect(nodes.urls[1], user="all", password="S3CRET-all") as other,
+        ):
+            got: list[int] = []
+            mover.subscribe("n", lambda message: got.append(int(message.data)))
+            with_interest_of(mover, other)
+            publisher = Numbers(other, "n")
+            eventually(lambda: len(got) > 100)
+            nodes.lame_duck(0)
+            moved(events, mover, nodes.urls[0])
+            count = publisher.stop()
+            eventually(lambda: len(got) >= count)
+            assert got == list(range(count))
+            assert events.names == ["connected", "lame_duck", "reconnected"]
+        nodes.kill(0)
 
 
 def test_a_straggler_is_dropped_and_what_is_new_is_not() -> None:

@@ -213,6 +213,7 @@ def locks() -> type:
                 self._b: threading.Lock = threading.Lock()
                 self._changed = threading.Condition(self._a)
                 self._event = threading.Event()
+                self._again = threading.RLock()
                 self._signal = Signal()
 
             def block(self):
@@ -238,7 +239,7 @@ def locks() -> type:
 def test_a_lock_is_named_by_its_class_and_attribute(locks: type) -> None:
     with lock_order.recording() as recorder:
         locks()
-    assert recorder.locks == {"Locks._a", "Locks._b"}
+    assert recorder.locks == {"Locks._a", "Locks._b", "Locks._again"}
 
 
 def test_locks_that_others_make_are_left_alone() -> None:
@@ -310,6 +311,19 @@ def test_the_documented_order_can_be_read() -> None:
     order = lock_order.documented_order()
     assert len(order) > 5
     assert order.index({"Links"}) < order.index({"Outbox"})
+
+
+def test_a_lock_that_may_be_taken_again_counts_until_it_is_given_back_as_often(locks: type) -> None:
+    with lock_order.recording() as recorder:
+        both = locks()
+        with both._again:
+            with both._again, both._a:
+                pass
+            assert [lock.name for lock, _ in recorder.holding()] == ["Locks._again"]
+        assert recorder.holding() == []
+        with pytest.raises(RuntimeError):
+            both._again.release()
+    assert set(recorder.nestings) == {("Locks._again", "Locks._a")}
 
 
 def test_an_attempt_that_does_not_wait_is_no_nesting(locks: type) -> None:
