@@ -267,7 +267,7 @@ def _process_mark() -> mmap.mmap | _ByProcessId:
             # A page that a child gets as zeros. To look at it costs a tenth of asking for the process id.
             page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             page.madvise(_WIPE_ON_FORK)
-        except (OSError, ValueError):  # a kernel before 4.14
+        except (AttributeError, OSError, ValueError):  # a kernel before 4.14, a C library without madvise()
             return _ByProcessId()
         page[0] = 1
         return page
@@ -281,26 +281,29 @@ _renewing = threading.RLock()
 _under_renewal = False
 
 
-def _renew() -> None:
+def _renew(*, told: bool = False) -> None:
     """Make anew what a forked child must not share; once, whichever of its threads notices first."""
     global _fork_generation, _background, _under_renewal
     with _renewing:
-        if _at_home[0] or _under_renewal:  # done by another thread, or one of the callbacks asks
+        if _under_renewal or (_at_home[0] and not told):  # one of the callbacks asks, or another thread has done it
             return
         _under_renewal = True
-        _fork_generation += 1
-        _background = _Background()
-        _finalized.clear()
-        for callback in _fork_callbacks:
-            callback()
-        _under_renewal = False
-        _at_home[0] = 1
+        try:
+            _fork_generation += 1
+            _background = _Background()
+            _finalized.clear()
+            for callback in _fork_callbacks:
+                run_safely(callback, "what is made anew in a forked child")
+        finally:
+            _under_renewal = False
+            _at_home[0] = 1
 
 
 def _forked() -> None:
-    global _renewing
-    _renewing = threading.RLock()
-    _renew()
+    """Python's own news of a fork: it counts whatever the mark says, which not every system wipes that says it does."""
+    global _renewing, _under_renewal
+    _renewing, _under_renewal = threading.RLock(), False
+    _renew(told=True)
 
 
 if hasattr(os, "register_at_fork"):

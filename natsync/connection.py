@@ -53,7 +53,8 @@ class Connection(Links):
         super().__init__(servers, options, workers)
         self.mux = self.add_mux(Mux(f"{options.inbox_prefix}.{_subject.unique()}"))
         self._dropped = Tally()
-        self._cut_short: set[Session] | None = None  # what a close() that was interrupted has left
+        self._left: set[Session] = set()  # the links that close() has to end
+        self._letting_go = threading.Lock()  # held by the one who closes
         _connections.add(self)
         at_exit(_flush_at_exit)
 
@@ -136,6 +137,8 @@ class Connection(Links):
             frame = self.dispatcher.add(core)
             core.position = self._outbox.put_now(frame)
             self._join_too_locked(self.dispatcher.sub(core))
+            if self._handover is not None:
+                self._handover.joined_more()
 
     def _join_too_locked(self, frame: bytes) -> None:
         """What concerns subscriptions goes to the link that is about to take over, too."""
@@ -214,6 +217,9 @@ class Connection(Links):
         Takes the timeout at most, and up to LEAVE_SECONDS more if something was left.
         """
         deadline = Deadline.after(timeout)
+        if self._status is Status.NEW:
+            self.close(0)
+            return None
         self._draining = True
         cores = list(self.dispatcher.subscriptions())
         for core in cores:
@@ -234,13 +240,20 @@ class Connection(Links):
                 self.flush(deadline)  # what the callbacks sent last
             except NatsError as error:
                 undone.append(f"the server did not confirm what the callbacks sent: {error}")
-        unsent = self._outbox.waiting_messages
+        unsent = self._waiting_messages()
         if unsent:
             undone.append(f"{unsent} messages were not sent")
         self.close(deadline.remaining() if undone else CLOSE_SECONDS)
         if not undone:
             return None
-        return DrainTimeout(f"not drained within {timeout} s", undone=undone, unhandled=unhandled, unsent=unsent)
+        text = f"not drained within {timeout} s" if deadline.expired else "not drained"
+        return DrainTimeout(text, undone=undone, unhandled=unhandled, unsent=unsent)
+
+    def _waiting_messages(self) -> int:
+        """Messages that no link has taken yet."""
+        with self._lock:
+            leaving = 0 if self._leaving is None else self._leaving.outbox.waiting_messages
+            return leaving + self._outbox.waiting_messages
 
     def close(self, timeout: float | None = CLOSE_SECONDS, reason: Exception | None = None) -> None:
         """End for good: flush, then stop threads; all within the timeout. Idempotent; from any thread of any kind."""
@@ -249,18 +262,17 @@ class Connection(Links):
             mux.connection_closing()
         if timeout != 0:
             self._flush_last(deadline)
-        links = self._end(reason)
-        if links is None:
-            links, self._cut_short = self._cut_short, None
-        if links is None:
+        self._end(reason)
+        if self._closed.is_set():
+            return
+        if not self._letting_go.acquire(blocking=False):
             if not self._is_own_thread():
                 self._closed.wait(deadline.remaining())  # another thread is at it
             return
         try:
-            self._let_go(links, deadline)
-        except BaseException:  # a Ctrl-C: whoever closes next goes on with it
-            self._cut_short = links
-            raise
+            self._let_go(self._left, deadline)
+        finally:  # after a Ctrl-C, whoever closes next goes on with it
+            self._letting_go.release()
 
     def _let_go(self, links: set[Session], deadline: Deadline) -> None:
         """End the links, everybody who waits, and the threads. May be done again, if it was cut short."""
@@ -290,26 +302,25 @@ class Connection(Links):
             except NatsError as failure:
                 log.warning("%s: closed without the server's word that all has arrived: %s", self.name, failure)
 
-    def _end(self, reason: Exception | None) -> set[Session] | None:
-        """Be closed from now on; the links that are left to be ended, None if that had been done."""
+    def _end(self, reason: Exception | None) -> None:
+        """Be closed from now on; the links in force are left for _let_go()."""
         with self._lock:
             if self._status is Status.CLOSED:
-                return None
-            self._close_reason = reason
-            self._status = Status.CLOSED
+                return
             links, handover = self._take_links_locked()
             unsent = sum(link.outbox.waiting_messages for link in links) or self._outbox.waiting_messages
+            self._left = set(links) if handover is None else {*links, handover.old, handover.new}
+            self._close_reason = reason
+            self._status = Status.CLOSED
             self._outbox.close()
             if self._attempt is not None and self._attempt.pending:
                 self._attempt.pending = False
-                self._attempt.error = self.closed_error()
+                self._attempt.failure = self.closed_error
             self._changed.notify_all()
         if unsent:
             log.warning("%s: closed with %d messages unsent", self.name, unsent)
-        if handover is None:
-            return set(links)
-        handover.stop()
-        return {*links, handover.old, handover.new}
+        if handover is not None:
+            handover.stop()
 
     def _is_own_thread(self) -> bool:
         """Whether this is a thread that close() itself waits for."""
@@ -331,6 +342,16 @@ class Connection(Links):
 
     def gave_up(self, reason: Exception) -> None:
         self.close(LEAVE_SECONDS, reason)
+
+    def flush_at_exit(self, deadline: Deadline) -> None:
+        """The interpreter leaves: have the present link take what was published."""
+        try:
+            if self._status is Status.CONNECTED:
+                self.flush(deadline)
+        except NatsError as error:
+            log.warning("%s: not all may have been sent at exit: %s", self.name, error)
+        if self._status is Status.RECONNECTING and (unsent := self._waiting_messages()):
+            log.warning("%s: %d messages were not sent before the exit: there is no link", self.name, unsent)
 
     def when_closed(self, callback: Callable[[Exception | None], None]) -> None:
         """Have callback(reason) called when the connection ends for good; reason None = it was closed on purpose.
@@ -358,16 +379,21 @@ class Connection(Links):
 def _flush_at_exit() -> None:
     """What was published is sent even if nobody closed: bounded, all connections together."""
     deadline = Deadline.after(EXIT_FLUSH_SECONDS)
-    for connection in list(_connections):
-        if connection.generation == fork_generation() and connection.status is Status.CONNECTED:
-            try:
-                connection.flush(deadline)
-            except NatsError as error:
-                log.warning("%s: not all may have been sent at exit: %s", connection.name, error)
+    for connection in _all_connections():
+        if connection.generation == fork_generation():
+            connection.flush_at_exit(deadline)
+
+
+def _all_connections() -> list[Connection]:
+    while True:
+        try:
+            return list(_connections)
+        except RuntimeError:  # another thread has just made one
+            continue
 
 
 def _abandon_in_child() -> None:
-    for connection in list(_connections):
+    for connection in _all_connections():
         connection.abandon()
     _connections.clear()
 

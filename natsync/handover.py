@@ -18,19 +18,21 @@ from __future__ import annotations
 
 import enum
 import threading
-from collections import Counter
+import time
 from collections.abc import Callable
 from typing import Protocol
 
 from natsync import timers
 from natsync.errors import ConnectError
-from natsync.protocol import Batch
+from natsync.protocol import Batch, encode_pub
 from natsync.session import Session
 
 #: Seconds for which both links bring everything before the old one is left: time for the whole cluster to learn of
 #: the new subscriptions, which takes the slowest route's delay. A server in lame duck mode keeps its links for 10 s at
 #: least (nats-server's default lame_duck_grace_period).
 OVERLAP_SECONDS = 1.0
+#: The same with subscriptions made meanwhile, which need as much again.
+LONGEST_OVERLAP = 5.0
 #: Seconds behind its arrival on the old link that the mark may take on the new one; a user who may not publish to his
 #: own inbox has none, and then a PONG must do.
 MARK_SECONDS = 0.5
@@ -57,8 +59,8 @@ class Keeper(Protocol):
     def is_shared(self, sid: bytes) -> bool:
         """Whether the subscription is a member of a queue group."""
 
-    def send_mark(self, handover: Handover) -> bytes:
-        """Publish the mark over the old link, with a PING behind it for old_marked(); the mark's subject."""
+    def mark_subject(self) -> bytes:
+        """A subject of our own inbox that was never used."""
 
     def leave_old_link(self, handover: Handover) -> None:
         """Everything published from now on is for the new link; the old one unsubscribes, see Session.hand_over()."""
@@ -81,6 +83,7 @@ class Handover:
         self.old = old
         self.new = new
         self.phase = Phase.JOINING
+        self._joined_first = self._joined_last = 0.0
         self._mark = b""
         self._marked: set[Session] = set()  # from now on their messages are counted
         self._keeper = keeper
@@ -88,8 +91,8 @@ class Handover:
         self._leave_timeout = leave_timeout
         self._lock = threading.Lock()
         self._kept: list[Batch] = []
-        # How many more of a message came on the old link than on the new one.
-        self._ahead: Counter[int] = Counter()
+        # How many more of a message came on the old link than on the new one; nothing is kept of those that match.
+        self._ahead: dict[int, int] = {}
         self._timers: list[timers.Timer] = []
         self._stopped = False
 
@@ -107,6 +110,10 @@ class Handover:
         for timer in pending:
             timer.cancel()
 
+    def joined_more(self) -> None:
+        """Another subscription was made, on both links."""
+        self._joined_last = time.monotonic()
+
     def is_mark(self, subject: bytes) -> bool:
         """Whether the subject is that of the mark, which the user knows nothing of."""
         return subject == self._mark
@@ -122,6 +129,7 @@ class Handover:
         """The new server has our subscriptions."""
         if position is None:
             return
+        self._joined_first = self._joined_last = time.monotonic()
         self.phase = Phase.OVERLAP
         self._later(OVERLAP_SECONDS, self._compare)
 
@@ -130,10 +138,16 @@ class Handover:
             self.new.end(ConnectError(f"{self.new.server} did not confirm the subscriptions in time"))
 
     def _compare(self) -> None:
+        mark = self._keeper.mark_subject()
         with self._lock:
             self.phase = Phase.COMPARING
-            self._mark = self._keeper.send_mark(self)
-        self._later(self._leave_timeout, self._check_left)
+            self._mark = mark
+        self.old.mark(encode_pub(mark, None, None, b""), self.old_marked)
+        self._later(self._leave_timeout, self._check_marked)
+
+    def _check_marked(self) -> None:
+        if self.old not in self._marked:
+            self._give_up_old()
 
     def old_marked(self, position: int | None) -> None:
         """The mark's place among the old link's messages."""
@@ -153,14 +167,28 @@ class Handover:
         """From here on what this link brings is counted; the old one is left when both have come to this point."""
         with self._lock:
             self._marked.add(session)
+        self._leave()
+
+    def _leave(self) -> None:
+        """Leave the old link when both are marked, and the cluster has had time to learn of new subscriptions."""
+        with self._lock:
             if len(self._marked) < 2 or self.phase is not Phase.COMPARING:
                 return
-            self.phase = Phase.LEAVING
-        self._keeper.leave_old_link(self)
+            wait = min(self._joined_last + OVERLAP_SECONDS, self._joined_first + LONGEST_OVERLAP) - time.monotonic()
+            if wait <= 0:
+                self.phase = Phase.LEAVING
+        if wait > 0:
+            self._later(wait, self._leave)
+        else:
+            self._keeper.leave_old_link(self)
+            self._later(self._leave_timeout, self._check_left)
 
     def _check_left(self) -> None:
-        if self.phase in (Phase.COMPARING, Phase.LEAVING):
-            self.old.end(ConnectError(f"{self.old.server} did not confirm the end of the subscriptions in time"))
+        if self.phase is Phase.LEAVING:
+            self._give_up_old()
+
+    def _give_up_old(self) -> None:
+        self.old.end(ConnectError(f"{self.old.server} did not confirm the end of the subscriptions in time"))
 
     def left(self, position: int | None) -> None:
         """The old link has brought, and its server has taken, everything."""
@@ -195,17 +223,25 @@ class Handover:
     def _on_old(self, batch: Batch) -> None:
         if self.old in self._marked:
             with self._lock:
-                self._ahead.update(_keys(batch))
+                self._count_locked(batch, 1)
         self._keeper.deliver(batch)
 
     def _on_new(self, batch: Batch) -> None:
         with self._lock:
             if self.phase is Phase.COMPARING and self.new in self._marked:
-                self._ahead.subtract(_keys(batch))
+                self._count_locked(batch, -1)
             elif self.phase is Phase.LEAVING:
                 self._kept.append(batch)
             elif self.phase is Phase.TAKEN_OVER:
                 self._deliver_rest_locked(batch)
+
+    def _count_locked(self, batch: Batch, step: int) -> None:
+        for key in _keys(batch):
+            number = self._ahead.get(key, 0) + step
+            if number:
+                self._ahead[key] = number
+            else:
+                del self._ahead[key]
 
     def _deliver_kept_locked(self) -> None:
         kept, self._kept = self._kept, []
@@ -216,7 +252,7 @@ class Handover:
         """Deliver what did not come on the old link."""
         items = []
         for item, key in zip(batch.items, _keys(batch), strict=True):
-            if self._ahead[key] > 0:
+            if self._ahead.get(key, 0) > 0:
                 self._ahead[key] -= 1
             else:
                 items.append(item)

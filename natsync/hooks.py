@@ -77,7 +77,8 @@ class Hooks:
         """The link was lost; another one follows, unless closed() does."""
 
     def reconnected(self, server: str) -> None:
-        """There is a link again."""
+        """There is a link again; or another server has taken over from one that is going away (lame duck), and then
+        without disconnected() before."""
 
     def closed(self, reason: str | None) -> None:
         """The connection has ended for good; reason None = it was closed on purpose."""

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from natsync import hooks, protocol
-from natsync.concurrency import Deadline, Signal, fork_generation
+from natsync.concurrency import Deadline, SafeEvent, Signal, fork_generation, run_soon
 from natsync.dispatcher import CALLBACK_WORKERS, Dispatcher
 from natsync.errors import (
     ConnectError,
@@ -63,7 +63,7 @@ class _Attempt:
 
     def __init__(self) -> None:
         self.pending = True
-        self.error: NatsError | None = None
+        self.failure: Callable[[], NatsError] | None = None  # makes the error, one for each who waits
 
 
 _names = itertools.count(1)
@@ -93,7 +93,7 @@ class Links:
         self._on_closed: list[Callable[[Exception | None], None]] = []
         self._close_reason: Exception | None = None
         self._draining = False
-        self._closed = threading.Event()
+        self._closed = SafeEvent()
         self._sessions = 0
         self._past = {"in_bytes": 0, "out_messages": 0}
 
@@ -123,8 +123,8 @@ class Links:
             while attempt is not None and attempt.pending:
                 if not self._changed.wait(None if deadline is None else deadline.remaining()) and attempt.pending:
                     raise TimedOut("no connection yet: the servers are still being tried")
-        if attempt is not None and attempt.error is not None:
-            raise attempt.error
+        if attempt is not None and attempt.failure is not None:
+            raise attempt.failure()
 
     def _begin_locked(self) -> _Attempt | None:
         """Start the supervisor if need be; the attempt to wait for, None if there is no need to wait."""
@@ -133,12 +133,16 @@ class Links:
         if self._status is Status.CLOSED:
             raise self.closed_error()
         if self._status is Status.NEW:
+            try:
+                self._supervisor.start()
+            except RuntimeError as error:  # the next use tries again
+                raise ConnectError(f"no thread can be started for the connection: {error}") from error
             self._attempt = _Attempt()
             self._status = Status.CONNECTING
             if self.options.retry_on_failed_connect:
                 self._status = Status.RECONNECTING
                 self._attempt.pending = False
-            self._supervisor.start()
+            self._supervisor.begin()
         return self._attempt if self._status is Status.CONNECTING else None
 
     @property
@@ -171,7 +175,9 @@ class Links:
             ConnectionClosed: the connection is closed.
         """
         while not self._confirm(self._await_session(deadline), deadline):
-            pass  # the link ended before the PING was queued: the next one takes over what waited
+            # The link ended before the PING was queued: the next one takes over what waited.
+            if deadline.expired:
+                raise TimedOut("no link to a server in time")
         self._confirm_other(deadline)
 
     def _confirm_other(self, deadline: Deadline) -> None:
@@ -377,10 +383,10 @@ class Links:
         for mux in muxes:
             mux.repair()
 
-    def on_first_walk_failed(self, error: NatsError) -> None:
+    def on_first_walk_failed(self, failure: Callable[[], NatsError]) -> None:
         with self._lock:
             if self._status is Status.CONNECTING and self._attempt is not None:
-                self._attempt.error = error
+                self._attempt.failure = failure
                 self._attempt.pending = False
                 self._status = Status.NEW  # the next use tries again
                 self._changed.notify_all()
@@ -392,9 +398,17 @@ class Links:
         """Drop the link, if there is one, and make another at once."""
         self.ensure_open()
         self._supervisor.hurry()
-        session = self._session
-        if session is not None:
+        session, ended = self._session, Signal()
+        if session is None:
+            return
+
+        def end() -> None:
             session.end(ConnectError("force_reconnect() was called"))
+            ended.set()
+
+        # On another thread, because a Ctrl-C must not cut it short: some would never learn of the end.
+        run_soon(end, "force_reconnect()")
+        ended.wait(Deadline.after(LEAVE_SECONDS))
 
     # -- a link that takes over from another ----------------------------------------------------------------------
 
@@ -449,10 +463,8 @@ class Links:
     def is_shared(self, sid: bytes) -> bool:
         return self.dispatcher.is_shared(sid)
 
-    def send_mark(self, handover: Handover) -> bytes:
-        mark = next(mux.inbox for mux in self.dispatcher.muxes()) + b".move-%d" % next(_marks)
-        handover.old.mark(protocol.encode_pub(mark, None, None, b""), handover.old_marked)
-        return mark
+    def mark_subject(self) -> bytes:
+        return self.dispatcher.muxes()[0].inbox + b".move-%d" % next(_marks)
 
     def leave_old_link(self, handover: Handover) -> None:
         with self._lock:
@@ -479,6 +491,7 @@ class Links:
             self._sessions += 1
             self.event("reconnected", {"server": str(new.server)})
         log.info("%s: moved from %s to %s", self.name, old.server, new.server)
+        self._supervisor.moved()
         self._drop_links([old], None, ConnectError(f"left {old.server} for {new.server}"))
         self._settling.on_link()
 

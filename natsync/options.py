@@ -140,7 +140,8 @@ class ConnectOptions:
         max_message_bytes: largest message taken from the server.
         sentinels: what ends a plain stream.
         on_event: called as on_event(name, info) on a worker, name being one of connected, disconnected, reconnected,
-            closed, lame_duck, slow_consumer, error; info is a dict.
+            closed, lame_duck, slow_consumer, error; info is a dict. reconnected comes without disconnected where
+            another server has taken over from one in lame duck mode.
         hooks: a natsync.Hooks, or a list of them, for metrics and tracing.
     """
 

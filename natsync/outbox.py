@@ -109,9 +109,9 @@ class Outbox:
         with self._lock:
             if not self._takes_locked():
                 return 0
-            self._frames.append(frame)
-            self._size += len(frame)
+            self._size += len(frame)  # in this order, see try_put()
             self.position += len(frame)
+            self._frames.append(frame)
             self._wake_locked()
             return self.position
 
@@ -192,9 +192,9 @@ class Outbox:
         with self._lock:
             if not self._takes_locked():
                 return 0
-            self._frames.append(last)
             self._size += len(last)
             self.position += len(last)
+            self._frames.append(last)
             self._sealed = True
             self._wake_locked()
             self._room.notify_all()

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from natsync import timers
-from natsync.concurrency import Deadline, join_all, spawn
+from natsync.concurrency import Deadline, join_all, run_soon, spawn
 from natsync.errors import ConnectError, NatsError, ProtocolError
 from natsync.options import ConnectOptions
 from natsync.outbox import Outbox
@@ -85,9 +85,15 @@ class Session:
     def ping(self, callback: PongCallback | None = None) -> bool:
         """Send a PING behind everything queued so far; callback gets its answer. False if the link has ended."""
         with self._lock:  # the order of _pings is the order on the wire
-            position = 0 if self._ended else self.outbox.put_now(PING)
-            if position:
-                self._pings.append((position, callback))
+            if self._ended:
+                return False
+            try:
+                position = self.outbox.put_now(PING)
+                if position:
+                    self._pings.append((position, callback))
+            except BaseException:  # a Ctrl-C: a PING may be out that nobody knows of, and answers would go astray
+                run_soon(lambda: self.end(ConnectError("an interrupt fell into a PING")), "the end of a link")
+                raise
             return position > 0
 
     def ping_first(self, callback: PongCallback | None = None) -> bool:
@@ -125,6 +131,7 @@ class Session:
         """
         with self._lock:
             if self._ended:
+                self._transport.shutdown()  # an interrupt may have kept the first from it
                 return
             self._ended = True
             self._reason = reason
@@ -170,7 +177,7 @@ class Session:
         except ProtocolError as error:
             for event in parser.events_before_error:
                 self._handle(event)
-            reason = error
+            reason = ProtocolError(self._transport.hide(str(error)))
         except OSError as error:
             broke = ConnectError(f"the link to {self.server} broke: {error.strerror or error}")
             reason = self._end_of_link() if self._last_error else broke  # a reset may follow the server's last words
@@ -189,8 +196,8 @@ class Session:
         elif isinstance(event, Info):
             self._owner.on_info(self, event.fields)
         elif isinstance(event, Err):
-            self._last_error = event.text
-            self._owner.on_server_error(self, event.text)
+            text = self._last_error = self._transport.hide(event.text)
+            self._owner.on_server_error(self, text)
 
     def _pong(self) -> None:
         with self._lock:
@@ -247,11 +254,12 @@ class Session:
         if self._options.write_timeout is None:
             return
         with self._lock:
-            if not self._ended:
+            if not self._ended and self._write_timer is None:
                 self._write_timer = timers.schedule_after(self._options.write_timeout, self._write_due)
 
     def _write_due(self) -> None:
-        self._write_timer = None
+        with self._lock:
+            self._write_timer = None
         since, limit = self._writing_since, self._options.write_timeout
         if since is None or limit is None:
             return  # idle: the next write starts a new watch
@@ -260,5 +268,5 @@ class Session:
             self.end(ConnectError(f"a write to {self.server} was blocked for {limit:g} s"), dead=True)
             return
         with self._lock:
-            if not self._ended:
+            if not self._ended and self._write_timer is None:
                 self._write_timer = timers.schedule_after(left, self._write_due)

@@ -52,8 +52,8 @@ class Keeper(Protocol):
     def on_other_link(self, lame: Session, transport: Transport, info: dict[str, Any]) -> bool:
         """A server was reached that may take over from the lame one; False if nobody wants that any more."""
 
-    def on_first_walk_failed(self, error: NatsError) -> None:
-        """The first walk over the servers found none."""
+    def on_first_walk_failed(self, failure: Callable[[], NatsError]) -> None:
+        """The first walk over the servers found none; failure() makes the error to raise."""
 
     def gave_up(self, reason: Exception) -> None:
         """There will be no further link."""
@@ -71,6 +71,7 @@ class Supervisor:
         self.thread: threading.Thread | None = None
         self._refusals: dict[Server, str] = {}
         self._dialing = Dialing()
+        self._stopping = False
         self._gone = False  # no thread does chores any more
         self._linked_at = 0.0
         self._flaps = 0  # links in a row that were lost as soon as they were made
@@ -80,11 +81,24 @@ class Supervisor:
         self._moving = False  # _leave_lame() is at it
 
     def start(self) -> None:
-        """Start the thread, and with it the first walk. Requires the connection's lock."""
-        first = self._persist if self._options.retry_on_failed_connect else self._try_once
-        self._tasks.put(first)
+        """Start the thread; begin() gives it something to do. Requires the connection's lock.
+
+        Raises:
+            RuntimeError: there is no thread to be had just now; nothing has changed.
+        """
+        if self.thread is not None:
+            return  # an interrupt came behind the last start()
         self.thread = threading.Thread(target=self._run, name=f"{self._name}-supervisor", daemon=True)
-        self.thread.start()
+        try:
+            self.thread.start()
+        except BaseException:
+            if self.thread.ident is None:
+                self.thread = None
+            raise
+
+    def begin(self) -> None:
+        """Make the first walk."""
+        self._tasks.put(self._persist if self._options.retry_on_failed_connect else self._try_once)
 
     def do(self, task: Callable[[], None]) -> None:
         """Have a brief chore done on the thread; may be called anywhere, finalizers included."""
@@ -103,6 +117,10 @@ class Supervisor:
         """
         self._tasks.put(lambda: self._move(lame, failed))
 
+    def moved(self) -> None:
+        """The move has succeeded."""
+        self._tasks.put(self._linked)
+
     def hurry(self) -> None:
         """Make the next attempt at once, however the last ones went."""
 
@@ -119,6 +137,7 @@ class Supervisor:
 
     def stop(self) -> None:
         """Let the thread end; a dial under way is cut short."""
+        self._stopping = True
         self._tasks.put(None)
         if self.thread is None:
             self._gone = True
@@ -134,9 +153,10 @@ class Supervisor:
         # A failed first walk ends this thread; the next use of the connection starts another one.
         while self.thread is threading.current_thread():
             if not self._chores(Deadline()):
-                self._gone = True
-                self._do_rest()
-                return
+                break
+        if self._stopping:
+            self._gone = True
+            self._do_rest()
 
     def _do_rest(self) -> None:
         """Do what came behind the end."""
@@ -169,7 +189,7 @@ class Supervisor:
         causes = self._walk()
         if causes is not None:
             self.thread = None
-            self._keeper.on_first_walk_failed(no_servers(causes))
+            self._keeper.on_first_walk_failed(lambda: no_servers(causes))
 
     def _replace(self, lost: Session, reason: Exception) -> None:
         lost.join(Deadline.after(self._options.connect_timeout))
@@ -215,12 +235,17 @@ class Supervisor:
                     self._linked()
                     return None
             except Exception as error:
-                if not isinstance(error, NatsError):
-                    log.exception("%s: dialing %s failed", self._name, server)
-                causes[server] = error if isinstance(error, NatsError) else ConnectError(f"{server}: {error!r}")
-                log.info("%s: %s", self._name, causes[server])
-                self._servers.failed(server)
+                causes[server] = self._failed(server, error)
         return causes
+
+    def _failed(self, server: Server, error: Exception) -> NatsError:
+        """A server could not be dialed: it comes last from now on. Returns the error to tell."""
+        if not isinstance(error, NatsError):
+            log.error("%s: dialing %s failed", self._name, server, exc_info=error)
+            error = ConnectError(f"{server}: {error!r}")
+        log.info("%s: %s", self._name, error)
+        self._servers.failed(server)
+        return error
 
     def _linked(self) -> None:
         self._refusals.clear()
@@ -261,9 +286,8 @@ class Supervisor:
             try:
                 if self._keeper.on_other_link(lame, *dial(server, self._options, self._dialing)):
                     return True
-            except NatsError as error:
-                log.info("%s: cannot move to %s: %s", self._name, server, error)
-                self._servers.failed(server)
+            except Exception as error:
+                self._failed(server, error)
         return False
 
     def _discover(self, urls: list[str], through: Server) -> None:

@@ -46,9 +46,14 @@ _TLS_ADVICE = (
 
 
 class Transport:
-    """A connected socket: receive() for one thread, send() for another, shutdown() for any."""
+    """A connected socket: receive() for one thread, send() for another, shutdown() for any.
+
+    Attributes:
+        hide: takes the secrets out of a text of the server, which might repeat them.
+    """
 
     def __init__(self, sock: socket.socket, server: Server, early: bytes) -> None:
+        self.hide: Callable[[str], str] = str
         self._sock = sock
         self._early = early  # came in the same read as the last line of the handshake
         self.server = server
@@ -274,9 +279,11 @@ class _Handshake(_pynats2.NATSNoSubscribeClient):
         assert sock is not None
         sock.settimeout(None)
         self._raw = None
+        made = Transport(sock, self._server, self._socket_buffer)
         if self._tls is not None:
-            return TLSTransport(sock, self._server, self._socket_buffer, self._tls)
-        return Transport(sock, self._server, self._socket_buffer)
+            made = TLSTransport(sock, self._server, self._socket_buffer, self._tls)
+        made.hide = self._credentials.hide
+        return made
 
     def close_unless_taken(self) -> None:
         self._dialing.end()

@@ -27,6 +27,7 @@ from multiprocessing.queues import SimpleQueue
 from typing import Any
 
 import natsync
+from natsync import concurrency
 from natsync.concurrency import Signal
 from natsync.testing import eventually
 
@@ -825,6 +826,36 @@ def prefork_without_exec(url: str) -> None:
 
     join(*(forked(worker, leave=sys.exit) for _ in range(4)))
     assert client_id(client) == number
+    client.close()
+
+
+def mark_that_is_not_wiped(url: str) -> None:
+    """A system that takes the advice to wipe the mark in a child, and does nothing: Python's news of a fork counts."""
+    concurrency._at_home = bytearray(b"\1")  # type: ignore[assignment]
+    client = natsync.connect(url)
+    number = client_id(client)
+
+    def child() -> None:
+        works(client)
+        assert client_id(client) != number
+        join(forked(lambda: works(client)))
+
+    join(forked(child))
+    assert client_id(client) == number
+    client.close()
+
+
+def callback_that_fails(url: str) -> None:
+    """What one part of the library cannot make anew in a child keeps the others, and its own children, from nothing."""
+    concurrency._fork_callbacks.insert(0, lambda: [][0])
+    client = natsync.connect(url)
+    number = client_id(client)
+
+    def child() -> None:
+        assert client_id(client) != number
+        join(forked(lambda: works(client)))
+
+    join(forked(child))
     client.close()
 
 

@@ -588,6 +588,30 @@ def test_a_server_that_repeats_the_credentials_does_not_get_them_shown(answer: C
             assert_clean(raised.value, *(value for value in options.values() if value != "ada"))
 
 
+@pytest.mark.parametrize("answer", [b"-ERR 'what is %b'\r\n", b"-ERR 'Authorization Violation: %b'\r\n", b"%b\r\n"])
+def test_a_server_that_repeats_the_credentials_later_does_not_get_them_shown(
+    answer: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", "natsync")
+    events = Events()
+    # Not one that the whole suite is searched for: the parser quotes the line to the reader, which hides it.
+    token = "a-token-of-this-test"
+
+    def script(peer: PeerConnection) -> None:
+        told = peer.handshake()["auth_token"].encode()
+        if peer.index == 0:
+            peer.send(answer % told)
+        else:
+            peer.hold()
+
+    with ScriptedPeer(script) as peer:
+        client = natsync.connect(peer.url, token=token, on_event=events, **QUICK)
+        events.wait("reconnected")
+        client.close(0)
+    assert token not in repr(events.all)
+    assert token not in caplog.text
+
+
 def test_nothing_that_is_logged_shows_a_credential(
     make_nats_server: Callable[..., NatsServer], operator: Operator, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -315,6 +315,48 @@ def test_a_link_for_which_no_thread_can_be_started_is_given_up_and_made_again(
         assert [pub.payload for pub in broker.published()] == [b"kept"]
 
 
+@pytest.mark.parametrize("options", [{}, {"retry_on_failed_connect": True}])
+def test_a_first_use_for_which_no_thread_can_be_started_says_so_and_may_be_repeated(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, failures = threading.Thread.start, [RuntimeError("can't start new thread")] * 2
+
+    def scarce(thread: threading.Thread) -> None:
+        if thread.name.endswith("-supervisor") and failures:
+            raise failures.pop()
+        start(thread)
+
+    broker = Broker()
+    with ScriptedPeer(broker) as peer:
+        client = natsync.Client(peer.url, **{**QUICK, **options})
+        monkeypatch.setattr(threading.Thread, "start", scarce)
+        for _ in range(2):
+            with pytest.raises(natsync.ConnectError, match="no thread can be started"):
+                client.publish("s", b"refused")
+        client.publish("s", b"taken")
+        client.flush()
+        client.close()
+        assert peer.accepted == 1
+        assert [pub.payload for pub in broker.published()] == [b"taken"]
+
+
+def test_each_thread_that_waits_for_the_first_connect_gets_an_error_of_its_own() -> None:
+    begin = threading.Event()
+
+    def script(peer: PeerConnection) -> None:
+        begin.wait(10)
+
+    with ScriptedPeer(script) as peer:
+        client = natsync.Client(peer.url, connect_timeout=5.0)
+        opening = [Outcome(client.open) for _ in range(4)]
+        eventually(lambda: client.status == "connecting")
+        eventually(lambda: peer.accepted == 1)
+        begin.set()
+        errors = [one.within(10) for one in opening]
+    assert all(isinstance(error, NoServersError) for error in errors)
+    assert len({id(error) for error in errors}) == 4
+
+
 def test_garbage_from_the_server_is_told_and_the_link_made_again() -> None:
     events = Events()
 
@@ -1153,6 +1195,18 @@ def test_force_reconnect_of_a_closed_client_says_so_and_of_a_new_one_connects() 
 
 
 # -- draining ---------------------------------------------------------------------------------------------------------
+
+
+def test_drain_of_a_client_that_was_never_used_connects_to_nothing() -> None:
+    with ScriptedPeer(Broker()) as peer:
+        client = natsync.Client(peer.url)
+        client.drain(1)
+        assert client.status == "closed"
+        used = natsync.Client(peer.url, **QUICK)
+        used._connection()  # what a verb does before it finds that its arguments are wrong
+        used.drain(1)
+        assert used.status == "closed"
+        assert peer.accepted == 0
 
 
 def test_drain_reports_what_was_not_handled() -> None:

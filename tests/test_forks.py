@@ -111,6 +111,8 @@ def connections(server: NatsServer) -> dict[int, dict[str, Any]]:
         "subscriber_of_the_parent",
         "pool_of_the_parent",
         "context_of_the_parent",
+        "mark_that_is_not_wiped",
+        "callback_that_fails",
     ],
 )
 def test_a_child_uses_its_own_connection_and_the_parent_goes_on(

@@ -8,11 +8,13 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 import natsync
 from natsync.testing import NatsServer, eventually
+from test_forks import gunicorn, responder, server  # noqa: F401 (fixtures)
 
 #: Seconds for all of them.
 PATIENCE = 40.0
@@ -118,3 +120,18 @@ def test_one_that_waits_keeps_nobody_else_from_going_on(client: natsync.Client, 
     client.publish("g.quiet", b"at last")
     waiting.join(PATIENCE)
     assert not waiting.is_alive()
+
+
+if patched():  # elsewhere there is no gevent for gunicorn to use
+
+    @pytest.mark.parametrize("used", ["no", "yes"], ids=["only-imported", "used-before"])
+    def test_gunicorns_gevent_worker_uses_a_preloaded_client(
+        used: str,
+        server: NatsServer,
+        responder: natsync.Subscriber,
+        tmp_path: Path,
+    ) -> None:
+        """It patches threading in the worker, when natsync has long been imported."""
+        with gunicorn("gevent", used, server, tmp_path) as web:
+            numbers = web.workers()
+            assert len(set(numbers.values())) == 2

@@ -583,8 +583,7 @@ class Connection:
     def end_handover(self, handover: Handover) -> None:
         self.steps.append("end")
 
-    def send_mark(self, handover: Handover) -> bytes:
-        self.steps.append("mark")
+    def mark_subject(self) -> bytes:
         return b"mark"
 
 
@@ -596,6 +595,10 @@ class Link:
     def __init__(self) -> None:
         self.outbox = Outbox(0)
         self.pings: list[Callable[[int | None], None]] = []
+        self.marks: list[bytes] = []
+
+    def mark(self, frame: bytes, callback: Callable[[int | None], None]) -> None:
+        self.marks.append(frame)
 
     def ping_first(self, callback: Callable[[int | None], None]) -> bool:
         self.pings.append(callback)
@@ -669,15 +672,36 @@ def test_each_links_messages_are_counted_from_the_mark_on_and_then_the_old_one_i
     case.bring(case.new, b"", subject=b"mark")
     case.bring(case.new, b"tick")
     case.bring(case.old, b"tick", b"tick")
-    assert case.keeper.steps == ["mark"]
+    assert case.keeper.steps == []
     case.handover.old_marked(1)
-    assert case.keeper.steps == ["mark", "leave"]
+    assert case.keeper.steps == ["leave"]
     case.bring(case.new, b"tick")
     case.bring(case.old, b"tick", b"tick")
     case.bring(case.new, b"tick")
     case.handover.left(2)
     case.handover.stop()
     assert case.got == [b"tick"] * 5  # two before the mark, two behind it on both links, one on the new link alone
+
+
+def test_the_old_link_is_left_later_if_subscriptions_were_made_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("natsync.handover.OVERLAP_SECONDS", 0.05)
+    case = Case()
+    case.handover._joined(0)
+    case.handover.joined_more()
+    case.handover._compare()
+    case.handover.old_marked(1)
+    case.bring(case.new, b"", subject=b"mark")
+    assert case.keeper.steps == []
+    eventually(lambda: case.keeper.steps == ["leave"])
+    case.handover.stop()
+
+
+def test_what_matches_is_not_kept_in_mind() -> None:
+    case = Case().at(Phase.COMPARING)
+    for number in range(100):
+        case.bring(case.old, b"%d" % number)
+        case.bring(case.new, b"%d" % number)
+    assert not case.handover._ahead
 
 
 def test_the_mark_itself_is_delivered_to_nobody() -> None:
@@ -693,11 +717,12 @@ def test_without_a_mark_on_the_new_link_a_round_trip_must_do(monkeypatch: pytest
     monkeypatch.setattr("natsync.handover.MARK_SECONDS", 0.01)
     case = Case()
     case.handover._compare()
+    assert case.old.marks == [b"PUB mark 0\r\n\r\n"]
     case.handover.old_marked(1)
     eventually(lambda: case.new.pings)
-    assert case.keeper.steps == ["mark"]
+    assert case.keeper.steps == []
     case.new.pings[-1](0)
-    assert case.keeper.steps == ["mark", "leave"]
+    assert case.keeper.steps == ["leave"]
     case.handover.stop()
 
 

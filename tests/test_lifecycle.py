@@ -12,12 +12,14 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
 import natsync
 from natsync.connection import Connection
 from natsync.testing import NatsServer, ScriptedPeer, eventually
+from natsync.transport import Transport
 from processes import child
 from rawclient import PATIENCE, RawClient
 from support import natsync_threads, run_python
@@ -485,3 +487,64 @@ def test_a_client_that_gave_up_and_is_left_over_at_the_exit_keeps_nobody_waiting
     """
     outcome = run_python(textwrap.dedent(code), server.url, str(server.pid), timeout=20)
     assert (outcome.returncode, outcome.stdout) == (0, "leaving\n"), outcome.stderr
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="a signal in the middle of a call needs POSIX")
+def test_ctrl_c_in_force_reconnect_leaves_a_client_that_works(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutdown = Transport.shutdown
+
+    def interrupted(transport: Transport) -> None:
+        monkeypatch.setattr(Transport, "shutdown", shutdown)
+        signal.raise_signal(signal.SIGINT)  # comes to the main thread
+        eventually(raised.is_set)
+        shutdown(transport)
+
+    raised = threading.Event()
+    with natsync.connect(nats_server.url, reconnect_wait=0.02) as client:
+        monkeypatch.setattr(Transport, "shutdown", interrupted)
+        try:
+            client.force_reconnect()
+        except KeyboardInterrupt:
+            raised.set()
+        assert raised.is_set()
+        eventually(lambda: client.stats()["reconnects"] == 1)
+        client.flush()
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="a signal in the middle of a call needs POSIX")
+def test_a_close_that_ctrl_c_cuts_short_anywhere_is_finished_by_the_next(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_let_go", "_join"):
+        method = getattr(Connection, name)
+
+        def interrupted(connection: Connection, *args: object, name: str = name, method: Any = method) -> None:
+            monkeypatch.setattr(Connection, name, method)
+            raise KeyboardInterrupt
+
+        client = natsync.connect(nats_server.url)
+        monkeypatch.setattr(Connection, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            client.close()
+        began = time.monotonic()
+        client.close()
+        assert time.monotonic() - began < 4  # not the whole five seconds of a wait for nobody
+    eventually(lambda: not natsync_threads())
+
+
+def test_what_waits_for_a_link_at_the_exit_is_told(make_nats_server: Callable[..., NatsServer]) -> None:
+    server = make_nats_server()
+    code = """
+        import os, signal, sys, natsync
+        from natsync.testing import eventually
+
+        client = natsync.Client(sys.argv[1]).open()
+        os.kill(int(sys.argv[2]), signal.SIGKILL)
+        eventually(lambda: client.status == "reconnecting")
+        client.publish("lost", b"x")
+    """
+    outcome = run_python(textwrap.dedent(code), server.url, str(server.pid), timeout=20)
+    assert outcome.returncode == 0
+    assert "1 messages were not sent before the exit" in outcome.stderr
