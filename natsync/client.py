@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from natsync import subject as _subject
-from natsync.concurrency import Deadline, after_fork_in_child, check_timeout
+from natsync.concurrency import Deadline, after_fork_in_child, check_timeout, fork_generation
 from natsync.connection import CLOSE_SECONDS, Connection
 from natsync.context import Context
 from natsync.errors import ConnectionClosed, InvalidArgument
@@ -88,6 +88,7 @@ class Client:
         return self
 
     def _connection(self) -> Connection:
+        fork_generation()  # finds out about a fork that Python was not told of
         return self._core or self._make_connection()
 
     def _make_connection(self) -> Connection:
@@ -107,6 +108,7 @@ class Client:
         are dropped (drain() handles them first).
         """
         check_timeout(timeout)
+        fork_generation()
         with self._lock:
             self._closed = True
             core = self._core
@@ -136,6 +138,7 @@ class Client:
                 closed all the same.
         """
         check_timeout(timeout)
+        fork_generation()
         core = self._core
         if core is None or core.status == "closed":
             self._closed = True
@@ -461,6 +464,7 @@ class Client:
         """new, connecting, connected, reconnecting, draining or closed."""
         if self._closed:
             return "closed"
+        fork_generation()
         core = self._core
         return "new" if core is None else str(core.status)
 

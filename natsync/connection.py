@@ -226,7 +226,7 @@ class Connection(Links):
             self.stop_intake(core)
         undone, unhandled = [], Counter[str]()
         try:
-            self.flush(deadline)
+            self.confirm(deadline)
         except NatsError as error:
             undone.append(f"the server did not confirm that it has everything: {error}")
         for core in cores:
@@ -257,6 +257,8 @@ class Connection(Links):
 
     def close(self, timeout: float | None = CLOSE_SECONDS, reason: Exception | None = None) -> None:
         """End for good: flush, then stop threads; all within the timeout. Idempotent; from any thread of any kind."""
+        if self.generation != fork_generation():
+            return  # a forked child's copy: the link is the parent's
         deadline = Deadline.after(timeout)
         for mux in self.dispatcher.muxes():
             mux.connection_closing()

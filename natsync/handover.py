@@ -2,9 +2,9 @@
 
 Make before break. The new link subscribes to everything; for a while both bring every message, and those of the old
 one count. Then a mark is published over the old link, to an inbox of our own: each link brings it, or the PONG behind
-it, at its place among the messages. From its mark on the messages of each link are counted. When both have come, the
-old link unsubscribes, and everything published from now on waits; the PONG behind that proves that the old link has
-brought all it will ever bring and that its server has all it was given. Now the new link takes over.
+it, at its place among the messages. From its mark on the messages of each link are counted. A while after both have
+come, the old link unsubscribes, and everything published from now on waits; the PONG behind that proves that the old
+link has brought all it will ever bring and that its server has all it was given. Now the new link takes over.
 
 What the new link brought up to the UNSUBs came on the old one too and is dropped. What it brought behind them is
 kept, and compared with what came on the old one, as the cluster's other servers learn of the UNSUBs a moment later.
@@ -31,6 +31,8 @@ from natsync.session import Session
 #: the new subscriptions, which takes the slowest route's delay. A server in lame duck mode keeps its links for 10 s at
 #: least (nats-server's default lame_duck_grace_period).
 OVERLAP_SECONDS = 1.0
+#: The part of it behind the marks, in which messages are counted: more than the delays of the servers' routes differ.
+COMPARE_SECONDS = 0.5
 #: The same with subscriptions made meanwhile, which need as much again.
 LONGEST_OVERLAP = 5.0
 #: Seconds behind its arrival on the old link that the mark may take on the new one; a user who may not publish to his
@@ -83,7 +85,7 @@ class Handover:
         self.old = old
         self.new = new
         self.phase = Phase.JOINING
-        self._joined_first = self._joined_last = 0.0
+        self._joined_first = self._joined_last = self._counted_from = 0.0
         self._mark = b""
         self._marked: set[Session] = set()  # from now on their messages are counted
         self._keeper = keeper
@@ -131,7 +133,7 @@ class Handover:
             return
         self._joined_first = self._joined_last = time.monotonic()
         self.phase = Phase.OVERLAP
-        self._later(OVERLAP_SECONDS, self._compare)
+        self._later(OVERLAP_SECONDS - COMPARE_SECONDS, self._compare)
 
     def _check_joined(self) -> None:
         if self.phase is Phase.JOINING:
@@ -143,16 +145,21 @@ class Handover:
             self.phase = Phase.COMPARING
             self._mark = mark
         self.old.mark(encode_pub(mark, None, None, b""), self.old_marked)
-        self._later(self._leave_timeout, self._check_marked)
+        self._later(self._leave_timeout, self._check_old_marked)
 
-    def _check_marked(self) -> None:
+    def _check_old_marked(self) -> None:
         if self.old not in self._marked:
             self._give_up_old()
+
+    def _check_new_marked(self) -> None:
+        if self.new not in self._marked:
+            self.new.end(ConnectError(f"{self.new.server} does not bring what it should"))
 
     def old_marked(self, position: int | None) -> None:
         """The mark's place among the old link's messages."""
         if position is not None:
             self._later(MARK_SECONDS, self._make_up_for_mark)
+            self._later(MARK_SECONDS + self._join_timeout, self._check_new_marked)
             self._marks(self.old)
 
     def _make_up_for_mark(self) -> None:
@@ -167,6 +174,8 @@ class Handover:
         """From here on what this link brings is counted; the old one is left when both have come to this point."""
         with self._lock:
             self._marked.add(session)
+            if len(self._marked) == 2 and not self._counted_from:
+                self._counted_from = time.monotonic()
         self._leave()
 
     def _leave(self) -> None:
@@ -174,7 +183,8 @@ class Handover:
         with self._lock:
             if len(self._marked) < 2 or self.phase is not Phase.COMPARING:
                 return
-            wait = min(self._joined_last + OVERLAP_SECONDS, self._joined_first + LONGEST_OVERLAP) - time.monotonic()
+            joined = min(self._joined_last + OVERLAP_SECONDS, self._joined_first + LONGEST_OVERLAP)
+            wait = max(joined, self._counted_from + COMPARE_SECONDS) - time.monotonic()
             if wait <= 0:
                 self.phase = Phase.LEAVING
         if wait > 0:
@@ -211,8 +221,7 @@ class Handover:
     def on_batch(self, session: Session, batch: Batch) -> None:
         """Deliver a batch, keep it, or drop what has come on the other link."""
         if self.is_mark(batch.subject):
-            if session is self.new:
-                self._marks(session)
+            self._marks(session)
         elif self._keeper.is_shared(batch.sid):
             self._keeper.deliver(batch)
         elif session is self.old:

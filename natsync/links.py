@@ -178,14 +178,15 @@ class Links:
             # The link ended before the PING was queued: the next one takes over what waited.
             if deadline.expired:
                 raise TimedOut("no link to a server in time")
-        self._confirm_other(deadline)
 
-    def _confirm_other(self, deadline: Deadline) -> None:
-        """Have a link that is about to take over bring what is on its way, too: messages of queue groups may be."""
+    def confirm(self, deadline: Deadline) -> None:
+        """flush() behind UNSUBs: what was on its way has come. Raises as flush() does."""
+        self.flush(deadline)
+        # Messages of queue groups may be on their way on a link that is about to take over, too.
         handover, signal = self._handover, Signal()
         other = None if handover is None or handover.new is self._session else handover.new
-        if other is not None and other.ping_first(lambda position: signal.set()) and not signal.wait(deadline):
-            raise TimedOut(f"{other.server} did not confirm in time")
+        if other is not None and other.ping_first(lambda position: signal.set()):
+            signal.wait(deadline.or_sooner(self.options.connect_timeout))
 
     def _confirm(self, session: Session, deadline: Deadline) -> bool:
         """flush() on this very link; False if it had ended already."""
@@ -227,8 +228,6 @@ class Links:
                     raise TimedOut("no link to a server in time")
             return self._session
 
-    confirm = flush
-
     # -- what a session tells -------------------------------------------------------------------------------------
 
     def on_batch(self, session: Session, batch: protocol.Batch) -> None:
@@ -240,14 +239,18 @@ class Links:
 
     def on_info(self, session: Session, fields: dict[str, Any]) -> None:
         fields = reliable(fields)
-        before, session.info = session.info, {**session.info, **fields}
+        session.info = {**session.info, **fields}
         if session is self._session:
             self.info = session.info
         self._supervisor.discovered(fields.get("connect_urls"), session.server)
-        if session.info.get("ldm") and not before.get("ldm"):
+        if fields.get("ldm"):
             self._lame_duck(session)
 
     def _lame_duck(self, session: Session) -> None:
+        """The server announces its end; it may do so more than once."""
+        if session.lame:
+            return
+        session.lame = True
         handover = self._handover
         if handover is not None and session is handover.new and session is not self._session:
             session.end(ConnectError(f"{session.server} is going away, too"))
@@ -349,6 +352,8 @@ class Links:
             session.join(Deadline.after(LEAVE_SECONDS))
             raise ConnectError(f"no thread can be started for the link: {failure}") from failure
         self._supervisor.discovered(info.get("connect_urls"), transport.server)
+        if info.get("ldm"):
+            self._lame_duck(session)
         self._settling.on_link()
         log.info("%s: connected to %s", self.name, transport.server)
         return True
@@ -416,6 +421,9 @@ class Links:
         return self._session is lame and self._handover is None and not self._draining
 
     def on_other_link(self, lame: Session, transport: Transport, info: dict[str, Any]) -> bool:
+        if info.get("ldm"):
+            transport.close()
+            raise ConnectError(f"{transport.server} is going away, too")
         outbox = Outbox(self.options.reconnect_buffer_bytes)
         outbox.hold()
         session = Session(transport, info, outbox, self.options, self, self.name, lame.confirmed)
@@ -501,7 +509,7 @@ class Links:
                 self._handover = None
             session = self._session
         handover.stop()
-        if session is not None and session.info.get("ldm"):  # it was announced meanwhile
+        if session is not None and session.lame:  # it was announced meanwhile
             self._supervisor.move_from(session)
 
     # -- telling --------------------------------------------------------------------------------------------------

@@ -342,6 +342,7 @@ class ConnectionPool:
 
     def stats(self) -> dict[str, int]:
         """size, idle, leased, waiting now; leases, dials, dials_failed, timeouts so far."""
+        fork_generation()  # finds out about a fork that Python was not told of
         with self._lock:
             self._finish_leaving_locked()
             return {
@@ -358,6 +359,7 @@ class ConnectionPool:
         Blocks up to timeout seconds. Idempotent.
         """
         deadline = Deadline.after(check_timeout(timeout))
+        fork_generation()
         with self._lock:
             self._finish_leaving_locked()
             self._closed = True

@@ -60,6 +60,7 @@ class Session:
         self.outbox = outbox
         self.confirmed = confirmed  # a server had everything up to this position when it answered a PING
         self.received_bytes = 0
+        self.lame = False  # the server has announced its end
         self.muted = False  # what it brings has come on another link, but for messages of queue groups
         self._transport = transport
         self._options = options

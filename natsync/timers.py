@@ -121,27 +121,37 @@ class _Timers:
             return None
 
 
-_timers = _Timers()
+_timers: _Timers | None = None
+_making = threading.Lock()
+
+
+def table() -> _Timers:
+    """This process's timers. Made at first use: gunicorn's gevent worker patches threading after a preloaded import."""
+    global _timers
+    if _timers is None:
+        with _making:
+            _timers = _timers or _Timers()
+    return _timers
 
 
 def schedule(at: float, callback: Callable[[], None]) -> Timer:
     """Have callback called on the timer thread once time.monotonic() has reached `at`."""
-    return _timers.schedule(at, callback)
+    return table().schedule(at, callback)
 
 
 def schedule_after(seconds: float, callback: Callable[[], None]) -> Timer:
     """Have callback called on the timer thread `seconds` from now."""
-    return _timers.schedule(time.monotonic() + seconds, callback)
+    return table().schedule(time.monotonic() + seconds, callback)
 
 
 def settle() -> None:
     """If nothing is scheduled any more, wait for the timer thread to end: close() leaves no thread behind."""
-    _timers.settle()
+    table().settle()
 
 
 def _forked() -> None:
-    global _timers
-    _timers = _Timers()
+    global _timers, _making
+    _timers, _making = None, threading.Lock()
 
 
 concurrency.after_fork_in_child(_forked)

@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 #: The modules of tests that run: what users call, what a link must survive, and what waits.
 MODULES = [
     "client", "subscription", "stream_client", "sender", "subscriber", "connection", "faults", "tls", "pool", "retry",
-    "lifecycle", "context", "gevent",
+    "lifecycle", "gevent",
 ]  # fmt: skip
 
 RAISES = "gevent: a read of a socket that is shut down raises instead of returning b''"
@@ -32,7 +32,6 @@ NEVER_SWITCHES = "gevent: it sends in a tight loop of one process, whose other g
 #: What is left out: the end of a test's id, without parameters, and why.
 LEFT_OUT = {
     "test_tls.py::test_shutdown_wakes_a_reader": RAISES,
-    "test_context.py::test_a_blocked_recv_of_a_plain_socket_returns": RAISES,
     "test_sender.py::test_closing_wakes_a_blocked_read_from_a_third_party_on_cancel": RAISES,
     "test_sender.py::test_an_end_from_one_thread_comes_behind_every_send_that_had_returned": NEVER_SWITCHES,
 }

@@ -307,7 +307,7 @@ def test_a_forked_child_knows_that_it_is_another_process() -> None:
 FORK_WHILE_LOCKED = """
 import os, threading
 from natsync import concurrency, timers
-held = [concurrency._background._lock, timers._timers._changed]
+held = [concurrency._background._lock, timers.table()._changed]
 for lock in held:
     lock.acquire()
 child = os.fork()

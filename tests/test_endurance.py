@@ -346,7 +346,7 @@ def all_time_out(client: natsync.Client, count: int) -> None:
 
 
 def scheduled() -> int:
-    return len(timers._timers._heap)
+    return len(timers.table()._heap)
 
 
 @bounded(60, 900)

@@ -404,6 +404,39 @@ def test_a_server_that_does_not_confirm_the_subscriptions_is_not_moved_to() -> N
         assert "disconnected" not in two.events.names
 
 
+def test_a_new_link_that_carries_nothing_any_more_costs_neither_the_old_one_nor_a_flush() -> None:
+    old = Broker()
+    frozen, thawed = threading.Event(), Broker()
+
+    def new(peer: PeerConnection) -> None:
+        if peer.index:
+            thawed(peer)
+            return
+        peer.handshake()
+        while not frozen.is_set():  # answers the first PING, that behind the subscriptions
+            if peer.recv_line() == b"PING":
+                frozen.set()
+        peer.send(b"PONG\r\n")
+        peer.hold()
+
+    with TwoServers(old, new) as two:
+        client = two.client(connect_timeout=0.4)
+        old.newest.send(LAME)
+        eventually(frozen.is_set)
+        while two.second.accepted < 2:
+            client.flush(5)
+        moved(two.events, client, two.first.url)
+        assert "disconnected" not in two.events.names
+
+
+def test_a_server_that_greets_as_a_lame_duck_is_left_too() -> None:
+    old, new = Broker(ldm=True), Broker()
+    with TwoServers(old, new) as two:
+        client = two.client()
+        moved(two.events, client, two.first.url)
+        assert two.events.names == ["connected", "lame_duck", "reconnected"]
+
+
 def test_a_server_that_is_discovered_later_is_moved_to() -> None:
     old, new = Broker(), Broker()
     with ScriptedPeer(old) as first, ScriptedPeer(new) as second:
@@ -665,6 +698,13 @@ def test_equal_messages_are_told_apart_by_their_number() -> None:
     assert case.got == [b"tick"] * 5
 
 
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the old link as soon as both are marked."""
+    monkeypatch.setattr("natsync.handover.COMPARE_SECONDS", 0.0)
+
+
+@pytest.mark.usefixtures("at_once")
 def test_each_links_messages_are_counted_from_the_mark_on_and_then_the_old_one_is_left() -> None:
     case = Case()
     case.handover._compare()
@@ -684,7 +724,8 @@ def test_each_links_messages_are_counted_from_the_mark_on_and_then_the_old_one_i
 
 
 def test_the_old_link_is_left_later_if_subscriptions_were_made_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("natsync.handover.OVERLAP_SECONDS", 0.05)
+    monkeypatch.setattr("natsync.handover.OVERLAP_SECONDS", 0.2)
+    monkeypatch.setattr("natsync.handover.COMPARE_SECONDS", 0.0)
     case = Case()
     case.handover._joined(0)
     case.handover.joined_more()
@@ -713,6 +754,7 @@ def test_the_mark_itself_is_delivered_to_nobody() -> None:
     case.handover.stop()
 
 
+@pytest.mark.usefixtures("at_once")
 def test_without_a_mark_on_the_new_link_a_round_trip_must_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("natsync.handover.MARK_SECONDS", 0.01)
     case = Case()

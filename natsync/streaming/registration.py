@@ -105,7 +105,7 @@ class Handle:
         connection.stop_intake(self._core)
         try:
             if connection.status is Status.CONNECTED and not self._responder.in_handler():
-                connection.flush(deadline)
+                connection.confirm(deadline)
         except NatsError as error:
             log.debug("the end of %r was not confirmed: %s", self.subject, error)
         self._end()

@@ -359,6 +359,7 @@ class Subscriber:
 
     def _close(self, deadline: Deadline) -> list[str]:
         """Close by the deadline; what had to be cancelled, in words."""
+        fork_generation()  # finds out about a fork that Python was not told of
         with self._lock:
             first, self._closed, self._closing = not self._closing, True, True
             handles, responder = list(self._handles), self._responder
