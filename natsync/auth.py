@@ -139,7 +139,16 @@ def _kind(value: object) -> str:
 def _creds(given: str | os.PathLike[str]) -> Creds:
     if isinstance(given, str) and CREDS_MARK in given:
         return parse_creds(given)
-    return _usable(parse_creds, _read(given), _name(given))
+    return read_file(given, parse_creds)
+
+
+def read_file(path: str | os.PathLike[str], parse: Callable[[str], _Parsed]) -> _Parsed:
+    """What parse() makes of a file of secrets, such as find_seed() or parse_creds().
+
+    Raises:
+        ConnectError: the file cannot be read, or parse() does not accept what it holds; the text names the file.
+    """
+    return _usable(parse, _read(path), _name(path))
 
 
 def _usable(parse: Callable[[str], _Parsed], text: str, name: str) -> _Parsed:

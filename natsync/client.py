@@ -22,7 +22,7 @@ from natsync.errors import ConnectionClosed, InvalidArgument
 from natsync.headers import HeaderInput, Headers
 from natsync.hooks import Exchange, Watch, fire
 from natsync.message import MISSING, Message, Payload, payload_of
-from natsync.options import Servers, connect_options, parse_servers
+from natsync.options import Servers, connect_settings
 from natsync.reply import request as _request
 from natsync.retry import RetryPolicy, check_policy, run
 from natsync.streaming import call, frames
@@ -63,8 +63,7 @@ class Client:
     """
 
     def __init__(self, servers: Servers = None, **options: Any) -> None:
-        self._servers = parse_servers(servers)
-        self._options = connect_options(options)
+        self._servers, self._options = connect_settings(servers, options)
         self._hooks = self._options.hooks
         self._lock = threading.Lock()
         self._closed = False

@@ -54,7 +54,7 @@ class Connection(Links):
         self.mux = self.add_mux(Mux(f"{options.inbox_prefix}.{_subject.unique()}"))
         self._dropped = Tally()
         self._left: set[Session] = set()  # the links that close() has to end
-        self._letting_go = threading.Lock()  # held by the one who closes
+        self._closing = False  # a thread is at it
         _connections.add(self)
         at_exit(_flush_at_exit)
 
@@ -264,17 +264,19 @@ class Connection(Links):
             mux.connection_closing()
         if timeout != 0:
             self._flush_last(deadline)
-        self._end(reason)
-        if self._closed.is_set():
-            return
-        if not self._letting_go.acquire(blocking=False):
-            if not self._is_own_thread():
-                self._closed.wait(deadline.remaining())  # another thread is at it
-            return
+        mine = False
         try:
-            self._let_go(self._left, deadline)
+            self._end(reason)
+            with self._lock:
+                if not self._closing:
+                    self._closing = mine = True  # no call in between, so no Ctrl-C either
+            if mine and not self._closed.is_set():
+                self._let_go(self._left, deadline)
         finally:  # after a Ctrl-C, whoever closes next goes on with it
-            self._letting_go.release()
+            if mine:
+                self._closing = False
+        if not mine and not self._is_own_thread():
+            self._closed.wait(deadline.remaining())  # another thread is at it
 
     def _let_go(self, links: set[Session], deadline: Deadline) -> None:
         """End the links, everybody who waits, and the threads. May be done again, if it was cut short."""
@@ -305,15 +307,16 @@ class Connection(Links):
                 log.warning("%s: closed without the server's word that all has arrived: %s", self.name, failure)
 
     def _end(self, reason: Exception | None) -> None:
-        """Be closed from now on; the links in force are left for _let_go()."""
+        """Be closed from now on; the links in force are left for _let_go(). May be done again, if it was cut short."""
         with self._lock:
-            if self._status is Status.CLOSED:
-                return
+            if self._status is not Status.CLOSED:
+                handover = self._handover
+                both = () if handover is None else (handover.old, handover.new)
+                self._left = {link for link in (self._leaving, self._session, *both) if link is not None}
+                self._close_reason = reason
+                self._status = Status.CLOSED  # behind _left: who finds it closed finds what is to be ended
             links, handover = self._take_links_locked()
             unsent = sum(link.outbox.waiting_messages for link in links) or self._outbox.waiting_messages
-            self._left = set(links) if handover is None else {*links, handover.old, handover.new}
-            self._close_reason = reason
-            self._status = Status.CLOSED
             self._outbox.close()
             if self._attempt is not None and self._attempt.pending:
                 self._attempt.pending = False

@@ -120,7 +120,8 @@ class ConnectOptions:
         credentials: path of a .creds file, read at every attempt to connect; or the text of one. Needs the extra
             `nkeys`.
         nkey_seed: the seed of a user's nkey, or a function that returns it. Needs the extra `nkeys`.
-        tls: an ssl.SSLContext, True for the system's default (which verifies), or None to follow the URL and server.
+        tls: an ssl.SSLContext, True for the system's default (which verifies), None to follow the URL and server, or
+            False to speak no TLS: then a server that requires it is refused, and a tls:// URL is an InvalidArgument.
         tls_hostname: the name to verify, where it is not the URL's.
         tls_first: whether TLS starts before the server's greeting, for servers with handshake_first; implies TLS.
         connect_timeout: seconds for one server: TCP, TLS and handshake together.
@@ -244,6 +245,20 @@ def connect_options(given: dict[str, Any]) -> ConnectOptions:
     if unknown:
         raise TypeError(f"unknown option {', '.join(unknown)}; options are {', '.join(sorted(known))}")
     return ConnectOptions(**given)
+
+
+def connect_settings(servers: Servers, given: dict[str, Any]) -> tuple[list[Server], ConnectOptions]:
+    """Servers, as parse_servers() reads them, and options, as connect_options() does, that go together.
+
+    Raises:
+        InvalidArgument: a server is to be spoken to over TLS by its URL, and not by the options.
+        What those two raise.
+    """
+    parsed, options = parse_servers(servers), connect_options(given)
+    safe = next((server for server in parsed if server.tls), None)
+    if safe is not None and options.tls is False:
+        raise InvalidArgument(f"{safe} and tls=False contradict each other: write nats://, or leave tls out")
+    return parsed, options
 
 
 def parse_servers(servers: Servers) -> list[Server]:

@@ -23,7 +23,7 @@ from natsync.client import REQUEST_SECONDS, Client
 from natsync.concurrency import Deadline, Signal, after_fork_in_child, check_timeout, fork_generation, run_soon
 from natsync.errors import ForkError, InvalidArgument, PoolClosed, PoolTimeout, TimedOut
 from natsync.message import Message, Payload
-from natsync.options import Servers, connect_options, parse_servers
+from natsync.options import Servers, connect_settings
 from natsync.streaming.stream import Stream
 
 #: Connections that wait() makes. Default of the Go system (MinIdlePerServer).
@@ -73,8 +73,7 @@ class ConnectionPool:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InvalidArgument(f"{name}={value!r}: a whole number from {least} up")
         self._min_size = min(min_size, max_size)
-        parse_servers(servers)
-        connect_options(options)
+        connect_settings(servers, options)
         self._servers = servers
         self._options = options
         self._max_size = max_size

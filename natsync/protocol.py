@@ -376,12 +376,7 @@ def _json_object(raw: bytes, what: str) -> dict[str, Any]:
     return fields
 
 
-# -- encoders: client to server ------------------------------------------------------------------------------------
-
-
-def encode_connect(fields: dict[str, Any]) -> bytes:
-    """CONNECT with its options as JSON."""
-    return b"CONNECT " + json.dumps(fields, separators=(",", ":")).encode() + _CRLF
+# -- encoders --------------------------------------------------------------------------------------------------------
 
 
 def encode_sub(subject: bytes, queue: bytes | None, sid: bytes) -> bytes:
@@ -402,24 +397,3 @@ def encode_pub(subject: bytes, reply: bytes | None, block: bytes | None, payload
     if reply is None:
         return b"PUB %b %d\r\n%b\r\n" % (subject, len(payload), payload)
     return b"PUB %b %b %d\r\n%b\r\n" % (subject, reply, len(payload), payload)
-
-
-# -- encoders: server to client ------------------------------------------------------------------------------------
-
-
-def encode_info(fields: dict[str, Any]) -> bytes:
-    """INFO with its fields as JSON."""
-    return b"INFO " + json.dumps(fields, separators=(",", ":")).encode() + b" " + _CRLF
-
-
-def encode_err(text: str) -> bytes:
-    """-ERR with its text in quotes."""
-    return b"-ERR '" + text.encode() + b"'\r\n"
-
-
-def encode_msg(subject: bytes, sid: bytes, reply: bytes | None, block: bytes | None, payload: bytes) -> bytes:
-    """MSG, or HMSG if there is a header block."""
-    to = b"%b %b" % (subject, sid) if reply is None else b"%b %b %b" % (subject, sid, reply)
-    if block is None:
-        return b"MSG %b %d\r\n%b\r\n" % (to, len(payload), payload)
-    return b"HMSG %b %d %d\r\n%b%b\r\n" % (to, len(block), len(block) + len(payload), block, payload)

@@ -7,6 +7,7 @@ of the protocol. One thread may read while another writes; shutdown() may come f
 from __future__ import annotations
 
 import json
+import os
 import re
 import socket
 import ssl
@@ -76,8 +77,9 @@ class Transport:
 
     def abort(self) -> None:
         """shutdown(), and what the kernel has not sent yet is dropped: it must not come behind the next link's."""
+        linger = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)  # on, for no seconds
         with suppress(OSError):
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         self.shutdown()
 
     def close(self) -> None:

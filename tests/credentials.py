@@ -76,6 +76,7 @@ class Operator:
     def __init__(self) -> None:
         self.key, self.account = Key("operator"), Key("account")
         self.revoked: dict[str, int] = {}
+        self._jwt = make_jwt(self.key, self.key, "operator", {})  # once: a server takes no other in a reload
 
     def user(self, name: str = "ada", lifetime: float | None = None, key: Key | None = None) -> str:
         """The text of a .creds file for a new user."""
@@ -85,12 +86,11 @@ class Operator:
 
     def config(self, lifetime: float | None = None, **limits: int) -> str:
         """A server's configuration; lifetime of the account in seconds, None = for ever."""
-        operator = make_jwt(self.key, self.key, "operator", {})
         claims: dict[str, Any] = {"limits": {**self.ACCOUNT_LIMITS, **limits}}
         if self.revoked:
             claims["revocations"] = self.revoked
         account = make_jwt(self.key, self.account, "account", claims, lifetime)
-        return f"operator: {operator}\nresolver: MEMORY\nresolver_preload: {{ {self.account.public}: {account} }}\n"
+        return f"operator: {self._jwt}\nresolver: MEMORY\nresolver_preload: {{ {self.account.public}: {account} }}\n"
 
 
 def nkey_users(*keys: Key) -> str:

@@ -28,13 +28,12 @@ from natsync.protocol import (
     Request,
     RequestParser,
     Sub,
-    encode_connect,
-    encode_msg,
     encode_pub,
     encode_sub,
     encode_unsub,
 )
 from natsync.testing import PeerConnection, ScriptedPeer
+from wire import encode_connect, encode_msg
 
 END = b"__STREAM_END__"
 ERROR = b"__STREAM_ERROR__:"

@@ -20,6 +20,7 @@ from broker import QUICK, Events
 from credentials import Key, Operator, encode, nkey_users
 from natsync import auth
 from natsync.errors import AuthorizationError, ConnectError, NatsError, NoServersError
+from natsync.nkey import find_seed
 from natsync.options import ConnectOptions, Server, parse_server
 from natsync.testing import NatsServer, PeerConnection, ScriptedPeer, eventually
 from natsync.transport import dial
@@ -221,6 +222,26 @@ def test_a_garbled_creds_file_is_told(tmp_path: Path, content: bytes, told: str)
     path = tmp_path / "user.creds"
     path.write_bytes(content)
     assert told in unavailable(credentials=path)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"\xff\xfe\x00garbage", "not an nkey seed"),
+        (b"x" * (auth.MAX_CREDS_BYTES + 1), "cannot be read: it is too large"),
+    ],
+)
+def test_a_file_of_a_seed_is_read_with_the_same_care(tmp_path: Path, content: bytes, told: str) -> None:
+    path = tmp_path / "ada.nk"
+    path.write_bytes(content)
+    with pytest.raises(ConnectError, match=r"ada\.nk.*" + told):
+        auth.read_file(path, find_seed)
+
+
+def test_a_byte_order_mark_before_a_seed_does_not_matter(tmp_path: Path) -> None:
+    path, seed = tmp_path / "ada.nk", Key().seed
+    path.write_text(seed, "utf-8-sig")
+    assert auth.read_file(path, find_seed) == seed
 
 
 def test_a_directory_is_no_creds_file(tmp_path: Path) -> None:

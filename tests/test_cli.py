@@ -361,6 +361,13 @@ def test_a_user_without_a_password_is_a_token(make_nats_server) -> None:
     assert run(*NATSYNC, "pub", "x", "--user", "sesame", url=server.url).process.returncode == 0
 
 
+def test_a_password_without_a_user_is_a_usage_error(url: str) -> None:
+    result = run(*NATSYNC, "pub", "x", "--password", "S3CRET", url=url)
+    assert result.process.returncode == 2
+    assert "--password needs --user" in result.err[-1]
+    assert "S3CRET" not in "\n".join(result.err)
+
+
 def test_wrong_credentials_are_a_one_line_error_that_does_not_show_them(make_nats_server) -> None:
     server = make_nats_server(config=USERS)
     result = run(*NATSYNC, "pub", "x", "--user", "ada", "--password", "S3CRET", url=server.url)
@@ -411,8 +418,27 @@ def test_a_file_without_a_seed_is_a_one_line_error(url: str, tmp_path: Path) -> 
     path = tmp_path / "ada.nk"
     path.write_text("S3CRET")
     result = run(*NATSYNC, "pub", "x", "--nkey", str(path), url=url)
-    assert_one_line_error(result, 1, "not an nkey seed")
+    assert_one_line_error(result, 1, "ada.nk", "not an nkey seed")
     assert "S3CRET" not in result.err[0]
+
+
+@pytest.mark.parametrize("option", ["--creds", "--nkey"])
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00garbage" * 50, b"x" * ((1 << 20) + 1)], ids=["binary", "large"])
+def test_a_file_that_holds_no_secret_is_named_before_a_server_is_dialed(
+    nowhere: str, tmp_path: Path, option: str, content: bytes
+) -> None:
+    path = tmp_path / "ada.creds"
+    path.write_bytes(content)
+    result = run(*NATSYNC, "pub", "x", option, str(path), url=nowhere)
+    assert_one_line_error(result, 1, "ada.creds")
+    assert "server" not in result.err[0]
+
+
+def test_a_seed_behind_a_byte_order_mark_is_found(make_nats_server, tmp_path: Path) -> None:
+    key, path = Key(), tmp_path / "ada.nk"
+    path.write_text(key.seed, "utf-8-sig")
+    server = make_nats_server(config=nkey_users(key))
+    assert run(*NATSYNC, "pub", "x", "--nkey", str(path), url=server.url).process.returncode == 0
 
 
 @pytest.mark.parametrize("option", ["--creds", "--nkey"])

@@ -9,7 +9,7 @@ import pytest
 
 import natsync
 from broker import QUICK, Broker, Events, Outcome, opened
-from natsync.testing import NatsServer, ScriptedPeer, eventually
+from natsync.testing import NatsServer, PeerConnection, ScriptedPeer, eventually
 
 USERS = """
 authorization {
@@ -210,3 +210,24 @@ def test_errors_behind_which_the_server_closes_are_told_and_the_link_made_again(
         assert text in events.wait("disconnected")["reason"]
         events.wait("reconnected")
         client.flush()
+
+
+@pytest.mark.parametrize("text", ["invalid client protocol", "no responders requires headers support"])
+def test_a_server_that_says_twice_that_it_does_not_fit_this_client_ends_it(text: str) -> None:
+    events = Events()
+
+    def misfit(peer: PeerConnection) -> None:
+        peer.send_info()
+        peer.recv_line()
+        peer.recv_line()
+        peer.send(b"-ERR '%b'\r\n" % text.encode())
+
+    broker = Broker(PeerConnection.handshake, misfit, misfit)
+    with ScriptedPeer(broker) as peer, opened(peer, on_event=events) as client:
+        told = events.wait("closed")
+        assert text in str(told["reason"])
+        assert client.status == "closed"
+        assert peer.accepted == 3
+        with pytest.raises(natsync.ConnectionClosed, match=text) as raised:
+            client.publish("x")
+        assert isinstance(raised.value.__cause__, natsync.ConnectError)

@@ -726,7 +726,7 @@ def test_drain_while_there_is_no_link_says_what_was_not_sent(make_nats_server: M
     began = time.monotonic()
     with pytest.raises(natsync.DrainTimeout, match="3 messages were not sent"):
         client.drain(0.5)
-    assert time.monotonic() - began < 0.5 + 2 * SLACK
+    assert time.monotonic() - began < 0.5 + SLACK
     assert client.status == "closed"
     assert not handled.is_set()
 
@@ -775,7 +775,7 @@ def test_drain_of_a_subscriber_without_a_link_is_bounded(make_nats_server: MakeS
         subscriber.drain(0.5)
     except natsync.DrainTimeout:
         pass  # either is right: there was nothing to do, but no server to say so
-    assert time.monotonic() - began < 0.5 + 2 * SLACK
+    assert time.monotonic() - began < 0.5 + SLACK
     assert subscriber.status == "closed"
 
 
@@ -797,7 +797,7 @@ def test_drain_with_a_stuck_callback_says_so_and_closes(nats_server: NatsServer,
         began = time.monotonic()
         with pytest.raises(natsync.DrainTimeout) as raised:
             client.drain(0.3)
-        assert time.monotonic() - began < 0.3 + 2 * SLACK
+        assert time.monotonic() - began < 0.3 + SLACK
         assert dict(raised.value.unhandled) == {"f.stuck": 3}
         assert client.status == "closed"
     finally:
@@ -823,7 +823,7 @@ def test_drain_of_a_subscriber_in_its_own_handler_does_not_hang(nats_server: Nat
         subscriber.stream_subscribe("f.drain", drain)
     with subscriber, natsync.connect(nats_server.url) as client:
         asking = Outcome(lambda: client.request("f.drain", b"", timeout=PATIENCE))
-        assert over.wait(2.0 + 2 * SLACK), "drain() in a handler hangs"
+        assert over.wait(2.0 + SLACK), "drain() in a handler hangs"
         eventually(lambda: subscriber.status == "closed", PATIENCE)
         client.close()
         asking.within(PATIENCE)

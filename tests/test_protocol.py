@@ -28,14 +28,11 @@ from natsync.protocol import (
     RequestParser,
     Sub,
     Unsub,
-    encode_connect,
-    encode_err,
-    encode_info,
-    encode_msg,
     encode_pub,
     encode_sub,
     encode_unsub,
 )
+from wire import encode_connect, encode_err, encode_info, encode_msg
 
 BLOCK = b"NATS/1.0\r\nA: 1\r\n\r\n"
 LOOKS_LIKE_PROTOCOL = b"\r\nMSG a 1 3\r\nxyz\r\nPING\r\n-ERR 'x'\r\n\r\n"

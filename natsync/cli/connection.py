@@ -16,8 +16,9 @@ import click
 from click.core import ParameterSource
 
 import natsync
+from natsync.auth import read_file
 from natsync.cli.failures import DEBUG
-from natsync.nkey import find_seed
+from natsync.nkey import check_library, find_seed, parse_creds
 
 #: Called as notice(name, info) with an event of the connection, see ConnectOptions.on_event.
 Notice = Callable[[str, dict[str, Any]], None]
@@ -97,9 +98,11 @@ def _typed(name: str) -> bool:
 
 def _credentials() -> dict[str, Any]:
     """The options that say who connects; of several kinds in the environment the first, as in the nats command."""
+    if _typed("password") and _given("user") is None:
+        raise click.UsageError("--password needs --user (NATS_USER)")
     kinds: dict[str, Callable[[], dict[str, Any]]] = {
         "user": _user,
-        "creds": lambda: {"credentials": Path(_given("creds"))},
+        "creds": _creds,
         "nkey": _nkey,
         "token": lambda: {"token": _given("token")},
     }
@@ -118,15 +121,20 @@ def _user() -> dict[str, str]:
     return {"user": user, "password": password or ""}
 
 
+def _creds() -> dict[str, Path]:
+    """The file is read at each attempt to connect; now, too, to say what is wrong with it."""
+    path = Path(_given("creds"))
+    check_library()
+    read_file(path, parse_creds)
+    return {"credentials": path}
+
+
 def _nkey() -> dict[str, Callable[[], str]]:
-    """The seed is read from its file at each attempt to connect; now, too, to say what is wrong with it."""
+    """The file is read as _creds() has it."""
     path = Path(_given("nkey"))
-
-    def seed() -> str:
-        return find_seed(path.read_text("utf-8"))
-
-    seed()
-    return {"nkey_seed": seed}
+    check_library()
+    read_file(path, find_seed)
+    return {"nkey_seed": lambda: read_file(path, find_seed)}
 
 
 def _tls() -> dict[str, Any]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable
 
 from natsync import subject as _subject
-from natsync.concurrency import Deadline, check_timeout, fork_generation
+from natsync.concurrency import Deadline, SafeEvent, check_timeout, fork_generation
 from natsync.errors import Cancelled, ForkError, NatsError
 from natsync.links import Status
 from natsync.streaming.responder import Responder
@@ -40,7 +39,7 @@ class Handle:
         self._work = work
         self._forget = forget
         self._generation = fork_generation()
-        self._stopped = threading.Event()
+        self._stopped = SafeEvent()
         self._stop_watching: Callable[[], None] = lambda: None
 
     @property
@@ -77,6 +76,10 @@ class Handle:
         self.ctx.cancel_soon(Cancelled(f"the registration of {self.subject!r} was stopped"))
         if not idle:
             self._work.wait_idle(Deadline.after(LEAVE_SECONDS if timeout else 0))
+
+    def renew(self) -> None:
+        """In a forked child: another thread of the parent may have held the lock at the fork."""
+        self._stopped.renew()
 
     def _check_process(self) -> None:
         if self._generation != fork_generation():

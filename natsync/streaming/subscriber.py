@@ -15,13 +15,13 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from natsync import subject as _subject
-from natsync.concurrency import Deadline, after_fork_in_child, check_timeout, fork_generation
+from natsync.concurrency import Deadline, SafeEvent, after_fork_in_child, check_timeout, fork_generation
 from natsync.connection import Connection
 from natsync.context import Context
 from natsync.errors import ConnectionClosed, DrainTimeout, ForkError, InvalidArgument, TimedOut
 from natsync.links import Status
 from natsync.message import Message
-from natsync.options import Servers, connect_options, parse_servers
+from natsync.options import Servers, connect_settings
 from natsync.streaming import handlers
 from natsync.streaming.handlers import Handler, Runner
 from natsync.streaming.registration import LEAVE_SECONDS, Handle
@@ -76,8 +76,7 @@ class Subscriber:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InvalidArgument(f"{name}={value!r}: a whole number from 1 up")
         check_limits(None, pending_messages, pending_bytes, "drop_new", 1)
-        self._servers = parse_servers(servers)
-        self._options = connect_options(options)
+        self._servers, self._options = connect_settings(servers, options)
         self._max_workers = max_workers
         self._max_streams = max_streams
         self._limits: dict[str, Any] = {"pending_messages": pending_messages, "pending_bytes": pending_bytes}
@@ -91,7 +90,7 @@ class Subscriber:
         self._retired = dict.fromkeys(COUNTED, 0)
         self._closed = False
         self._closing = False
-        self._close_done = threading.Event()
+        self._close_done = SafeEvent()
         _subscribers.add(self)
 
     # -- registering ---------------------------------------------------------------------------------------------
@@ -466,7 +465,9 @@ def _renew_in_child() -> None:
     """In a forked child: another thread of the parent may have held the locks at the fork."""
     for subscriber in list(_subscribers):
         subscriber._lock = threading.Lock()
-        subscriber._close_done = threading.Event()
+        subscriber._close_done.renew()
+        for handle in subscriber._handles:
+            handle.renew()
 
 
 after_fork_in_child(_renew_in_child)
