@@ -30,6 +30,7 @@ import natsync
 from natsync import concurrency
 from natsync.concurrency import Signal
 from natsync.testing import eventually
+from support import thread_frames
 
 #: Seconds that a child may take.
 LIMIT = 20
@@ -570,7 +571,7 @@ def _try_verbs(verbs: dict[str, Callable[[], object]]) -> None:
         thread.start()
         thread.join(VERB_LIMIT)
         if thread.is_alive():
-            where = traceback.extract_stack(sys._current_frames()[thread.ident or 0])
+            where = traceback.extract_stack(thread_frames()[thread.ident or 0])
             inside = [f"{os.path.basename(frame.filename)}:{frame.lineno} {frame.name}" for frame in where[-4:]]
             faults.append(f"{name} waits in {' > '.join(inside)}")
         faults.extend(f"{name} raised {error!r}" for error in failures)

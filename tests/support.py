@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import FrameType
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -13,6 +15,18 @@ ROOT = Path(__file__).resolve().parent.parent
 def natsync_threads() -> set[threading.Thread]:
     """The live threads that natsync started, known by their names."""
     return {thread for thread in threading.enumerate() if thread.name.startswith("natsync")}
+
+
+def thread_frames() -> dict[int, FrameType]:
+    """What each thread is doing, by thread id.
+
+    Garbage is not collected meanwhile: in there, that stops Python 3.11 and older for ever.
+    """
+    gc.disable()
+    try:
+        return sys._current_frames()
+    finally:
+        gc.enable()
 
 
 def run_python(code: str, *args: str, timeout: float = 30.0) -> subprocess.CompletedProcess[str]:

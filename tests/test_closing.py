@@ -6,7 +6,6 @@ import contextlib
 import http.client
 import socket
 import ssl
-import sys
 import threading
 import urllib.parse
 import urllib.request
@@ -22,6 +21,7 @@ import urllib3
 import lock_order
 from natsync.closing import find_socket, wake
 from natsync.testing import eventually
+from support import thread_frames
 from thirdparty import ThirdParty
 
 #: Seconds in which a woken read must be back; without being woken it would block far longer.
@@ -49,7 +49,7 @@ class Reader:
 
         Under --lock-order the innermost frame is the instrument's, around the read.
         """
-        frame = sys._current_frames().get(self._thread.ident or 0)
+        frame = thread_frames().get(self._thread.ident or 0)
         return frame is not None and (
             frame.f_code is getattr(self._read, "__code__", None)
             or frame.f_code.co_filename in (socket.__file__, ssl.__file__, lock_order.__file__)

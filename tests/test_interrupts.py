@@ -12,7 +12,6 @@ import gc
 import os
 import random
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ import pytest
 
 import natsync
 from natsync.testing import NatsServer, ScriptedPeer, eventually
-from support import natsync_threads, run_python
+from support import natsync_threads, run_python, thread_frames
 
 #: Looks in a row that find the main thread at the same instruction: then it waits there.
 LOOKS = 5
@@ -66,7 +65,7 @@ class _Interrupter:
     def _watch(self) -> None:
         last, same = (0, -1), 0
         while not self._over.wait(PAUSE):
-            frame: FrameType | None = sys._current_frames()[self._main]
+            frame: FrameType | None = thread_frames()[self._main]
             place = (id(frame), frame.f_lasti if frame else -1)
             stack = []
             while frame is not None:

@@ -279,10 +279,10 @@ def test_a_pong_nobody_asked_for_is_passed_over() -> None:
 
 
 def test_a_server_that_stops_answering_pings_ends_the_link() -> None:
+    begin = time.monotonic()
     with link(ping_interval=0.1, max_pings_outstanding=2) as it:
-        begin = time.monotonic()
         reason = it.ended()
-        assert 0.3 <= time.monotonic() - begin + 0.05 < 0.3 + SLACK
+        assert 0.3 <= time.monotonic() - begin < 0.3 + SLACK
         assert isinstance(reason, ConnectError)
         assert "PING" in str(reason)
         assert it.receive(12) == b"PING\r\nPING\r\n"
