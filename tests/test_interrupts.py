@@ -47,10 +47,11 @@ ERRORS = [KeyboardInterrupt, SystemExit, Interruption]
 class _Interrupter:
     """Sends one signal to the main thread once it waits, and tells where that was."""
 
-    def __init__(self, number: signal.Signals, place: str) -> None:
+    def __init__(self, number: signal.Signals, place: str, when: Callable[[], bool]) -> None:
         self.where: list[str] = []
         self._number = number
         self._place = place
+        self._when = when
         self._main = threading.main_thread().ident or 0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="interrupter", daemon=True)
@@ -74,7 +75,7 @@ class _Interrupter:
             # Only in what the test called, so that the harness itself is never hit.
             inside = stack[: stack.index("waiting_call")] if "waiting_call" in stack else []
             self.where = inside or self.where
-            same = same + 1 if place == last and self._place in inside else 0
+            same = same + 1 if place == last and self._place in inside and self._when() else 0
             last = place
             if same == LOOKS:
                 signal.pthread_kill(self._main, self._number)
@@ -87,14 +88,18 @@ def waiting_call(call: Callable[[], object]) -> object:
 
 
 def interrupted(
-    call: Callable[[], object], error: type[BaseException], place: str, number: signal.Signals = signal.SIGINT
+    call: Callable[[], object],
+    error: type[BaseException],
+    place: str,
+    number: signal.Signals = signal.SIGINT,
+    when: Callable[[], bool] = lambda: True,
 ) -> None:
-    """The call waits in a function of this name, is interrupted there, and the error comes out of it."""
+    """The call waits in a function of this name, is interrupted there when it may be, and the error comes out of it."""
 
     def handler(number: int, frame: FrameType | None) -> None:
         raise error("interrupted")
 
-    interrupter = _Interrupter(number, place)
+    interrupter = _Interrupter(number, place, when)
     former = signal.signal(number, handler)
     try:
         interrupter.start()
@@ -501,11 +506,31 @@ def test_the_end_of_a_subscriber(
     eventually(lambda: natsync_threads() <= before)
 
 
+def test_the_opening_of_a_subscriber_with_handlers(
+    make_nats_server: Callable[..., NatsServer], error: type[BaseException]
+) -> None:
+    """Each handler is registered once, by whichever open() comes to it."""
+    server = make_nats_server()
+    subscriber = natsync.Subscriber(server.url, connect_timeout=PATIENCE)
+    for name in ("i.first", "i.second"):
+        subscriber.handler(name)(lambda ctx, request: request.subject)
+    subscriber._opened()
+    server.pause()
+    interrupted(subscriber.open, error, "flush")
+    server.resume()
+    subscriber.open()
+    assert sorted(handle.subject for handle in subscriber.handles) == ["i.first", "i.second"]
+    with natsync.connect(server.url) as asking:
+        for name in ("i.first", "i.second"):
+            assert asking.request(name, timeout=PATIENCE).text() == name
+    subscriber.close()
+
+
 def test_serve_forever(nats_server: NatsServer, client: natsync.Client, error: type[BaseException]) -> None:
     """By another signal than the two that it answers to: the subscriber stays open, and serves on when asked again."""
-    subscriber = natsync.Subscriber(nats_server.url)
+    subscriber, live = natsync.Subscriber(nats_server.url), threading.Event()
     subscriber.handler("i.serve")(lambda ctx, request: b"served")
-    interrupted(subscriber.serve_forever, error, "serve_forever", signal.SIGUSR1)
+    interrupted(lambda: subscriber.serve_forever(ready=live.set), error, "run", signal.SIGUSR1, when=live.is_set)
     assert client.request("i.serve", timeout=PATIENCE).data == b"served"
     subscriber.serve_forever(ready=lambda: signal.raise_signal(signal.SIGTERM))
     assert subscriber.status == "closed"

@@ -113,6 +113,10 @@ class Handle:
             log.debug("the end of %r was not confirmed: %s", self.subject, error)
         self._end()
 
+    def undo(self) -> None:
+        """The registration was cut short: it is as if it had not been made."""
+        self._end()
+
     def wait_idle(self, deadline: Deadline) -> bool:
         """Block until nothing waits and nothing is under way; False if the deadline came first."""
         return self._core.wait_empty(deadline) and self._work.wait_idle(deadline)

@@ -255,14 +255,22 @@ class Subscriber:
         with self._lock:
             self._check_usable_locked()
             self._handles.append(handle)
-        connection.subscribe(core)
-        handle.in_force()
+        try:
+            connection.subscribe(core)
+            handle.in_force()
+            self._confirm(connection, subject)
+        except BaseException:
+            handle.undo()
+            raise
+        return handle
+
+    def _confirm(self, connection: Connection, subject: str) -> None:
+        """Return when the server knows of what was subscribed."""
         if connection.status is Status.CONNECTED:
             try:
                 connection.flush(Deadline.after(self._options.connect_timeout))
             except (TimedOut, ConnectionError) as error:  # the next link subscribes it
                 log.info("%r is not confirmed by the server yet: %s", subject, error)
-        return handle
 
     # -- life --------------------------------------------------------------------------------------------------------
 
@@ -278,8 +286,14 @@ class Subscriber:
         self._opened()
         with self._lock:
             recorded, self._recorded = self._recorded, []
-        for register in recorded:
-            register()
+        try:
+            while recorded:
+                recorded[0]()
+                del recorded[0]
+        finally:  # after a Ctrl-C, say, the next open() registers the rest
+            if recorded:
+                with self._lock:
+                    self._recorded[:0] = recorded
         return self
 
     def _opened(self) -> Responder:
