@@ -229,7 +229,10 @@ import gc, sys, threading
 import natsync
 from natsync.testing import eventually
 ran = threading.Semaphore(0)
-natsync.connect(sys.argv[1]).subscribe("l.callback", lambda message: ran.release())
+client = natsync.connect(sys.argv[1])
+client.subscribe("l.callback", lambda message: ran.release())
+client.flush()
+del client
 natsync.Subscriber(sys.argv[1]).stream_subscribe("l.handler", lambda ctx, request: [b"served"])
 gc.collect()
 with natsync.connect(sys.argv[1]) as other:
