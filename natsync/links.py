@@ -309,8 +309,8 @@ class Links:
         for link in links:
             self._past["in_bytes"] += link.received_bytes
             self._past["out_messages"] += link.outbox.messages
-        if self._handover is not None and self._handover.new not in links:
-            self._handover.new.muted = True  # before its reader finds that there is no handover any more
+        if self._handover is not None:  # what its reader still holds may have come on the old link, and is not compared
+            self._handover.new.muted = True
         handover, self._handover = self._handover, None
         self._leaving = self._session = None
         return links, handover

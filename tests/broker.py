@@ -62,6 +62,7 @@ class Broker:
 
     @property
     def newest(self) -> PeerConnection:
+        eventually(lambda: self.links)  # a client may be ahead of the script that has just answered its PING
         return self.links[-1]
 
     def drop(self) -> None:

@@ -248,7 +248,7 @@ def test_equal_messages_on_links_of_different_delay_are_counted_on_both_from_the
 def test_servers_that_are_restarted_one_after_the_other_cost_no_message() -> None:
     """Everybody moves at once: publishers and subscribers, some of them to the node that goes next."""
     got: dict[str, list[int]] = {}
-    with NatsCluster(3, lame_duck_grace_period=4.0) as nodes, ExitStack() as stack:
+    with NatsCluster(3, lame_duck_grace_period=6.0) as nodes, ExitStack() as stack:
         events = [Events() for _ in nodes.urls]
         clients = [
             stack.enter_context(natsync.connect(url, on_event=told, name=f"client-{index}"))
@@ -262,6 +262,7 @@ def test_servers_that_are_restarted_one_after_the_other_cost_no_message() -> Non
             eventually(lambda: not nodes.servers[index].running, 20)  # noqa: B023  called here
             nodes.servers[index].start()
             nodes.wait_joined()
+        assert all("disconnected" not in told.names for told in events)
         published = {name: publisher.stop() for name, publisher in publishers.items()}
         eventually(lambda: all(len(got[name]) >= count for name, count in published.items()), 10)
         assert {name: numbers == list(range(published[name])) for name, numbers in got.items()} == dict.fromkeys(
