@@ -131,12 +131,9 @@ class Session:
         dead: the server does not read any more; what it has not been sent yet is dropped.
         """
         with self._lock:
-            if self._ended:
-                self._transport.shutdown()  # an interrupt may have kept the first from it
-                return
-            self._ended = True
-            self._reason = reason
-            waiting = [callback for _, callback in self._pings if callback is not None]
+            again, self._ended = self._ended, True
+            self._reason = self._reason or reason
+            waiting = [] if again else [callback for _, callback in self._pings if callback is not None]
             self._pings.clear()
             pending = [timer for timer in (self._ping_timer, self._write_timer) if timer is not None]
         for timer in pending:
@@ -145,6 +142,8 @@ class Session:
             self._transport.abort()
         else:
             self._transport.shutdown()
+        if again:
+            return  # all but the shutdown, which an interrupt may have kept the first from, is the first one's
         self._owner.on_lost(self, reason)
         for callback in waiting:
             callback(None)
