@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import signal
 from collections.abc import Generator, Iterator
 
 import hypothesis
@@ -32,6 +33,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # An installed natsync brings its plugin as an entry point under this name; a source tree does not.
     if not config.pluginmanager.has_plugin("natsync"):
         config.pluginmanager.register(importlib.import_module("natsync.testing.plugin"), "natsync")
+    # A shell that starts a job in the background has it ignore SIGINT, and then no Ctrl-C of a test would arrive.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # No deadline an example: a shared machine may stall any of them.
     hypothesis.settings.register_profile("natsync", deadline=None)
     hypothesis.settings.load_profile("natsync")
