@@ -563,6 +563,7 @@ def test_chunks_that_came_before_the_link_was_lost_are_delivered_first(make_nats
         stream = client.stream("sc.lost")
         hold.sender.send_many([b"1", b"2"])
         assert stream.next(PATIENCE) == b"1"
+        eventually(lambda: client.stats()["in_messages"] == 3)  # the responder's note, and both chunks
         server.kill()
         eventually(lambda: client.status == "reconnecting")
         assert stream.next(PATIENCE) == b"2"
