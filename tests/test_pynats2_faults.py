@@ -199,7 +199,7 @@ def test_a_server_that_closes_later_is_noticed_and_its_reader_leaves() -> None:
     with ScriptedPeer(broker) as peer:
         client = natsync.connect(peer.url, reconnect=False, on_event=lambda name, _: name == "closed" and closed.set())
         reader = reader_of(client)
-        broker.links[0].sock.shutdown(socket.SHUT_RDWR)
+        broker.newest.sock.shutdown(socket.SHUT_RDWR)
         assert closed.wait(2)
         eventually(lambda: not reader.is_alive())
         client.close()
@@ -283,7 +283,7 @@ def test_forty_streams_at_once_lose_nothing(natsync_client: natsync.Client, nats
 def test_pynats2s_reader_dies_of_a_message_for_a_removed_subscription() -> None:
     broker = Broker()
     with ScriptedPeer(broker) as peer, pynats2_client(peer.url) as client:
-        broker.links[0].send(b"MSG s 99 2\r\nhi\r\n")
+        broker.newest.send(b"MSG s 99 2\r\nhi\r\n")
         eventually(lambda: not client._waiter.is_alive())
 
 
@@ -294,7 +294,7 @@ def test_a_message_for_a_removed_subscription_is_passed_over() -> None:
         gone, here = broker.sid(b"removed"), broker.sid(b"kept")
         reader = reader_of(client)
         removed.unsubscribe()
-        broker.links[0].send(b"MSG removed %b 2\r\nhi\r\nMSG kept %b 2\r\nho\r\n" % (gone, here))
+        broker.newest.send(b"MSG removed %b 2\r\nhi\r\nMSG kept %b 2\r\nho\r\n" % (gone, here))
         assert kept.next(timeout=5).data == b"ho"
         assert reader_of(client) is reader
         assert removed.delivered == 0
@@ -323,7 +323,7 @@ UNEXPECTED = [b"-ERR 'Permissions Violation for Publish to \"x\"'\r\n", b'INFO {
 def test_pynats2s_reader_dies_of_errors_and_news_of_the_server(line: bytes) -> None:
     broker = Broker()
     with ScriptedPeer(broker) as peer, pynats2_client(peer.url) as client:
-        broker.links[0].send(line)
+        broker.newest.send(line)
         eventually(lambda: not client._waiter.is_alive())
 
 
@@ -334,7 +334,7 @@ def test_errors_and_news_of_the_server_are_taken_at_any_moment(line: bytes) -> N
         got = client.subscribe("s")
         sid = broker.sid(b"s")
         reader = reader_of(client)
-        broker.links[0].send(line + b"MSG s %b 2\r\nhi\r\n" % sid + line)
+        broker.newest.send(line + b"MSG s %b 2\r\nhi\r\n" % sid + line)
         assert got.next(timeout=5).data == b"hi"
         client.flush()
         assert reader_of(client) is reader
@@ -412,7 +412,7 @@ def test_a_callback_that_blocks_does_not_stop_the_answers_to_pings() -> None:
     release = threading.Event()
     with ScriptedPeer(broker) as peer, natsync.connect(peer.url) as client:
         client.subscribe("s", lambda message: release.wait(10))
-        broker.links[0].send(b"MSG s %b 0\r\n\r\n" % broker.sid(b"s") + b"PING\r\n")
+        broker.newest.send(b"MSG s %b 0\r\n\r\n" % broker.sid(b"s") + b"PING\r\n")
         try:
             eventually(lambda: broker.pongs, message="no PONG while a callback blocks")
         finally:

@@ -186,11 +186,11 @@ def test_a_reset_by_the_client_reaches_the_server(near: socket.socket, end: sock
 
 
 def test_without_a_server_a_client_is_reset() -> None:
-    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
-        port = listener.getsockname()[1]
-    with FaultProxy(port) as proxy, pytest.raises(ConnectionResetError):
-        with closing(connect(proxy)) as near:  # it may come that soon
-            near.recv(1)
+    with closing(socket.socket()) as silent:
+        silent.bind(("127.0.0.1", 0))  # and does not listen; as long as it is there, nobody else gets the port
+        with FaultProxy(silent.getsockname()[1]) as proxy, pytest.raises(ConnectionResetError):
+            with closing(connect(proxy)) as near:  # it may come that soon
+                near.recv(1)
 
 
 @pytest.mark.parametrize(
