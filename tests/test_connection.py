@@ -791,7 +791,7 @@ def test_publishers_that_wait_are_woken_when_the_link_is_lost() -> None:
     with ScriptedPeer(lambda peer: None if peer.index else deaf(peer)) as peer:
         with opened(peer, reconnect_buffer_bytes=64 << 20) as client:
             waiting = publisher_that_waits(client)
-            deaf.newest.sock.shutdown(socket.SHUT_RDWR)
+            deaf.links[0].sock.shutdown(socket.SHUT_RDWR)
             assert waiting.within(10) is None
             assert client.status == "reconnecting"
 
@@ -802,7 +802,7 @@ def test_what_was_said_behind_a_blocked_link_is_said_once_on_the_next() -> None:
     with ScriptedPeer(broker) as peer, opened(peer, reconnect_buffer_bytes=64 << 20) as client:
         waiting = publisher_that_waits(client)
         client.subscribe("late", lambda message: None)
-        deaf.newest.sock.shutdown(socket.SHUT_RDWR)
+        deaf.links[0].sock.shutdown(socket.SHUT_RDWR)
         assert waiting.within(10) is None
         client.flush()
         assert [sub.subject for sub in broker.subscribed()] == [b"late"]
