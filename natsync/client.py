@@ -17,7 +17,7 @@ from typing import Any
 from natsync import subject as _subject
 from natsync.concurrency import Deadline, after_fork_in_child, check_timeout, fork_generation
 from natsync.connection import CLOSE_SECONDS, Connection
-from natsync.context import Context
+from natsync.context import Context, current, traced
 from natsync.errors import ConnectionClosed, InvalidArgument
 from natsync.headers import HeaderInput, Headers
 from natsync.hooks import Exchange, Watch, fire
@@ -25,7 +25,8 @@ from natsync.message import MISSING, Message, Payload, payload_of
 from natsync.options import Servers, connect_settings
 from natsync.reply import request as _request
 from natsync.retry import RetryPolicy, check_policy, run
-from natsync.streaming import call, frames
+from natsync.streaming import frames
+from natsync.streaming.calls import Calls
 from natsync.streaming.stream import Stream, process
 from natsync.streaming.watched import WatchedProcessor, WatchedStream, open_stream, stream_done, watched_callback
 from natsync.subscription import (
@@ -43,6 +44,8 @@ FLUSH_SECONDS = 10.0
 REQUEST_SECONDS = 5.0
 #: Seconds that drain() takes at most, unless told otherwise. Default of nats.go (DefaultDrainTimeout).
 DRAIN_SECONDS = 30.0
+#: Chunks that a responder may send before the consumer has taken any; enough for the fastest (docs/protocol.md).
+STREAM_WINDOW = 8192
 #: The header by which the Go system knows a requester, and the subject on which it hears that one is gone.
 CONNECT_ID_HEADER = "Connect-ID"
 CLIENT_OFFLINE = "client.offline"
@@ -68,6 +71,7 @@ class Client:
         self._lock = threading.Lock()
         self._closed = False
         self._core: Connection | None = None
+        self._calls: Calls | None = None
         _clients.add(self)
 
     # -- life ----------------------------------------------------------------------------------------------------
@@ -96,7 +100,7 @@ class Client:
                 raise ConnectionClosed("the client is closed")
             if self._core is None:
                 core = Connection(self._servers, self._options)
-                call.answer_late_chunks(core)
+                self._calls = Calls(core)
                 self._core = core
             return self._core
 
@@ -185,6 +189,7 @@ class Client:
         to = _subject.publish_subject(subject)
         answer = None if reply is None else _subject.publish_subject(reply)
         data = payload_of(payload, json)
+        headers = traced(headers, current())
         if self._hooks is not None:
             headers = Headers(headers)
             fire(self._hooks, "publishing", Exchange("message", subject, headers), len(data))
@@ -222,6 +227,8 @@ class Client:
         check_policy(retry)
         _subject.publish_subject(subject)
         data = payload_of(payload, json)
+        ctx = ctx or current()
+        headers = traced(headers, ctx)
         if self._hooks is None:
             return self._ask(subject, data, headers, timeout, retry, ctx)
         headers = Headers(headers)
@@ -330,7 +337,7 @@ class Client:
         headers: HeaderInput = None,
         timeout: float | None = None,
         idle_timeout: float | None = None,
-        window: int = 8192,
+        window: int = STREAM_WINDOW,
         retry: RetryPolicy = None,
         ctx: Context | None = None,
     ) -> Stream:
@@ -357,7 +364,8 @@ class Client:
         _check_window(window)
         _subject.publish_subject(subject)
         data = payload_of(payload, json)
-        given = frames.user_headers(headers)
+        ctx = ctx or current()
+        given = frames.user_headers(traced(headers, ctx))
         make: Callable[..., Stream] = Stream
         watch = None
         if self._hooks is not None:
@@ -368,7 +376,8 @@ class Client:
             scope.check()
             core = self._connection()
             core.ensure_open(Deadline(scope.deadline))
-            stream = make(core, self, subject, data, given, scope, idle_timeout, retry)
+            assert self._calls is not None
+            stream = make(self._calls, self, subject, data, given, scope, idle_timeout, window, retry)
         except BaseException as error:
             scope.cancel("the stream was not opened")
             if watch is not None:
@@ -409,7 +418,8 @@ class Client:
             raise TypeError(f"the processor is a function (message), not {type(processor).__name__}")
         _subject.publish_subject(subject)
         data = payload_of(payload, json)
-        given = frames.user_headers(headers)
+        ctx = ctx or current()
+        given = frames.user_headers(traced(headers, ctx))
         if client_id is not None:
             given[CONNECT_ID_HEADER] = client_id
         told = None
@@ -450,7 +460,8 @@ class Client:
         scope.check()
         core = self._connection()
         core.ensure_open(Deadline(scope.deadline))
-        process(core, subject, data, headers, processor, scope, idle_timeout, attempt)
+        assert self._calls is not None
+        process(self._calls, subject, data, headers, processor, scope, idle_timeout, STREAM_WINDOW, attempt)
 
     def _tell_offline(self, client_id: str) -> None:
         core = self._connection()
@@ -489,7 +500,7 @@ def _renew_in_child() -> None:
     """In a forked child: every client makes a connection of its own at its next use."""
     for client in list(_clients):
         client._lock = threading.Lock()  # another thread of the parent may have held it at the fork
-        client._core = None
+        client._core = client._calls = None
 
 
 after_fork_in_child(_renew_in_child)

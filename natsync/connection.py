@@ -29,7 +29,7 @@ from natsync.links import LEAVE_SECONDS, Links, Status
 from natsync.message import Payload, to_bytes
 from natsync.mux import LinkLoss, Mux
 from natsync.options import ConnectOptions, Server
-from natsync.outbox import OutboxClosed
+from natsync.outbox import OutboxClosed, Producer
 from natsync.server_errors import Denial
 from natsync.session import Session
 from natsync.subscription import SubscriptionCore
@@ -106,6 +106,16 @@ class Connection(Links):
     def put_now(self, frame: bytes) -> bool:
         """Queue a small frame without ever waiting; False (and nothing sent) if there is no link."""
         return self._outbox.put_now(frame) > 0
+
+    def ready(self, producer: Producer) -> None:
+        """Have the producer asked for frames by the present link's writer, or the next one's."""
+        while self._status is not Status.CLOSED:
+            try:
+                self._outbox.ready(producer)
+                return
+            except OutboxClosed:
+                with self._lock:  # as in try_put()
+                    pass
 
     def publish_answer(self, reply: str, payload: Payload, headers: Headers | None) -> None:
         """What Message.respond() calls."""
@@ -195,14 +205,16 @@ class Connection(Links):
             session, leaving, outbox = self._session, self._leaving, self._outbox
             links = [link for link in (leaving, session) if link is not None]
             received = self._past["in_bytes"] + sum(link.received_bytes for link in links)
-            sent = self._past["out_messages"] + outbox.messages + (leaving.outbox.messages if leaving else 0)
+            boxes = [outbox, leaving.outbox] if leaving else [outbox]
+            sent = self._past["out_messages"] + sum(box.messages + box.produced_messages for box in boxes)
+            produced = self._past["produced_bytes"] + sum(box.produced_bytes for box in boxes)
         return {
             "status": str(self._status),
             "server": None if session is None else str(session.server),
             "reconnects": max(0, self._sessions - 1),
             "in_bytes": received,
             "in_messages": self.dispatcher.messages,
-            "out_bytes": outbox.taken,
+            "out_bytes": outbox.taken + produced,
             "out_messages": sent,
             "out_pending_bytes": outbox.size_bytes,
             "subscriptions": len(list(self.dispatcher.subscriptions())),
@@ -260,8 +272,8 @@ class Connection(Links):
         if self.generation != fork_generation():
             return  # a forked child's copy: the link is the parent's
         deadline = Deadline.after(timeout)
-        for mux in self.dispatcher.muxes():
-            mux.connection_closing()
+        if self._status is not Status.CLOSED:
+            self._tell_closing(deadline)
         if timeout != 0:
             self._flush_last(deadline)
         mine = False
@@ -277,6 +289,13 @@ class Connection(Links):
                 self._closing = False
         if not mine and not self._is_own_thread():
             self._closed.wait(deadline.remaining())  # another thread is at it
+
+    def _tell_closing(self, deadline: Deadline) -> None:
+        """Who has something to say before the end says it now."""
+        for callback in self._on_closing:
+            callback(deadline)
+        for mux in self.dispatcher.muxes():
+            mux.connection_closing()
 
     def _let_go(self, links: set[Session], deadline: Deadline) -> None:
         """End the links, everybody who waits, and the threads. May be done again, if it was cut short."""
@@ -352,11 +371,16 @@ class Connection(Links):
         """The interpreter leaves: have the present link take what was published."""
         try:
             if self._status is Status.CONNECTED:
+                self._tell_closing(deadline)
                 self.flush(deadline)
         except NatsError as error:
             log.warning("%s: not all may have been sent at exit: %s", self.name, error)
         if self._status is Status.RECONNECTING and (unsent := self._waiting_messages()):
             log.warning("%s: %d messages were not sent before the exit: there is no link", self.name, unsent)
+
+    def when_closing(self, callback: Callable[[Deadline], None]) -> None:
+        """Have callback(deadline) called, in the thread that closes, while something can still be sent and heard."""
+        self._on_closing.append(callback)
 
     def when_closed(self, callback: Callable[[Exception | None], None]) -> None:
         """Have callback(reason) called when the connection ends for good; reason None = it was closed on purpose.

@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Hashable, Iterator
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -25,8 +26,14 @@ from natsync.concurrency import (
     run_soon,
 )
 from natsync.errors import Cancelled, DeadlineExceeded
+from natsync.headers import HeaderInput, Headers
 
 T = TypeVar("T")
+
+#: Headers that say on whose behalf a call is made: W3C Trace Context, and Baggage. Nested calls carry them on.
+TRACE_HEADERS = ("traceparent", "tracestate", "baggage")
+
+_current: ContextVar[Context | None] = ContextVar("natsync_context", default=None)
 _Callback = tuple[Callable[[], object], bool]  # the function; whether it is the library's own, brief and non-blocking
 
 
@@ -343,6 +350,32 @@ class Context:
             if self._parent._error is None:  # otherwise its own end has seen to those above
                 self._parent._keep_or_let_go()
         return callbacks, children
+
+
+def current() -> Context | None:
+    """The context of the handler that runs in this thread, or None."""
+    return _current.get()
+
+
+@contextlib.contextmanager
+def running(ctx: Context) -> Iterator[None]:
+    """Make ctx the current() one, for what is called in the block."""
+    token = _current.set(ctx)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def traced(headers: HeaderInput, ctx: Context | None) -> HeaderInput:
+    """The headers, and those that the context passes on."""
+    passed = None if ctx is None else ctx.value(TRACE_HEADERS)
+    if not passed:
+        return headers
+    merged = Headers(headers)
+    for key, value in passed.items():
+        merged.setdefault(key, value)
+    return merged
 
 
 _renewing = threading.Lock()

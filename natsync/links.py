@@ -90,18 +90,24 @@ class Links:
         self._attempt: _Attempt | None = None
         self._loss: LinkLoss | None = None
         self._settling = Settling(self._ping)
+        self._on_closing: list[Callable[[Deadline], None]] = []
         self._on_closed: list[Callable[[Exception | None], None]] = []
         self._close_reason: Exception | None = None
         self._draining = False
         self._closed = SafeEvent()
         self._sessions = 0
-        self._past = {"in_bytes": 0, "out_messages": 0}
+        self._past = {"in_bytes": 0, "out_messages": 0, "produced_bytes": 0}
 
     # -- opening --------------------------------------------------------------------------------------------------
 
     @property
     def status(self) -> Status:
         return Status.DRAINING if self._draining and self._status is not Status.CLOSED else self._status
+
+    @property
+    def linked(self) -> bool:
+        """Whether there is a link right now."""
+        return self._session is not None
 
     @property
     def server(self) -> Server | None:
@@ -308,12 +314,16 @@ class Links:
         links = [link for link in (self._leaving, self._session) if link is not None]
         for link in links:
             self._past["in_bytes"] += link.received_bytes
-            self._past["out_messages"] += link.outbox.messages
+            self._count_out_locked(link.outbox)
         if self._handover is not None:  # what its reader still holds may have come on the old link, and is not compared
             self._handover.new.muted = True
         handover, self._handover = self._handover, None
         self._leaving = self._session = None
         return links, handover
+
+    def _count_out_locked(self, outbox: Outbox) -> None:
+        self._past["out_messages"] += outbox.messages + outbox.produced_messages
+        self._past["produced_bytes"] += outbox.produced_bytes
 
     def _drop_links(self, links: list[Session], but: Session | None, reason: Exception) -> None:
         """End links that are not in force any more."""
@@ -355,6 +365,8 @@ class Links:
         if info.get("ldm"):
             self._lame_duck(session)
         self._settling.on_link()
+        for mux in self.dispatcher.muxes():
+            mux.link_made()
         log.info("%s: connected to %s", self.name, transport.server)
         return True
 
@@ -481,7 +493,7 @@ class Links:
             last = b"".join(self.dispatcher.no_interest())
             position = handover.old.hand_over(last, handover.left)
             if position:  # else it has just been lost, and on_lost() is about to be called
-                handover.new.outbox.follow(position)
+                handover.new.outbox.follow(handover.old.outbox, position)
                 self._leaving = handover.old
                 self._session = handover.new
                 self._outbox = handover.new.outbox
@@ -493,7 +505,7 @@ class Links:
                 return
             old, new, self._leaving = handover.old, handover.new, None
             self._past["in_bytes"] += old.received_bytes
-            self._past["out_messages"] += old.outbox.messages
+            self._count_out_locked(old.outbox)
             new.confirmed = max(new.confirmed, old.confirmed)
             new.outbox.release()
             self._sessions += 1

@@ -71,6 +71,9 @@ class Waiter:
     def repair(self) -> None:
         """What frames_dropped() broke has been withdrawn."""
 
+    def link_made(self) -> None:
+        """There is a link again (or the first one), and what is to be subscribed has been."""
+
     def connection_closing(self) -> None:
         """The connection is about to be closed, and can still send."""
 
@@ -85,9 +88,10 @@ class Mux:
         self.inbox = inbox.encode()
         self.wildcard = self.inbox + b".*"
         self.late = 0
-        self.on_late: Callable[[list[Item]], None] | None = None
+        self.on_late: Callable[[bytes, list[Item]], None] | None = None  # called with the token
         self.denied: PermissionDenied | None = None  # why no answer can come on the present link
         self.waiters: dict[bytes, Waiter] = {}
+        self.watchers: list[Waiter] = []  # told of the link before the waiters are; nothing is delivered to them
         self._tokens = itertools.count(1)
         self._prefix_length = len(self.inbox) + 1
 
@@ -113,13 +117,18 @@ class Mux:
 
     def deliver(self, batch: Batch) -> None:
         """Give a batch to its waiter; one that nobody waits for any more is counted as late."""
-        waiter = self.waiters.get(batch.subject[self._prefix_length :])
+        token = self.token(batch.subject)
+        waiter = self.waiters.get(token)
         if waiter is not None:
             waiter.deliver(batch.items)
             return
         self.late += len(batch.items)
         if self.on_late is not None:
-            self.on_late(batch.items)
+            self.on_late(token, batch.items)
+
+    def token(self, subject: bytes) -> bytes:
+        """Whose a message to this subject of the inbox is."""
+        return subject[self._prefix_length :]
 
     def breaks(self, loss: LinkLoss) -> set[bytes]:
         return {subject for subject in self._each(lambda waiter: waiter.breaks(loss)) if subject is not None}
@@ -134,6 +143,9 @@ class Mux:
     def link_lost(self, loss: LinkLoss) -> None:
         self._each(lambda waiter: waiter.link_lost(loss))
 
+    def link_made(self) -> None:
+        self._each(lambda waiter: waiter.link_made())
+
     def inbox_denied(self, error: PermissionDenied) -> None:
         """The server does not let us subscribe to the inbox."""
         self.denied = error
@@ -141,7 +153,7 @@ class Mux:
 
     def reply_denied(self, subject: bytes, error: PermissionDenied) -> None:
         """The server did not let a message with this reply subject pass."""
-        waiter = self.waiters.get(subject[self._prefix_length :]) if subject.startswith(self.inbox) else None
+        waiter = self.waiters.get(self.token(subject)) if subject.startswith(self.inbox) else None
         if waiter is not None:
             waiter.refused(error)
 
@@ -157,9 +169,20 @@ class Mux:
     def _each(self, tell: Callable[[Waiter], T]) -> list[T]:
         """Tell every waiter; a fault of one is logged, and the others are told all the same."""
         results = []
-        for waiter in self.waiters.copy().values():
+        for waiter in (*self.watchers, *self.waiters.copy().values()):
             try:
                 results.append(tell(waiter))
             except Exception:
                 log.exception("a waiter on %r failed", self.inbox)
         return results
+
+
+class DeepMux(Mux):
+    """A mux whose subjects go on behind the token, `<inbox>.<token>.>`: what follows is for the waiter's peer."""
+
+    def __init__(self, inbox: str) -> None:
+        super().__init__(inbox)
+        self.wildcard = self.inbox + b".>"
+
+    def token(self, subject: bytes) -> bytes:
+        return subject[self._prefix_length :].partition(b".")[0]

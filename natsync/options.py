@@ -40,6 +40,12 @@ PING_INTERVAL = 120.0
 MAX_PINGS_OUTSTANDING = 2
 #: Seconds that one write may block before the link counts as dead. The server's own write_deadline is 10 s.
 WRITE_TIMEOUT = 10.0
+#: Seconds that a framed stream outlasts the silence of the other side: enough for a reconnect.
+RESUME_GRACE = 10.0
+#: Seconds of silence between the ends of idle streams before one asks. gRPC's servers ask after 2 hours, proxies cut
+#: after 60 s, and a person gives up after 10.
+HEARTBEAT = 5.0
+LEAST_HEARTBEAT = 0.1
 #: Bytes kept for the next link while there is none. Default of nats.go (DefaultReconnectBufSize).
 RECONNECT_BUFFER_BYTES = 8 << 20
 
@@ -140,6 +146,11 @@ class ConnectOptions:
         inbox_prefix: first tokens of every inbox subject.
         max_message_bytes: largest message taken from the server.
         sentinels: what ends a plain stream.
+        framed: whether streams with peers that are natsync too have credit, numbers and resumption; False speaks
+            plain mode with everybody.
+        resume_grace: seconds for which a framed stream waits for the other side when it is not heard from; 0 gives it
+            up at the first sign. Of the two sides' values the smaller counts at the responder.
+        heartbeat: seconds of silence after which the other side of framed streams is asked for a sign of life.
         on_event: called as on_event(name, info) on a worker, name being one of connected, disconnected, reconnected,
             closed, lame_duck, slow_consumer, error; info is a dict. reconnected comes without disconnected where
             another server has taken over from one in lame duck mode.
@@ -172,6 +183,9 @@ class ConnectOptions:
     inbox_prefix: str = "_INBOX"
     max_message_bytes: int = 64 << 20
     sentinels: Sentinels = Sentinels()
+    framed: bool = True
+    resume_grace: float = RESUME_GRACE
+    heartbeat: float = HEARTBEAT
     on_event: Callable[[str, dict[str, Any]], object] | None = field(default=None, repr=False)
     hooks: _hooks.HooksOption = field(default=None, repr=False)
 
@@ -181,6 +195,13 @@ class ConnectOptions:
         for name in ("reconnect_wait", "reconnect_wait_max"):
             if getattr(self, name) is None:
                 raise InvalidArgument(f"{name}=None: a number of seconds")
+        for name in ("resume_grace", "heartbeat"):
+            if check_timeout(getattr(self, name), name) is None:
+                raise InvalidArgument(f"{name}={getattr(self, name)}: a number of seconds")
+        if self.heartbeat < LEAST_HEARTBEAT:
+            raise InvalidArgument(f"heartbeat={self.heartbeat}: at least {LEAST_HEARTBEAT} s")
+        if not isinstance(self.framed, bool):
+            raise TypeError(f"framed is True or False, not {type(self.framed).__name__}")
         if not self.connect_timeout:
             raise InvalidArgument("connect_timeout must be more than 0 s")
         _check_whole("max_pings_outstanding", self.max_pings_outstanding, 1)

@@ -5,14 +5,19 @@ frames in order and a control lane that goes first (PONG). A frame is written wh
 what its writer had not taken yet moves to the outbox of the next link, in order. When a link takes over from one that
 still works, the old outbox is sealed and written to its end, and the new one held until then.
 
+Producers, which keep what they send until it has arrived, put no frames: they say that they are ready, and are asked
+for frames when the writer comes round. Nothing of theirs waits for another link.
+
 Positions count bytes put since the connection was made. A frame's position tells later whether it had been handed
 to a link that was lost (position <= taken) and whether the server is known to have it (position <= confirmed).
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
+from typing import Protocol
 
 from natsync.concurrency import Deadline
 from natsync.errors import ReconnectBufferFull, TimedOut
@@ -21,12 +26,27 @@ from natsync.errors import ReconnectBufferFull, TimedOut
 HIGH_WATER_BYTES = 4 << 20
 #: Bytes joined into one write at most, so that a PONG waits for no more than that.
 WRITE_BYTES = 1 << 20
+#: Bytes that each producer may give at least, whenever the writer comes round.
+PRODUCER_BYTES = 64 << 10
 #: How the frames of messages begin.
 _MESSAGES = (b"PUB ", b"HPUB")
 
 
 class OutboxClosed(Exception):
     """The link of this outbox is gone: ask the connection for the present one."""
+
+
+log = logging.getLogger("natsync.session")
+
+
+class Producer(Protocol):
+    """Who is asked for frames when the writer comes round."""
+
+    def produce(self, parts: list[bytes], most_bytes: int) -> tuple[int, int, bool]:
+        """Append frames of about most_bytes: how many bytes and messages they are, and whether more is ready.
+
+        Called on the writer's thread, with no lock held; must not block.
+        """
 
 
 class Outbox:
@@ -38,6 +58,7 @@ class Outbox:
         self._room = threading.Condition(self._lock)
         self._frames = frames or []
         self._control: list[bytes] = []
+        self._ready_producers: list[Producer] = []
         self._size = sum(map(len, self._frames))
         self._buffer_bytes = buffer_bytes
         self._attached = False
@@ -50,6 +71,7 @@ class Outbox:
         # Frames that were left out or taken back leave gaps; counting those as taken errs on the side of "maybe lost".
         self.taken = position - self._size
         self.messages = 0
+        self.produced_bytes = self.produced_messages = 0
 
     # -- publishers --------------------------------------------------------------------------------------------
 
@@ -121,6 +143,18 @@ class Outbox:
             if not self._closed and (most is None or self._control.count(frame) < most):
                 self._control.append(frame)
                 self._wake_locked()
+
+    def ready(self, producer: Producer) -> None:
+        """Have the producer asked for frames, once, as soon as there is a link.
+
+        Raises:
+            OutboxClosed: the link is gone, or another one takes over.
+        """
+        with self._lock:
+            if self._closed or self._sealed:
+                raise OutboxClosed
+            self._ready_producers.append(producer)
+            self._wake_locked()
 
     def withdraw(self, frame: bytes) -> bool:
         """Take a frame back; True if it was still here, so that it surely never left."""
@@ -200,10 +234,13 @@ class Outbox:
             self._room.notify_all()
             return self.position
 
-    def follow(self, position: int) -> None:
-        """Count on from the position of the outbox that goes before; nothing may have been put yet."""
+    def follow(self, sealed: Outbox, position: int) -> None:
+        """Count on from this position of the outbox that goes before, and ask its producers; nothing was put yet."""
+        with sealed._lock:
+            producers, sealed._ready_producers = sealed._ready_producers, []
         with self._lock:
             self.position = self.taken = position
+            self._ready_producers.extend(producers)
 
     def release(self) -> None:
         """The link that went before has finished: write on."""
@@ -218,6 +255,7 @@ class Outbox:
             rest = [frame for frame in self._frames if frame[:4] in _MESSAGES]
             self._frames = []
             self._control = []
+            self._ready_producers = []
             self._size = 0
             self._ready.notify_all()
             self._room.notify_all()
@@ -227,26 +265,59 @@ class Outbox:
 
     def take(self) -> bytes | None:
         """Block until there is something to write; None when the outbox is closed."""
-        with self._lock:
-            while not (self._attached and (self._control or (self._frames and not self.held))):
-                if self._closed:
-                    return None
-                self._writer_waits = True
-                self._ready.wait()
-                self._writer_waits = False
-            if self._control:
-                control, self._control = self._control, []
-                return b"".join(control)
-            frames = self._frames
-            if self._size > WRITE_BYTES:
-                frames = self._some_locked()
-            else:
-                self._frames = []
-                self.taken += self._size
-                self._size = 0
-            if self._publishers_wait and self._size < HIGH_WATER_BYTES:
-                self._room.notify_all()
-        return frames[0] if len(frames) == 1 else b"".join(frames)
+        while True:
+            with self._lock:
+                while not self._is_due_locked():
+                    if self._closed:
+                        return None
+                    self._writer_waits = True
+                    self._ready.wait()
+                    self._writer_waits = False
+                if self._control:
+                    control, self._control = self._control, []
+                    return b"".join(control)
+                frames = self._frames
+                if self._size > WRITE_BYTES:
+                    frames = self._some_locked()
+                else:
+                    self._frames = []
+                    self.taken += self._size
+                    self._size = 0
+                if self._publishers_wait and self._size < HIGH_WATER_BYTES:
+                    self._room.notify_all()
+                producers, self._ready_producers = self._ready_producers, []
+            if producers:
+                self._ask(producers, frames)
+            if frames:
+                return frames[0] if len(frames) == 1 else b"".join(frames)
+
+    def _is_due_locked(self) -> bool:
+        """Whether there is something to write."""
+        waiting = (self._frames or self._ready_producers) and not self.held
+        return self._attached and bool(self._control or waiting)
+
+    def _ask(self, producers: list[Producer], frames: list[bytes]) -> None:
+        """Add what the producers give, an equal share each; those with more come again next time."""
+        share = max(PRODUCER_BYTES, WRITE_BYTES // len(producers))
+        left = WRITE_BYTES
+        again = []
+        for producer in producers:
+            more = True
+            if left > 0:
+                try:
+                    size, messages, more = producer.produce(frames, share)
+                except Exception:  # a fault with one stream must not end the link of all
+                    log.exception("a stream could not be sent")
+                    continue
+                left -= size
+                self.produced_bytes += size
+                self.produced_messages += messages
+            if more:
+                again.append(producer)
+        if again:
+            with self._lock:
+                if not self._closed:
+                    self._ready_producers[:0] = again
 
     def _some_locked(self) -> list[bytes]:
         count = size = 0

@@ -27,6 +27,7 @@ from natsync.errors import (
     PoolClosed,
     ReconnectBufferFull,
     RequestTimeout,
+    ServerLost,
     StreamClosed,
     StreamEnded,
     StreamError,
@@ -55,7 +56,8 @@ class Retry:
         jitter: whether waits are random (from 0 to the exponential value).
         on: a predicate, or exception classes, that says which errors are retried, instead of the rule above.
         idempotent: running the request twice does no harm: retry also what may have run.
-        resumable: the handler can continue where a broken stream ended.
+        resumable: the handler can continue where a broken stream ended: it looks at ctx.resume_cursor, the number of
+            chunks that the requester has. Without it no stream is repeated once a chunk was handed to the application.
     """
 
     def __init__(
@@ -97,6 +99,13 @@ class Retry:
             return isinstance(error, self.on)
         return self.on(error)
 
+    def resumes(self, error: BaseException) -> bool:
+        """Whether the policy goes on with a stream that broke off like this after some chunks."""
+        if not self.resumable:
+            return False
+        broke = isinstance(error, ServerLost | ConnectionLost) or surely_not_run(error)
+        return broke if self.on is None else self.wants(error)
+
     def waits(self) -> tenacity.wait.wait_base:
         """tenacity's wait strategy of this policy."""
         kind = tenacity.wait_random_exponential if self.jitter else tenacity.wait_exponential
@@ -122,10 +131,18 @@ def surely_not_run(error: BaseException) -> bool:
 RetryPolicy: TypeAlias = "Retry | tenacity.Retrying | None"
 
 
-def run(function: Callable[[int], T], policy: RetryPolicy, ctx: Context | None, *, rerun_errors: bool = False) -> T:
+def run(
+    function: Callable[[int], T],
+    policy: RetryPolicy,
+    ctx: Context | None,
+    *,
+    rerun_errors: bool = False,
+    delivered: Callable[[], bool] = lambda: False,
+) -> T:
     """Call function(attempt number from 0) until it returns, as the policy allows; raises its last error.
 
     rerun_errors: errors that the responder reported are repeated too, as the Go system's StreamRequestWithRetry does.
+    delivered: whether the application has had a part of the answer, which another try would give it again.
     """
     check_policy(policy)
     if policy is None:
@@ -137,7 +154,7 @@ def run(function: Callable[[int], T], policy: RetryPolicy, ctx: Context | None, 
             ctx.check()
         return function(next(attempt))
 
-    return _retrying(policy, ctx, rerun_errors)(once)
+    return _retrying(policy, ctx, rerun_errors, delivered)(once)
 
 
 def check_policy(policy: RetryPolicy) -> None:
@@ -146,17 +163,24 @@ def check_policy(policy: RetryPolicy) -> None:
         raise TypeError(f"retry is a natsync.Retry or a tenacity.Retrying, not {type(policy).__name__}")
 
 
-def _retrying(policy: Retry | tenacity.Retrying, ctx: Context | None, rerun_errors: bool) -> tenacity.Retrying:
+def _retrying(
+    policy: Retry | tenacity.Retrying, ctx: Context | None, rerun_errors: bool, delivered: Callable[[], bool]
+) -> tenacity.Retrying:
     # Exception: a Ctrl-C is no failure to be made up for.
     may_repeat = tenacity.retry_if_exception(
         lambda error: isinstance(error, Exception) and not isinstance(error, _FINAL) and not _over(ctx)
     )
     if isinstance(policy, tenacity.Retrying):
         wanted: Any = policy.retry
-        return policy.copy(retry=may_repeat & wanted, sleep=_sleeper(ctx), reraise=True)
-    wants = tenacity.retry_if_exception(
-        lambda error: policy.wants(error) or (rerun_errors and policy.on is None and _reported(error))
-    )
+        whole = tenacity.retry_if_exception(lambda error: not delivered())
+        return policy.copy(retry=may_repeat & whole & wanted, sleep=_sleeper(ctx), reraise=True)
+
+    def repeats(error: BaseException) -> bool:
+        if delivered():
+            return policy.resumes(error)
+        return policy.wants(error) or (rerun_errors and policy.on is None and _reported(error))
+
+    wants = tenacity.retry_if_exception(repeats)
     stop = tenacity.stop_never if policy.attempts is None else tenacity.stop_after_attempt(policy.attempts)
     return tenacity.Retrying(
         retry=may_repeat & wants, wait=policy.waits(), stop=stop, sleep=_sleeper(ctx), reraise=True

@@ -57,20 +57,20 @@ def _publish(subject: str) -> bytes:
     tokens = _tokens(subject, "subject")
     if "*" in tokens or ">" in tokens:
         raise InvalidArgument(f"subject {subject!r} has a wildcard, which only a subscription may have")
-    return _encode(subject)
+    return encode(subject)
 
 
 @lru_cache(_CACHED)
 def _subscribe(subject: str) -> bytes:
     if ">" in _tokens(subject, "subject")[:-1]:
         raise InvalidArgument(f"subject {subject!r}: the wildcard '>' may only be the last token")
-    return _encode(subject)
+    return encode(subject)
 
 
 @lru_cache(_CACHED)
 def _queue(queue: str) -> bytes:
     _word(queue, "queue group")
-    return _encode(queue)
+    return encode(queue)
 
 
 def _tokens(subject: str, what: str) -> list[str]:
@@ -88,7 +88,7 @@ def _word(text: str, what: str) -> None:
         raise InvalidArgument(f"{what} {text!r} contains white space or a control character")
 
 
-def _encode(text: str) -> bytes:
+def encode(text: str) -> bytes:
     """Subjects are bytes to the server; one that was received with odd bytes goes back as it came."""
     try:
         return text.encode("utf-8", "surrogateescape")

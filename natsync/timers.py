@@ -144,6 +144,59 @@ def schedule_after(seconds: float, callback: Callable[[], None]) -> Timer:
     return table().schedule(time.monotonic() + seconds, callback)
 
 
+class Alarm:
+    """A timer that is set again and again, from any thread: calls back once the time it was last set for has come.
+
+    To set it later, which is what happens to most, costs next to nothing: the timer that is scheduled looks again.
+    """
+
+    __slots__ = ("_callback", "_lock", "_timer", "_when")
+
+    def __init__(self, callback: Callable[[], None]) -> None:
+        self._callback = callback
+        self._lock = threading.Lock()
+        self._timer: Timer | None = None
+        self._when: float | None = None
+
+    def set(self, when: float) -> None:
+        """Ring once time.monotonic() has reached `when`, and not before."""
+        with self._lock:
+            self._set_locked(when)
+
+    def set_by(self, when: float) -> None:
+        """Ring at `when`, or when it was set for if that is sooner."""
+        with self._lock:
+            if self._when is None or when < self._when:
+                self._set_locked(when)
+
+    def clear(self) -> None:
+        """Do not ring until it is set again (a call that has begun goes on)."""
+        with self._lock:
+            self._when = None
+            timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()
+
+    def _set_locked(self, when: float) -> None:
+        self._when = when
+        timer = self._timer
+        if timer is None or when < timer.at:
+            self._timer = schedule(when, self._due)
+            if timer is not None:
+                timer.cancel()
+
+    def _due(self) -> None:
+        with self._lock:
+            when, self._timer = self._when, None
+            if when is None:
+                return
+            if when > time.monotonic():
+                self._timer = schedule(when, self._due)
+                return
+            self._when = None
+        self._callback()
+
+
 def settle() -> None:
     """If nothing is scheduled any more, wait for the timer thread to end: close() leaves no thread behind."""
     table().settle()

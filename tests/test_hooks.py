@@ -19,7 +19,6 @@ from natsync import hooks as _hooks
 from natsync.hooks import EVENTS, Watch, checked, fire, fire_event
 from natsync.options import connect_options
 from natsync.streaming.sender import SenderCore
-from natsync.streaming.watched import payload_size
 from natsync.testing import NatsServer, PeerConnection, ScriptedPeer, eventually
 from rawclient import END, PATIENCE, RawClient
 from support import run_python
@@ -679,19 +678,6 @@ def test_every_way_of_sending_is_counted(watched: natsync.Subscriber, plain: nat
     watched.stream_subscribe("hk.ways", handler)
     assert len(list(plain.stream("hk.ways"))) == 6
     assert log.one("response_done").values[2:] == (6, 80_015, None)
-
-
-@pytest.mark.parametrize(
-    ("frame", "size"),
-    [
-        (b"PUB a b 5\r\nhello\r\n", 5),
-        (b"PUB a 0\r\n\r\n", 0),
-        (b"HPUB a b 12 15\r\nNATS/1.0\r\n\r\nabc\r\n", 3),
-        (b"HPUB a 12 12\r\nNATS/1.0\r\n\r\n\r\n", 0),
-    ],
-)
-def test_the_payload_of_a_frame_is_measured_without_its_headers(frame: bytes, size: int) -> None:
-    assert payload_size(frame) == size
 
 
 def test_a_stream_handler_that_raises_is_told(watched: natsync.Subscriber, plain: natsync.Client, log: Log) -> None:

@@ -1,97 +1,109 @@
 """The requester's side of a stream: Call takes what the reader brings; Stream is what users iterate.
 
-The reader appends whole reads to the call's queue and wakes the consumer once; the consumer takes all that has gathered
-and then hands out chunk by chunk without a lock. A call ends once; the reason is raised in the consumer's thread.
+The reader puts whole reads into the call's queue and wakes the consumer once; the consumer takes one after the other
+and hands out chunk by chunk without a lock. The first answer decides in which mode the stream is received. A call ends
+once; the reason is raised in the consumer's thread.
 """
 
 from __future__ import annotations
 
+import operator
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from itertools import chain
-from typing import TypeVar
+from typing import Any
 
 from natsync import headers as _headers
 from natsync import subject as _subject
 from natsync.concurrency import Deadline, Signal
-from natsync.connection import Connection
 from natsync.context import Context
 from natsync.errors import (
     Code,
+    ConnectionClosed,
     ConnectionLost,
     DeadlineExceeded,
-    HandlerError,
     IdleTimeout,
     NoRespondersError,
-    ProtocolError,
     ServerLost,
-    SlowConsumerError,
     StreamCancelled,
     StreamEnded,
     StreamError,
-    StreamRefused,
     TimedOut,
 )
 from natsync.headers import Headers
 from natsync.message import Item, Message
 from natsync.mux import LinkLoss, Waiter
-from natsync.protocol import encode_pub
-from natsync.reply import ERROR_HEADER, service_code
 from natsync.streaming import frames
+from natsync.streaming.calls import Calls
+from natsync.streaming.framed_receiver import FramedReceiver
+from natsync.streaming.inlet import Receiver
+from natsync.streaming.plain_receiver import PlainReceiver
+from natsync.timers import Alarm
 
-T = TypeVar("T")
 Finished = Callable[[], object]
 
-#: Chunks that may wait for the consumer. A plain responder cannot be slowed down; a Go one runs 5,000–22,000 ahead.
-PENDING_CHUNKS = 65_536
-#: Bytes that may wait for the consumer.
-PENDING_BYTES = 64 << 20
-
-_NOTHING: Iterator[Item] = iter(())
+_NOTHING: Iterator[Any] = iter(())
 
 
 class Call(Waiter):
-    """One attempt of one stream: registered, published, received."""
+    """One attempt of one stream: registered, published, received.
 
-    def __init__(self, connection: Connection, subject: str, idle_timeout: float | None) -> None:
-        sentinels = connection.options.sentinels
+    Attributes:
+        batch: what the consumer iterates before it asks for more: chunks; whole messages with as_items.
+        headers, trailers: of the first chunk, and of the end.
+        complete: whether the consumer has learned that the stream is complete.
+    """
+
+    def __init__(
+        self, calls: Calls, subject: str, idle_timeout: float | None, window: int, *, as_items: bool = False
+    ) -> None:
+        connection = calls.connection
         self.subject = subject
-        self.chunks = 0
-        self.bytes = 0
         self.blocked_seconds = 0.0
-        self.mode: str | None = None
         self.headers = Headers()
         self.trailers = Headers()
         self.complete = False
+        self.batch: Iterator[Any] = _NOTHING
+        self._calls = calls
         self._connection = connection
-        self._sentinels = sentinels
-        self.special = sentinels.common_start
         self._idle_timeout = idle_timeout
+        self._as_items = as_items
+        self._portion = max(1, window // 4)  # chunks taken from the queue at once: so often may credit be given
         self._lock = threading.Lock()
         self._taking = threading.Lock()  # one consumer waits at a time
         self._signal = Signal()
-        self.batch = _NOTHING
-        self._queue: list[list[Item]] = []
+        self._queue: deque[tuple[list[Any], int]] = deque()  # portions, and their bytes
         self._waiting_chunks = 0
         self._waiting_bytes = 0
-        self._control: bytes | None = None
-        self._error: Exception | None = None
-        self._at_once = False  # the error goes before what waits
+        self._taken: list[Any] = []  # what `batch` iterates,
+        self._taken_bytes = 0
+        self._chunks_before = 0  # and what was handed out before that
+        self._bytes_before = 0
+        self._error: Exception | None = None  # raised behind what waits,
+        self._at_once = False  # or instead of it
+        self._last: Item | None = None  # the message that ended it, if the consumer is to see it
         self._over = False
+        self._finished: list[Finished] = []
         self._frame = b""
         self._mark: int | None = None
-        self._finished: list[Finished] = []
+        self._lost: LinkLoss | None = None  # the link that took the request was lost before there was an answer
+        self._receiver: Receiver | None = None
+        self._offered: FramedReceiver | None = None
+        self._alarm = Alarm(self._unanswered)
         self.token, self.inbox = connection.mux.address()
         connection.mux.register(self.token, self)
+        if connection.options.framed and connection.info.get("headers") is not False:
+            self._offered = FramedReceiver(self, calls, window)
 
     # -- opening -------------------------------------------------------------------------------------------------
 
-    def open(self, payload: bytes, headers: Headers, ctx: Context, attempt: int) -> None:
+    def open(self, payload: bytes, headers: Headers, ctx: Context, attempt: int, resume: int | None = None) -> None:
         """Publish the request. On failure the call is over and the error is the caller's."""
         try:
             self._connection.mux.check_allowed()
-            block: bytes | None = frames.encode_opening(headers, ctx.remaining(), attempt)
+            offer = None if self._offered is None else self._offered.offer
+            block = frames.encode_opening(headers, offer, ctx.remaining(), attempt, resume)
             if self._connection.info.get("headers") is False:
                 block = None  # a server without headers: the stream is plain, and its cancel unheard
             to = _subject.publish_subject(self.subject)
@@ -116,55 +128,116 @@ class Call(Waiter):
     # -- the reader ------------------------------------------------------------------------------------------------
 
     def deliver(self, items: list[Item]) -> None:
-        newest = items[-1][0]
-        size = sum([len(item[2]) for item in items])
+        receiver = self._receiver or self._decide(items)
+        if receiver is not None:
+            receiver.deliver(items)
+
+    def _decide(self, items: list[Item]) -> Receiver | None:
+        """The mode, by the first answer; None while that is not known."""
+        reply, block, payload = items[0]
+        framed = self._offered
+        if framed is not None and (frames.decode_address(reply, block) is not None or framed.refusing):
+            return framed  # which decides
+        if block is not None and not payload and _headers.status_of(block) == frames.NO_RESPONDERS_STATUS:
+            self.finished(NoRespondersError(self.subject))
+            return None
+        if framed is not None:
+            framed.close(complete=False)
+        plain = PlainReceiver(self, self._connection)
+        self.decided(plain)
+        if self._lost is not None:
+            plain.link_lost(self._lost)
+            return None
+        return plain
+
+    def decided(self, receiver: Receiver) -> None:
+        self._receiver = receiver
+        self._alarm.clear()
+
+    def begun(self, headers: Headers) -> None:
+        self.headers = headers
+
+    def arrived(self, chunks: list[bytes]) -> None:
+        size = sum(map(len, chunks))
+        if self._as_items:
+            self._put([(None, None, chunk) for chunk in chunks], size)
+        else:
+            self._put(chunks, size)
+
+    def arrived_items(self, items: list[Item]) -> tuple[int, int]:
+        chunks = [item[2] for item in items]
+        self._put(items if self._as_items else chunks, sum(map(len, chunks)))
+        return self._waiting_chunks, self._waiting_bytes
+
+    def _put(self, chunks: list[Any], size: int) -> None:
+        """Queue chunks for the consumer, and wake it."""
+        portion = self._portion
         with self._lock:
-            if self._over or self._error is not None:
+            if self._over:
                 return
-            self.mode = "plain"
-            if frames.is_control(newest):
-                self._control = newest
-            self._queue.append(items)
-            self._waiting_chunks += len(items)
+            self._waiting_chunks += len(chunks)
             self._waiting_bytes += size
-            full = self._waiting_chunks > PENDING_CHUNKS or self._waiting_bytes > PENDING_BYTES
-        if full:
-            self._overflow()
+            if len(chunks) <= portion:
+                self._queue.append((chunks, size))
+            else:
+                for start in range(0, len(chunks), portion):
+                    part = chunks[start : start + portion]
+                    self._queue.append((part, sum(map(self._size, part))))
         self._signal.set()
 
-    def _overflow(self) -> None:
-        self._fail(
-            SlowConsumerError(
-                f"stream {self.subject!r}: {self._waiting_chunks} chunks ({self._waiting_bytes} bytes) wait for the "
-                f"consumer; a plain responder cannot be slowed down (limits {PENDING_CHUNKS} and {PENDING_BYTES} bytes)"
-            )
-        )
+    def _size(self, chunk: Any) -> int:
+        return len(chunk[2]) if self._as_items else len(chunk)
+
+    def finished(self, error: Exception | None, *, item: Item | None = None, trailers: Headers | None = None) -> None:
+        with self._lock:
+            if self._over:
+                return
+            self._error = error
+            self._last = item
+            if trailers is not None:
+                self.trailers = trailers
+        self._finish(complete=True)
 
     def frames_dropped(self, dropped: list[bytes]) -> None:
         if any(frame is self._frame for frame in dropped):
             error = ConnectionLost("the next server takes no message as large as the request", sent=False)
-            self._fail(error, tell=False)
+            self.fail(error, tell=False)
 
     def link_lost(self, loss: LinkLoss) -> None:
-        if self._mark is not None and loss.took(self._frame, self._mark):
-            reason = f"the link broke in mid-stream, chunks may be missing: {loss.reason}"
-            self._fail(ServerLost(reason), tell=False)
+        if self._mark is None or not loss.took(self._frame, self._mark):
+            return
+        if self._receiver is not None:
+            self._receiver.link_lost(loss)
+        elif self._offered is not None:
+            self._lost = loss  # a framed answer may still come: nothing of it gets lost
+        else:
+            self.fail(ServerLost(f"the link broke in mid-stream, chunks may be missing: {loss.reason}"), tell=False)
+
+    def link_made(self) -> None:
+        if self._receiver is not None:
+            self._receiver.link_made()
+        elif self._lost is not None and not self._over:
+            self._alarm.set(time.monotonic() + self._calls.grace)
+
+    def _unanswered(self) -> None:
+        """The link that took the request was lost, and on the next one there is no answer either."""
+        if self._receiver is None and self._lost is not None:
+            self.fail(ServerLost(f"the link broke before there was an answer: {self._lost.reason}"))
 
     def publish_denied(self, subject: bytes, error: Exception) -> None:
-        if not self.mode and subject == _subject.publish_subject(self.subject):
-            self._fail(error, tell=False)
+        if self._receiver is None and subject == _subject.publish_subject(self.subject):
+            self.fail(error, tell=False)
 
     def refused(self, error: Exception) -> None:
-        self._fail(error, tell=False)
+        self.fail(error, tell=False)
 
     def connection_closing(self) -> None:
-        """Let the responder know while that can still be sent; the error comes with connection_closed()."""
-        control = self._control
-        if control is not None and not self._over:
-            self._connection.put_now(encode_pub(control, None, None, frames.encode_cancel("the requester closes")))
+        """The responder is told while that can still be sent."""
+        if self._connection.linked:
+            self.fail(ConnectionClosed("the connection is closed"))
 
     def connection_closed(self, reason: Exception) -> None:
-        self._fail(reason, tell=False)
+        self.fail(reason, tell=False)
 
     # -- the consumer ----------------------------------------------------------------------------------------------
 
@@ -172,77 +245,31 @@ class Call(Waiter):
         """The next chunk. Raises StreamEnded, TimedOut, or what ended the stream."""
         while True:
             batch = self.batch
-            for item in batch:
-                chunk = self.judge(item)
-                if chunk is not None:
-                    return chunk
+            for chunk in batch:
+                return chunk  # type: ignore[no-any-return]
             self._refill(batch, deadline)
 
     def next_message(self, deadline: Deadline) -> Message:
-        """The next message in the seed's form: chunk, END or ERROR, as a Message."""
+        """The next message in the seed's form: chunk, END or ERROR, as a Message. For a call with as_items."""
         while True:
             batch = self.batch
             for item in batch:
-                message = Message.received(self.inbox, item, self._connection.publish_answer)
-                try:
-                    chunk = self.judge(item)
-                except StreamEnded:
-                    message.is_end = True
-                    return message
-                except StreamError as error:
-                    if isinstance(error, HandlerError) or item[2].startswith(self._sentinels.error_prefix):
-                        message.error = error.message
-                        return message
+                return Message.received(self.inbox, item, self._connection.publish_answer)
+            try:
+                self._refill(batch, deadline)
+            except (StreamEnded, StreamError) as error:
+                item, self._last = self._last, None
+                if item is None:
                     raise
-                if chunk is not None:
-                    return message
-            self._refill(batch, deadline)
+                message = Message.received(self.inbox, item, self._connection.publish_answer)
+                if isinstance(error, StreamError):
+                    message.error = error.message
+                else:
+                    message.is_end = True
+                return message
 
-    def judge(self, item: Item) -> bytes | None:
-        """What an item means: a chunk, None for a note; raises for an end."""
-        _, block, payload = item
-        if block is not None:
-            status = _headers.status_of(block)
-            if status == frames.NOTE_STATUS:
-                return None
-            if status == frames.NO_RESPONDERS_STATUS and not payload:
-                raise self._ended_by(self._unheard())
-            self._check_service_error(_decode(block))
-        if payload == self._sentinels.end:
-            self.trailers = _decode(block)
-            self.complete = True
-            self._error = None  # whatever went wrong behind the end, the stream is complete
-            self._finish()
-            raise StreamEnded(f"stream {self.subject!r} is complete: {self.chunks} chunks")
-        if payload.startswith(self._sentinels.error_prefix):
-            text = payload[len(self._sentinels.error_prefix) :].decode("utf-8", "replace")
-            raise self._ended_by(_reported(text, _decode(block)))
-        if block is not None and not self.chunks:
-            self.headers = _decode(block)
-        self.chunks += 1
-        self.bytes += len(payload)
-        return payload
-
-    def _check_service_error(self, headers: Headers) -> None:
-        """Raise what a request/reply handler answered when it failed."""
-        text = headers.get(ERROR_HEADER)
-        if text is not None:
-            raise self._ended_by(HandlerError(text, code=service_code(headers)))
-
-    def _unheard(self) -> Exception:
-        if self.chunks or self._control is not None:
-            return ServerLost("the responder is gone")
-        return NoRespondersError(self.subject)
-
-    def _ended_by(self, error: Exception) -> Exception:
-        """End with an error that the other side reported."""
-        if isinstance(error, StreamError):
-            error.last_seq = self.chunks
-        self._fail(error, tell=False)
-        return error
-
-    def _refill(self, empty: Iterator[Item], deadline: Deadline) -> None:
-        """The batch is used up: wait for more and take all of it; raises what there is to raise instead."""
+    def _refill(self, empty: Iterator[Any], deadline: Deadline) -> None:
+        """The batch is used up: wait for more and take it; raises what there is to raise instead."""
         if not self._taking.acquire(timeout=deadline.wait_time()):
             raise TimedOut(f"no chunk of {self.subject!r} in time: another thread is waiting for it")
         try:
@@ -252,83 +279,138 @@ class Call(Waiter):
             self._taking.release()
 
     def _take(self) -> bool:
+        """Take the next portion of what has come; False if there is none yet. What was taken before is consumed."""
         with self._lock:
-            if self._error is not None and self._at_once:
-                self.batch = _NOTHING
+            count, size = self._put_aside_locked()
+            if self._at_once:
                 self._queue.clear()
             elif self._queue:
-                batches, self._queue = self._queue, []
-                self._waiting_chunks = self._waiting_bytes = 0
-                self.batch = iter(batches[0]) if len(batches) == 1 else chain.from_iterable(batches)
-                return True
-            error = self._error
-            if error is None and not self._over:
-                return False
+                self._taken, self._taken_bytes = self._queue.popleft()
+                self._waiting_chunks -= len(self._taken)
+                self._waiting_bytes -= self._taken_bytes
+                self.batch = iter(self._taken)
+            taken, over = bool(self._taken), self._over
+        if count and self._receiver is not None:
+            self._receiver.consumed(count, size)
+        if over and not taken:
+            raise self._reason()
+        return taken
+
+    def _put_aside_locked(self) -> tuple[int, int]:
+        """What `batch` iterates counts as handed out as far as it was: chunks and bytes of it. Requires _lock."""
+        count, size = len(self._taken), self._taken_bytes
+        left = operator.length_hint(self.batch)
+        if left:
+            size -= sum(map(self._size, self._taken[count - left :]))
+            count -= left
+        self._taken, self._taken_bytes, self.batch = [], 0, _NOTHING
+        self._chunks_before += count
+        self._bytes_before += size
+        return count, size
+
+    def _reason(self) -> Exception:
+        """What is to be raised now that there are no chunks any more."""
+        error = self._error
         if error is None:
-            raise StreamEnded(f"stream {self.subject!r} is complete: {self.chunks} chunks")
+            self.complete = True
+            return StreamEnded(f"stream {self.subject!r} is complete: {self.chunks} chunks")
         if isinstance(error, StreamError):
             error.last_seq = self.chunks
-        raise error
+        return error
 
     def _wait(self, deadline: Deadline) -> None:
         until = deadline.or_sooner(self._idle_timeout)
         begin = time.monotonic()
         woken = self._signal.wait(until)
         self.blocked_seconds += time.monotonic() - begin
-        if woken or self._queue or self._error is not None:
+        if woken or self._queue or self._over:
             return
         if deadline.expired:
             raise TimedOut(f"no chunk of {self.subject!r} in time; the stream goes on")
-        self._fail(IdleTimeout(f"stream {self.subject!r}: nothing came for {self._idle_timeout} s"))
+        self.fail(IdleTimeout(f"stream {self.subject!r}: nothing came for {self._idle_timeout} s"))
 
     # -- ending ----------------------------------------------------------------------------------------------------
 
     def cancel(self, reason: str) -> None:
         """End now, from any thread; the responder is told, a waiting consumer gets StreamCancelled."""
-        self._fail(StreamCancelled(reason), at_once=True)
+        self.fail(StreamCancelled(reason), at_once=True)
 
     def _context_ended(self, ctx: Context) -> None:
         error = ctx.error()
         if isinstance(error, DeadlineExceeded):
-            self._fail(DeadlineExceeded(f"stream {self.subject!r}: deadline exceeded"), at_once=True)
+            self.fail(DeadlineExceeded(f"stream {self.subject!r}: deadline exceeded"), at_once=True)
         else:
-            self._fail(StreamCancelled(str(error)), at_once=True)
+            self.fail(StreamCancelled(str(error)), at_once=True)
 
-    def _fail(self, error: Exception, *, at_once: bool = False, tell: bool = True) -> None:
+    def fail(self, error: Exception, *, at_once: bool = False, tell: bool = True) -> None:
+        """End with an error found here, behind what has come or, with at_once, instead of it."""
         with self._lock:
-            if self._over:
+            over = self._over
+            if self.complete or self._at_once or (over and (self._error is not None or not at_once)):
                 return
-            self._error, self._at_once = error, at_once
+            self._error, self._at_once, self._last = error, at_once, None
             if at_once:
-                self.batch = _NOTHING
-            ended = bool(self._queue) and self._is_end(self._queue[-1][-1])
-            control = self._control if tell and not ended else None
-        self._finish()
-        if control is not None:
-            code = error.code if isinstance(error, StreamError) else Code.CANCELLED
-            self._connection.put_now(encode_pub(control, None, None, frames.encode_cancel(str(error), code)))
-        elif tell and not ended:
-            self._connection.withdraw(self._frame)
+                self._put_aside_locked()
+        if not over:
+            self._finish(leaving=error if tell else None)
+        self._signal.set()
 
-    def _is_end(self, item: Item) -> bool:
-        if item[1] is not None and _headers.status_of(item[1]) is not None:
-            return False
-        return self._sentinels.forges(item[2])
+    def _finish(self, *, complete: bool = False, leaving: Exception | None = None) -> None:
+        """Nothing more will come: let go of the token, and tell who wants to know.
 
-    def _finish(self) -> None:
-        """Nothing more will come: let go of the token, and tell who wants to know."""
+        complete: the responder ended the stream; leaving: it is still to be told that it is left, and why.
+        """
         with self._lock:
             if self._over:
                 return
             self._over = True
             finished, self._finished = self._finished, []
         self._connection.mux.unregister(self.token)
+        if leaving is not None:
+            self._part(leaving)
+        if self._offered is not None:
+            self._offered.close(complete=complete)
+        self._alarm.clear()
         self._signal.set()
         for callback in finished:
             callback()
 
+    def _part(self, error: Exception) -> None:
+        """Have the responder told that the stream is left."""
+        code = error.code if isinstance(error, StreamError) else Code.CANCELLED
+        receiver = self._receiver
+        if isinstance(receiver, PlainReceiver):
+            if receiver.control is not None:
+                self._calls.tell(receiver.control, None, frames.encode_cancel(str(error), code))
+        elif self._mark is not None and not self._connection.withdraw(self._frame):
+            control = None if receiver is None or self._offered is None else self._offered.control
+            self._calls.part(self.token, self.inbox, control, str(error), code)
+
+    # -- asking ----------------------------------------------------------------------------------------------------
+
+    @property
+    def chunks(self) -> int:
+        """Chunks handed out."""
+        return self._chunks_before + len(self._taken) - operator.length_hint(self.batch)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the chunks handed out."""
+        taken = self._taken[: len(self._taken) - operator.length_hint(self.batch)]
+        return self._bytes_before + sum(map(self._size, taken))
+
+    @property
+    def mode(self) -> str | None:
+        return None if self._receiver is None else self._receiver.mode
+
+    @property
+    def receiver(self) -> Receiver | None:
+        """What takes the messages, once the mode is known."""
+        return self._receiver
+
     @property
     def over(self) -> bool:
+        """Whether nothing more comes."""
         return self._over
 
     @property
@@ -341,33 +423,3 @@ class Call(Waiter):
         """What the call ended with; only once it has ended with an error."""
         assert self._error is not None
         return self._error
-
-
-def answer_late_chunks(connection: Connection) -> None:
-    """Have responders of streams that are over here told so: a cancel that found no address yet finds it then."""
-
-    def late(items: list[Item]) -> None:
-        reply = items[-1][0]
-        if reply is not None and frames.is_control(reply):
-            connection.put_now(encode_pub(reply, None, None, frames.encode_cancel("nobody waits for this stream")))
-
-    connection.mux.on_late = late
-
-
-def _decode(block: bytes | None) -> Headers:
-    try:
-        return Headers() if block is None else _headers.decode(block)
-    except ProtocolError:
-        return Headers()
-
-
-def _reported(text: str, headers: Headers) -> StreamError:
-    """The error that a responder ended the stream with."""
-    status = frames.decode_status(headers)
-    if status.reason == frames.REFUSED:
-        return StreamRefused(text, retry_after=status.retry_after, code=status.code)
-    if status.reason == frames.LOST:
-        return ServerLost(text)
-    if status.reason == frames.DEADLINE:
-        return DeadlineExceeded(text)
-    return HandlerError(text, code=status.code, details=status.details)

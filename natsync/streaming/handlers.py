@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
 from natsync.concurrency import Deadline, check_timeout
-from natsync.context import Context
+from natsync.context import TRACE_HEADERS, Context
 from natsync.errors import Cancelled, Code, DeadlineExceeded, StreamClosed, StreamError
 from natsync.headers import Headers
 from natsync.message import Message, to_bytes
@@ -35,7 +35,11 @@ class HandlerContext(Context):
     Attributes:
         metadata: the request's headers, but for those of the library and the server.
         attempt: how often the requester had tried before, from 0.
-        resume_cursor: where to continue; None for a request that starts from the beginning.
+        resume_cursor: how many chunks the requester has of attempts that broke off, to be gone on behind; None for a
+            request that starts from the beginning. Comes only from those who ask with Retry(resumable=True).
+
+    Calls of clients made in the handler's thread inherit it: its end ends them, and the headers traceparent, tracestate
+    and baggage go along. Pass ctx=Context() to a call that must not end with the request.
     """
 
     __slots__ = ("_is_draining", "attempt", "metadata", "resume_cursor")
@@ -48,11 +52,13 @@ class HandlerContext(Context):
         metadata: Headers,
         attempt: int,
         is_draining: Callable[[], bool],
+        resume_cursor: int | None = None,
     ) -> None:
-        super().__init__(parent, deadline=deadline)
+        passed = {key: metadata[key] for key in TRACE_HEADERS if key in metadata}
+        super().__init__(parent, deadline=deadline, values={TRACE_HEADERS: passed} if passed else None)
         self.metadata = metadata
         self.attempt = attempt
-        self.resume_cursor: str | None = None
+        self.resume_cursor = resume_cursor
         self._is_draining = is_draining
 
     @property

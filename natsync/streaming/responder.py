@@ -11,23 +11,26 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import TypeAlias
 
 from natsync import subject as _subject
 from natsync.concurrency import Deadline
 from natsync.connection import Connection
+from natsync.context import running
 from natsync.errors import Code, NatsError
 from natsync.headers import Headers
 from natsync.hooks import Kind, Watch
 from natsync.message import Message
-from natsync.mux import Mux
+from natsync.mux import DeepMux, Mux
 from natsync.protocol import Batch
 from natsync.reply import ERROR_CODE_HEADER, ERROR_HEADER
 from natsync.streaming import frames, handlers
+from natsync.streaming.framed_sender import FramedSender
+from natsync.streaming.framing import Framing
 from natsync.streaming.handlers import Handler, HandlerContext, Runner
+from natsync.streaming.plain_sender import PlainSender
 from natsync.streaming.sender import SenderCore, describe
-from natsync.streaming.watched import WatchedSender, run_watched
+from natsync.streaming.watched import ResponseWatch, run_watched
 from natsync.streaming.work import Work
 from natsync.subscription import SubscriptionCore
 from natsync.workers import WorkerPool
@@ -43,8 +46,6 @@ RETRY_AFTER = 1.0
 CLOSE_SECONDS = 0.5
 #: The code in Nats-Service-Error-Code for a handler that raised; HTTP's, by convention of NATS services.
 _HANDLER_FAILED = 500
-#: Characters of an error's text that fit into a header.
-_ERROR_TEXT = 1000
 
 
 class StreamIntake(SubscriptionCore):
@@ -66,15 +67,17 @@ class Responder:
 
     Attributes:
         draining: whether handlers are asked to finish soon.
+        overdue: whether the time for that is over, so that what still comes is refused.
     """
 
     def __init__(self, connection: Connection, max_streams: int) -> None:
         self.connection = connection
-        self.draining = False
+        self.draining = self.overdue = False
         self._max_streams = max_streams
-        self._control = connection.add_mux(
-            Mux(frames.control_inbox(connection.options.inbox_prefix, _subject.unique()))
-        )
+        prefix, unique = connection.options.inbox_prefix, _subject.unique()
+        self._plain = connection.add_mux(Mux(frames.control_inbox(prefix, unique, frames.PLAIN_MARK)))
+        self._framed = connection.add_mux(DeepMux(frames.control_inbox(prefix, unique, frames.FRAMED_MARK)))
+        self._framing = Framing(connection, self._framed)
         # Threads of streams that have ended, and freed their slot, may take a moment to leave.
         self._pool = WorkerPool(f"{connection.name}-stream-worker", 2 * max_streams)
         self._lock = threading.Lock()
@@ -95,7 +98,10 @@ class Responder:
         return self._pool.is_own_thread() or self.connection.dispatcher.workers.is_own_thread()
 
     def close(self, deadline: Deadline) -> None:
-        """Close the connection, and let the stream threads leave; each gets a moment even if no time is left."""
+        """Close the connection, and let the stream threads leave; each gets a moment even if no time is left.
+
+        Streams that have ended are waited for until their requesters have everything.
+        """
         left = deadline.remaining()
         self.connection.close(None if left is None else max(left, CLOSE_SECONDS))
         stuck = self._pool.close(Deadline.after(CLOSE_SECONDS))
@@ -110,8 +116,16 @@ class Responder:
         if not self._wants_answer("stream", request, work):
             return
         opening = frames.decode_opening(request.headers)
+        assert request.reply is not None
+        if opening.offer is not None and self._framing.knows(_subject.encode(request.reply)):
+            work.count("dropped")  # it came twice, by two subscriptions: one answer is enough
+            return
         ctx = self._context(opening, work)
         core = self._sender(request, ctx, opening, work)
+        if self.overdue:
+            work.count("dropped")
+            self._refuse(core, request, work, "the responder is shutting down")
+            return
         if not self._take_slot():
             work.count("dropped")
             self._refuse(core, request, work, f"too many streams: all {self._max_streams} are in use")
@@ -124,21 +138,22 @@ class Responder:
             work.end(ctx, "dropped")
 
     def _refuse(self, core: SenderCore, request: Message, work: Work, reason: str) -> None:
-        core.fail(reason, frames.Status(Code.RESOURCE_EXHAUSTED, reason=frames.REFUSED, retry_after=RETRY_AFTER))
+        only = work.queue is not None
+        core.refuse(reason, frames.Status(Code.RESOURCE_EXHAUSTED, retry_after=RETRY_AFTER, only=only))
         self._tell_refused("stream", request, work, reason)
 
     def _sender(self, request: Message, ctx: HandlerContext, opening: frames.Opening, work: Work) -> SenderCore:
         assert request.reply is not None
+        reply, offer = _subject.encode(request.reply), opening.offer
+        core: SenderCore
+        if offer is not None and self.connection.options.framed and self._framed.denied is None:
+            core = FramedSender(self.connection, self._framing, reply, ctx, request.subject, offer)
+        else:
+            core = PlainSender(self.connection, self._plain, reply, ctx, request.subject)
         watch = self._watch("stream", request, work)
-        make = SenderCore if watch is None else partial(WatchedSender, watch)
-        return make(
-            self.connection,
-            self._control,
-            request.reply.encode("utf-8", "surrogateescape"),
-            ctx,
-            natsync_peer=opening.natsync,
-            subject=request.subject,
-        )
+        if watch is not None:
+            ResponseWatch(watch, core)
+        return core
 
     def _take_slot(self) -> bool:
         with self._lock:
@@ -166,7 +181,8 @@ class Responder:
         watch = self._watch("request", request, work)
         outcome = "failed"
         try:
-            error = run(ctx, request) if watch is None else run_watched(watch, lambda: run(ctx, request))
+            with running(ctx):
+                error = run(ctx, request) if watch is None else run_watched(watch, lambda: run(ctx, request))
             outcome = "processed" if error is None else "failed"
         finally:
             work.end(ctx, outcome)
@@ -178,6 +194,7 @@ class Responder:
             metadata=opening.metadata,
             attempt=opening.attempt,
             is_draining=lambda: self.draining,
+            resume_cursor=opening.resume,
         )
 
     def _wants_answer(self, kind: Kind, request: Message, work: Work) -> bool:
@@ -221,15 +238,15 @@ def _run_stream(request: Message, runner: Runner, ctx: HandlerContext, core: Sen
     """The whole of a stream's handler; the request is over when it has returned and the stream is closed."""
     try:
         core.accept()
-        runner(ctx, request, core)
+        with running(ctx):
+            runner(ctx, request, core)
     finally:
         core.when_closed(lambda: work.end(ctx, core.outcome))
 
 
 def _respond_error(request: Message, error: BaseException) -> None:
     code = getattr(error, "code", None)
-    text = describe(error).encode("utf-8", "replace").decode().replace("\0", "")
-    text = " ".join(text.split())[:_ERROR_TEXT]
+    text = frames.header_text(describe(error))
     number = code if isinstance(code, int) else _HANDLER_FAILED
     try:
         request.respond(b"", headers=Headers({ERROR_HEADER: text, ERROR_CODE_HEADER: str(int(number))}))

@@ -10,17 +10,18 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from natsync.concurrency import Deadline, check_timeout, fork_generation
-from natsync.connection import Connection
 from natsync.context import Context
 from natsync.errors import Cancelled, DeadlineExceeded, ForkError, NatsError, StreamCancelled, StreamEnded, TimedOut
 from natsync.headers import Headers
-from natsync.message import Item, Message
+from natsync.message import Message
 from natsync.retry import RetryPolicy, run, surely_not_run
 from natsync.streaming.call import Call, Finished
+from natsync.streaming.calls import Calls
 
 T = TypeVar("T")
 
 _NO_DEADLINE = Deadline()
+_COUNTED = ("chunks", "bytes", "gaps", "resent", "resumes", "blocked")
 
 
 class Closable(Generic[T]):
@@ -74,31 +75,35 @@ class Stream(Closable[bytes]):
 
     def __init__(
         self,
-        connection: Connection,
+        calls: Calls,
         owner: object,
         subject: str,
         payload: bytes,
         headers: Headers,
         ctx: Context,
         idle_timeout: float | None,
+        window: int,
         retry: RetryPolicy,
     ) -> None:
         self.subject = subject
-        self._connection = connection
+        self._calls = calls
         self._owner = owner  # keeps the client alive as long as somebody reads
         self._payload = payload
         self._headers = headers
         self._ctx = ctx
         self._idle_timeout = idle_timeout
+        self._window = window
         self._retry = retry
         self._generation = fork_generation()
         self._at_end: list[Finished] = []
         self._tries = 0
-        self._call = self._open(0)
+        self._earlier = dict.fromkeys(_COUNTED, 0.0)  # what was counted by attempts that broke off
+        self._call = self._open()
 
-    def _open(self, attempt: int) -> Call:
-        call = Call(self._connection, self.subject, self._idle_timeout)
-        call.open(self._payload, self._headers, self._ctx, attempt)
+    def _open(self) -> Call:
+        got = int(self._earlier["chunks"])
+        call = Call(self._calls, self.subject, self._idle_timeout, self._window)
+        call.open(self._payload, self._headers, self._ctx, self._tries, got or None)
         return call
 
     # -- receiving -------------------------------------------------------------------------------------------------
@@ -107,26 +112,12 @@ class Stream(Closable[bytes]):
         return self
 
     def __next__(self) -> bytes:
-        call = self._call
-        for item in call.batch:  # what next_chunk() does for an ordinary chunk, without two calls
-            payload = item[2]
-            if item[1] is None and not payload.startswith(call.special):
-                call.chunks += 1
-                call.bytes += len(payload)
-                return payload
-            try:
-                chunk = self._judge(call, item)
-            except StreamEnded:
-                raise StopIteration from None
-            if chunk is not None:
-                return chunk
+        for chunk in self._call.batch:  # what next_chunk() does, without two calls
+            return chunk  # type: ignore[no-any-return]
         try:
             return self._next(_NO_DEADLINE)
         except StreamEnded:
             raise StopIteration from None
-
-    def _judge(self, call: Call, item: Item) -> bytes | None:
-        return call.judge(item)
 
     def next(self, timeout: float | None = None) -> bytes:
         """The next chunk; blocks up to timeout seconds (None = no limit, 0 = do not wait).
@@ -141,19 +132,18 @@ class Stream(Closable[bytes]):
     def _next(self, deadline: Deadline) -> bytes:
         if self._generation != fork_generation():
             raise ForkError("this stream belongs to the parent process")
-        if self._retry is not None and not self._call.chunks:
-            return self._first(deadline)
-        return self._call.next_chunk(deadline)
+        if self._retry is None:
+            return self._call.next_chunk(deadline)
+        return self._with_retry(deadline)
 
-    def _first(self, deadline: Deadline) -> bytes:
-        """The first chunk: while there is none, a request that surely did not run may be sent again."""
-        policy, self._retry = self._retry, None
+    def _with_retry(self, deadline: Deadline) -> bytes:
+        """The next chunk; if the stream breaks off and the policy lets it, of another attempt."""
+        policy = self._retry
         scope = self._ctx if deadline.at is None else self._ctx.with_deadline(deadline.at)
 
         def attempt(number: int) -> bytes | TimedOut:
             if number:
-                self._tries += 1
-                self._call = self._open(self._tries)
+                self._again()
             try:
                 return self._call.next_chunk(deadline)
             except TimedOut as error:
@@ -166,27 +156,43 @@ class Stream(Closable[bytes]):
                 raise
 
         try:
-            outcome = run(attempt, policy, scope)
+            outcome = run(attempt, policy, scope, delivered=lambda: self._delivered)
         except DeadlineExceeded:
             if self._ctx.cancelled:
-                self._attach()
+                self._settle()
                 raise
-            self._retry = policy  # the wait ended, between two tries
-            raise TimedOut(f"no chunk of {self.subject!r} in time; the stream goes on") from None
+            raise TimedOut(f"no chunk of {self.subject!r} in time; the stream goes on") from None  # between two tries
         except Cancelled as error:  # while it waited for another try
-            self._attach()
+            self._settle()
             raise StreamCancelled(error.reason) from None
         except BaseException:
-            self._attach()
+            self._settle()
             raise
         finally:
             if scope is not self._ctx:
                 scope.cancel("the wait is over")
         if isinstance(outcome, TimedOut):
-            self._retry = policy
             raise outcome
-        self._attach()
+        if not getattr(policy, "resumable", False):
+            self._settle()
         return outcome
+
+    def _again(self) -> None:
+        """Make another attempt; what this one has counted stays counted."""
+        for name, value in self._counters(self._call).items():
+            self._earlier[name] += value
+        self._tries += 1
+        self._call = self._open()
+
+    @property
+    def _delivered(self) -> bool:
+        """Whether the application has had a chunk."""
+        return self._call.chunks > 0 or self._earlier["chunks"] > 0
+
+    def _settle(self) -> None:
+        """There will be no other attempt."""
+        self._retry = None
+        self._attach()
 
     def _attach(self) -> None:
         """The attempt in hand is the last: what waits for the stream's end waits for its end."""
@@ -202,7 +208,8 @@ class Stream(Closable[bytes]):
         A thread that waits for a chunk gets StreamCancelled. No effect on a stream that has ended.
         """
         if self._generation == fork_generation():
-            self._ctx.cancel(reason)  # ends the attempt in hand, and keeps a retry from making another
+            self._call.cancel(reason)
+            self._ctx.cancel(reason)  # keeps a retry from making another attempt
             self._call.cancel(reason)
             self._attach()
 
@@ -222,7 +229,7 @@ class Stream(Closable[bytes]):
             return
         # A finalizer may run anywhere, inside any lock: leave the work to the supervisor.
         callbacks = self._at_end
-        self._connection.in_supervisor(lambda: _drop(call, callbacks))
+        self._calls.connection.in_supervisor(lambda: _drop(call, callbacks))
 
     # -- asking ----------------------------------------------------------------------------------------------------
 
@@ -238,21 +245,23 @@ class Stream(Closable[bytes]):
 
     @property
     def mode(self) -> str | None:
-        """ "plain" from the first answer on, None until then."""
+        """ "framed" with a natsync responder, "plain" with any other; None until the first answer."""
         return self._call.mode
 
     @property
     def stats(self) -> dict[str, float]:
-        """chunks and bytes handed out; gaps, resent, resumes (always 0 in plain mode); blocked: seconds waited."""
-        call = self._call
-        return {
-            "chunks": call.chunks,
-            "bytes": call.bytes,
-            "gaps": 0,
-            "resent": 0,
-            "resumes": 0,
-            "blocked": call.blocked_seconds,
-        }
+        """chunks and bytes handed out; gaps: how often something was missing on the way; resent: frames that came twice
+        or too early; resumes: how often the stream went on after a silence, or over another link; blocked: seconds
+        waited for chunks. Over all attempts."""
+        now = self._counters(self._call)
+        return {name: self._earlier[name] + now[name] for name in _COUNTED}
+
+    @staticmethod
+    def _counters(call: Call) -> dict[str, float]:
+        receiver = call.receiver
+        gaps, resent, resumes = (receiver.gaps, receiver.resent, receiver.resumes) if receiver else (0, 0, 0)
+        values = (call.chunks, call.bytes, gaps, resent, resumes, call.blocked_seconds)
+        return dict(zip(_COUNTED, values, strict=True))
 
     def __repr__(self) -> str:
         call = self._call
@@ -267,17 +276,18 @@ def _drop(call: Call, callbacks: list[Finished]) -> None:
 
 
 def process(
-    connection: Connection,
+    calls: Calls,
     subject: str,
     payload: bytes,
     headers: Headers,
     processor: Callable[[Message], object],
     ctx: Context,
     idle_timeout: float | None,
+    window: int,
     attempt: int,
 ) -> None:
     """One try of stream_request(): every message, END and ERROR included, goes to the processor; False stops."""
-    call = Call(connection, subject, idle_timeout)
+    call = Call(calls, subject, idle_timeout, window, as_items=True)
     call.open(payload, headers, ctx, attempt)
     generation = fork_generation()
     try:

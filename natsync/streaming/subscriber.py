@@ -208,17 +208,19 @@ class Subscriber:
         return self._register_stream(subject, runner, queue, ctx)
 
     def _register_stream(self, subject: str, runner: Runner, queue: str | None, ctx: Context | None) -> Handle:
-        work = Work((ctx or Context()).with_cancel(), subject)
+        queue = queue or self.default_queue
+        work = Work((ctx or Context()).with_cancel(), subject, queue)
         run = self._watched(runner)
         responder = self._opened()
 
         def take(message: Message) -> None:
             responder.start_stream(message, run, work)
 
-        return self._register(subject, queue or self.default_queue, take, work, intake=StreamIntake)
+        return self._register(subject, queue, take, work, intake=StreamIntake)
 
     def _register_reply(self, subject: str, function: Handler, queue: str | None) -> Handle:
-        work = Work(Context(), subject)
+        queue = queue or self.default_queue
+        work = Work(Context(), subject, queue)
         run = answering(function)
         single = self._watched(handlers.single_runner(function))
         responder = self._opened()
@@ -226,7 +228,7 @@ class Subscriber:
         def take(message: Message) -> None:
             responder.answer(message, run, single, work)
 
-        return self._register(subject, queue or self.default_queue, take, work, concurrency=self._max_workers)
+        return self._register(subject, queue, take, work, concurrency=self._max_workers)
 
     def _watched(self, runner: Runner) -> Runner:
         return runner if self._options.hooks is None else watched_runner(runner)
@@ -397,6 +399,7 @@ class Subscriber:
             handle.leave(deadline)
         # A handler that closes must not wait for itself: then everything under way is cancelled, and told so.
         busy = [handle for handle in handles if inside or not handle.wait_idle(deadline)]
+        responder.overdue = True
         unfinished = [
             f"{handle.cancel('the responder is shutting down')} requests on {handle.subject!r}" for handle in busy
         ]

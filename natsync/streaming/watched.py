@@ -6,7 +6,6 @@ them, a chunk costs a requester nothing more, and a responder the counting of it
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +15,7 @@ from natsync.connection import Connection
 from natsync.errors import ForkError, StreamCancelled, StreamEnded, TimedOut
 from natsync.headers import Headers
 from natsync.hooks import HooksOption, Watch
-from natsync.message import Item, Message
+from natsync.message import Message
 from natsync.streaming.call import Call
 from natsync.streaming.handlers import HandlerContext, Runner
 from natsync.streaming.sender import SenderCore
@@ -56,13 +55,6 @@ class WatchedStream(Stream):
             self._watch.tell_once("stream_first_chunk", self._watch.seconds)
         return chunk
 
-    def _judge(self, call: Call, item: Item) -> bytes | None:
-        try:
-            return super()._judge(call, item)
-        except Exception as error:
-            self._learn(error)
-            raise
-
     def _learn(self, error: Exception) -> None:
         """The consumer is about to get this error; it ends the stream, unless only the wait is over."""
         if type(error) is TimedOut or isinstance(error, ForkError):
@@ -79,7 +71,7 @@ class WatchedStream(Stream):
     def __del__(self) -> None:
         call = getattr(self, "_call", None)
         if call is not None and not self._watch.told("stream_done"):
-            watch, connection = self._watch, self._connection
+            watch, connection = self._watch, self._calls.connection
             self._at_end.append(lambda: _on_worker(connection, lambda: _call_done(watch, call, call.outcome)))
         super().__del__()
 
@@ -119,38 +111,17 @@ class WatchedProcessor:
 # -- the responder -----------------------------------------------------------------------------------------------------
 
 
-class WatchedSender(SenderCore):
-    """A SenderCore of which hooks are told: of its first chunk, and of its end, once the handler is done too."""
+class ResponseWatch:
+    """Tells hooks of a response: of its first chunk, and of its end, once the handler is done too."""
 
-    def __init__(self, watch: Watch, *arguments: Any, **options: Any) -> None:
+    def __init__(self, watch: Watch, core: SenderCore) -> None:
         self.watch = watch
-        self._counting = threading.Lock()
-        self._bytes = 0
+        self._core = core
         self._over_at = 0.0
-        super().__init__(*arguments, **options)
-        self.when_closed(self._note_time)
+        core.watch = self
+        core.when_closed(self._note_time)
 
-    def send(self, data: bytes, deadline: Deadline) -> int:
-        number = super().send(data, deadline)
-        self._count(len(data))
-        return number
-
-    def try_send(self, data: bytes) -> bool:
-        sent = super().try_send(data)
-        if sent:
-            self._count(len(data))
-        return sent
-
-    def _send_group(self, frames_: list[bytes], deadline: Deadline) -> int:
-        number = super()._send_group(frames_, deadline)
-        self._count(sum(payload_size(frame) for frame in frames_))
-        return number
-
-    def _count(self, size_bytes: int) -> None:
-        with self._counting:
-            self._bytes += size_bytes
-
-    def _begun(self) -> None:
+    def begun(self) -> None:
         self.watch.tell("response_first_chunk", self.watch.seconds)
 
     def _note_time(self) -> None:
@@ -158,32 +129,28 @@ class WatchedSender(SenderCore):
 
     def handler_left(self) -> None:
         """The handler has returned: tell of the end, now or when it comes."""
-        if self.closed.is_set():
+        if self._core.closed.is_set():
             self._tell_done()
         else:
-            self.on_close(self._tell_done)
+            self._core.on_close(self._tell_done)
 
     def _tell_done(self) -> None:
+        core = self._core
         seconds = (self._over_at or time.monotonic()) - self.watch.exchange.started
-        error = None if self._ended else self._error
-        _tell(self.watch, "response_done", seconds, self.count, self._bytes, error)
-
-
-def payload_size(frame: bytes) -> int:
-    """The bytes of payload in a message's frame."""
-    words = frame[: frame.index(b"\r\n")].split(b" ")
-    return int(words[-1]) - (int(words[-2]) if words[0] == b"HPUB" else 0)
+        error = None if core.ended else core.error
+        _tell(self.watch, "response_done", seconds, core.count, core.bytes, error)
 
 
 def watched_runner(runner: Runner) -> Runner:
-    """The runner of a stream's handler, which hooks are told of; for senders that are WatchedSenders."""
+    """The runner of a stream's handler, which hooks are told of; for senders that have a ResponseWatch."""
 
     def run(ctx: HandlerContext, request: Message, core: SenderCore) -> BaseException | None:
-        assert isinstance(core, WatchedSender)
+        told = core.watch
+        assert isinstance(told, ResponseWatch)
         try:
-            return run_watched(core.watch, lambda: runner(ctx, request, core))
+            return run_watched(told.watch, lambda: runner(ctx, request, core))
         finally:
-            core.handler_left()
+            told.handler_left()
 
     return run
 

@@ -17,13 +17,14 @@ class Work:
 
     Attributes:
         ctx: the parent of every request's context.
-        subject: as registered, wildcards included.
+        subject, queue: as registered, wildcards included.
         warned: whether a request without a reply subject was logged; one is enough.
     """
 
-    def __init__(self, ctx: Context, subject: str) -> None:
+    def __init__(self, ctx: Context, subject: str, queue: str | None = None) -> None:
         self.ctx = ctx
         self.subject = subject
+        self.queue = queue
         self.warned = False
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)

@@ -1,0 +1,207 @@
+"""What the streams that a connection reads share: who sends them, how much may be on its way, and how they are left.
+
+A stream that was left early is still to be cancelled at its responder: a Farewell takes its place in the table until
+the responder has answered. One that ended is remembered for a while, so that a responder whose last frames were
+confirmed in vain can be told again.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from natsync import headers as _headers
+from natsync.concurrency import Deadline, SafeEvent
+from natsync.connection import Connection
+from natsync.errors import Code
+from natsync.message import Item
+from natsync.mux import Waiter
+from natsync.protocol import encode_pub
+from natsync.streaming import frames
+from natsync.streaming.frames import Ack, Op
+from natsync.streaming.peers import FIRST_REPEAT, LONGEST_REPEAT, Peers
+from natsync.timers import Alarm
+
+#: Bytes that may be on their way to one stream, at most.
+WINDOW_BYTES = 4 << 20
+#: The same for all streams of a connection: half of what nats-server holds for a client, max_pending.
+ALL_WINDOWS_BYTES = 32 << 20
+#: What every stream gets in any case.
+LEAST_WINDOW_BYTES = 64 << 10
+#: Seconds that closing waits for responders to tell where they can be cancelled: a round trip, and some.
+ADDRESS_SECONDS = 0.25
+#: What a responder is told of a stream that is not known here. HTTP's 410.
+GONE = 410
+#: Ended streams that are remembered at most.
+_TOMBSTONES = 100_000
+
+
+class Budget:
+    """The credit in bytes that all streams of a connection have given."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._given = 0
+        self._streams = 0
+
+    def open(self) -> int:
+        """Credit for a new stream."""
+        with self._lock:
+            self._streams += 1
+            given = self._share_locked(0)
+            self._given += given
+            return given
+
+    def share(self, given: int) -> int:
+        """How much credit a stream that has given this much may have out."""
+        with self._lock:
+            return self._share_locked(given)
+
+    def _share_locked(self, given: int) -> int:
+        others = self._given - given
+        fair = ALL_WINDOWS_BYTES // max(1, self._streams)
+        return max(LEAST_WINDOW_BYTES, min(WINDOW_BYTES, fair, ALL_WINDOWS_BYTES - others))
+
+    def change(self, before: int, after: int) -> None:
+        """A stream's credit is another one now."""
+        with self._lock:
+            self._given += after - before
+
+    def close(self, given: int) -> None:
+        """A stream is over, and with it its credit."""
+        with self._lock:
+            self._given -= given
+            self._streams -= 1
+
+
+class Calls:
+    """The streams of one connection, from the reading side."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.peers = Peers(connection, connection.mux)
+        self.budget = Budget()
+        self.grace = connection.options.resume_grace
+        self._lock = threading.Lock()
+        self._ended: dict[bytes, tuple[int, float]] = {}  # token -> what had come, and until when that is of interest
+        self._farewells: set[Farewell] = set()
+        connection.mux.on_late = self._late
+        connection.when_closing(self._closing)
+
+    def tell(self, control: bytes, inbox: bytes | None, payload: bytes) -> bool:
+        """Send a control message to a responder, with the stream's inbox for an answer; False if there is no link."""
+        return self.connection.put_now(encode_pub(control, inbox, None, payload))
+
+    def remember(self, token: bytes, received: int) -> None:
+        """A stream is complete, or ended by its responder."""
+        now = time.monotonic()
+        with self._lock:
+            while self._ended:
+                first = next(iter(self._ended))
+                if self._ended[first][1] > now and len(self._ended) < _TOMBSTONES:
+                    break
+                del self._ended[first]
+            self._ended[token] = (received, now + self.grace + LONGEST_REPEAT)
+
+    def _late(self, token: bytes, items: list[Item]) -> None:
+        """Frames for a stream that is not read any more: confirm its end once more, or have it cancelled."""
+        reply, block, _ = items[-1]
+        inbox = b"%b.%b" % (self.connection.mux.inbox, token)
+        if reply is not None and frames.PLAIN_MARK in reply:
+            self.tell(reply, inbox, frames.encode_cancel("nobody reads this stream"))
+            return
+        address = frames.decode_address(reply, block)
+        if reply is None or address is None or (address.op == Op.ERROR and not address.seq):
+            return
+        ended = self._ended.get(token)
+        if ended is None:
+            self.tell(reply, inbox, frames.encode_cancel("nobody reads this stream", GONE))
+        else:
+            self.tell(reply, inbox, Ack(ended[0], 0, 0).encode())
+
+    # -- leaving -------------------------------------------------------------------------------------------------
+
+    def part(self, token: bytes, inbox: bytes, control: bytes | None, reason: str, code: int = Code.CANCELLED) -> None:
+        """Have the responder told that its stream is left; control=None: it has not said anything yet."""
+        farewell = Farewell(self, token, inbox, control, frames.encode_cancel(reason, code))
+        with self._lock:
+            self._farewells.add(farewell)
+        self.connection.mux.register(token, farewell)
+        farewell.speak()
+
+    def parted(self, farewell: Farewell) -> None:
+        """The responder has answered, or will not."""
+        with self._lock:
+            self._farewells.discard(farewell)
+
+    def _closing(self, deadline: Deadline) -> None:
+        """The connection is about to be closed: whoever still sends is told, once it has said where."""
+        if not self.connection.linked:
+            return
+        for waiter in list(self.connection.mux.waiters.values()):
+            waiter.connection_closing()
+        until = deadline.or_sooner(ADDRESS_SECONDS)
+        with self._lock:
+            farewells = list(self._farewells)
+        for farewell in farewells:
+            farewell.spoken.wait(until.remaining())
+
+
+class Farewell(Waiter):
+    """A stream that was left: says so until the responder has heard it.
+
+    Attributes:
+        spoken: set once the responder has been told, or need not be.
+    """
+
+    def __init__(self, calls: Calls, token: bytes, inbox: bytes, control: bytes | None, payload: bytes) -> None:
+        self.spoken = SafeEvent()
+        self._calls = calls
+        self._token = token
+        self._inbox = inbox
+        self._control = control
+        self._payload = payload
+        self._until = time.monotonic() + calls.grace + LONGEST_REPEAT
+        self._repeat = FIRST_REPEAT
+        self._alarm = Alarm(self._look)
+
+    def speak(self) -> None:
+        """Tell the responder now, if it is known where, and again later."""
+        if self._control is not None and self._calls.tell(self._control, self._inbox, self._payload):
+            self.spoken.set()
+        self._alarm.set(min(time.monotonic() + self._repeat, self._until))
+
+    def _look(self) -> None:
+        if time.monotonic() >= self._until:
+            self._done()
+            return
+        self._repeat = min(2 * self._repeat, LONGEST_REPEAT)
+        self.speak()
+
+    def deliver(self, items: list[Item]) -> None:
+        self._calls.connection.mux.late += len(items)
+        for reply, block, payload in items:
+            status = None if block is None else _headers.status_of(block)
+            address = frames.decode_address(reply, block)
+            unheard = status == frames.NO_RESPONDERS_STATUS and not payload
+            if unheard or address is None or address.op in (Op.ERROR, Op.REFUSED):
+                if reply is not None and frames.PLAIN_MARK in reply:
+                    self._calls.tell(reply, self._inbox, self._payload)
+                self._done()
+                return
+            if reply is not None and self._control is None:
+                self._control = reply
+                self.speak()
+
+    def link_made(self) -> None:
+        self.speak()
+
+    def connection_closed(self, reason: Exception) -> None:
+        self._done()
+
+    def _done(self) -> None:
+        if self._calls.connection.mux.waiters.get(self._token) is self:
+            self._calls.connection.mux.unregister(self._token)
+        self._alarm.clear()
+        self._calls.parted(self)
+        self.spoken.set()

@@ -1,0 +1,470 @@
+"""Framed mode at the responder: credit, numbers, and everything kept until the requester has it.
+
+A stream is OPEN, then LINGERs without a thread until the requester has its end, then is CLOSED. While the requester is
+not heard from (see peers) or there is no link, nothing is sent but questions, and senders wait for credit as ever.
+Frames never wait in the outbox: the writer asks for them (produce), so what a lost link took is simply sent again.
+"""
+
+from __future__ import annotations
+
+import enum
+import random
+import threading
+import time
+from dataclasses import replace
+
+from natsync import headers as _headers
+from natsync.concurrency import Deadline, SafeEvent
+from natsync.connection import Connection
+from natsync.context import Context
+from natsync.errors import ClientLost, Code, MaxPayloadExceeded, StreamCancelled, StreamClosed, TimedOut
+from natsync.headers import Headers
+from natsync.message import Item
+from natsync.mux import LinkLoss
+from natsync.protocol import MAX_MESSAGE_BYTES, encode_pub
+from natsync.streaming import frames
+from natsync.streaming.frames import Ack, Control, Offer, Op, Status
+from natsync.streaming.framing import GUARANTEED_BYTES, Framing
+from natsync.streaming.peers import FIRST_REPEAT, LONGEST_REPEAT
+from natsync.streaming.sender import Ending, SenderCore
+from natsync.streaming.window import Frame, Outgoing
+from natsync.timers import Alarm
+
+#: Bytes of headers that a frame may need where its number goes in a header.
+_SEQ_BYTES = 256
+#: Part of a wait that is random, so that many streams do not ask at once.
+_JITTER = 0.25
+#: Frames that carry a reply subject even where that costs the server an entry (across accounts).
+_ANSWERED = (Op.ACCEPT, Op.REFUSED, Op.PROBE, Op.END, Op.ERROR)
+
+
+class State(enum.Enum):
+    """Where a response is in its life."""
+
+    OPEN = "open"
+    LINGER = "linger"  # ended here; the requester has not confirmed the end
+    CLOSED = "closed"
+
+
+class Event(enum.Enum):
+    """What ends a phase of it."""
+
+    ENDED = "ended"  # by the handler: END, an error, a refusal, a deadline, a shutdown
+    ARRIVED = "arrived"  # the requester has everything, the end included
+    CANCELLED = "cancelled"  # by the requester
+    LOST = "lost"  # the requester is gone; or the stream was given up for others
+    OVER = "over"  # one's own connection is closed, or the server does not let it pass
+
+
+TRANSITIONS: dict[tuple[State, Event], State] = {
+    (State.OPEN, Event.ENDED): State.LINGER,
+    (State.OPEN, Event.CANCELLED): State.CLOSED,
+    (State.OPEN, Event.LOST): State.CLOSED,
+    (State.OPEN, Event.OVER): State.CLOSED,
+    (State.LINGER, Event.ARRIVED): State.CLOSED,
+    (State.LINGER, Event.CANCELLED): State.CLOSED,
+    (State.LINGER, Event.LOST): State.CLOSED,
+    (State.LINGER, Event.OVER): State.CLOSED,
+}
+
+
+class FramedSender(SenderCore):
+    """A response in framed mode."""
+
+    def __init__(
+        self, connection: Connection, framing: Framing, reply: bytes, ctx: Context, subject: str, offer: Offer
+    ) -> None:
+        super().__init__(connection, framing.control, reply, ctx, subject)
+        self.address = reply
+        self._framing = framing
+        self._imported = reply.startswith(frames.IMPORTED)
+        self._state = State.OPEN
+        self._out = Outgoing(offer, self._max_payload(), GUARANTEED_BYTES)
+        self._chunk_bytes = offer.chunk_bytes
+        self._held_bytes = 0  # of the memory that all streams share
+        self._room = threading.Condition(self._lock)
+        self._waiting = 0  # threads that wait for room
+        self._woken = False
+        self._ready = False  # the writer is to ask for frames
+        self._paused = not connection.linked
+        self._settling = False  # nothing is sent until the requester has said what it has
+        self._heard = False  # the requester has said something
+        self._refusal: bytes | None = None
+        self._repeat = FIRST_REPEAT
+        self._moved_at = time.monotonic()  # of the last progress, or question
+        self._alarm = Alarm(self._look)
+        self._done = SafeEvent()
+        self._arrived = False
+        options = connection.options
+        self._peer_name = reply if self._imported else reply.rpartition(b".")[0]
+        heartbeat, grace = min(offer.heartbeat, options.heartbeat), min(offer.grace, options.resume_grace)
+        framing.add(self)
+        self._peer = framing.peers.join(self._peer_name, self, heartbeat, grace)
+        self._peer.heard()  # it has just asked
+        self.open()
+
+    def _max_payload(self) -> int:
+        limit: int = self._connection.info.get("max_payload", MAX_MESSAGE_BYTES)
+        return limit - _SEQ_BYTES if self._imported else limit
+
+    def accept(self) -> None:
+        if self._error is None:
+            self._put(Op.ACCEPT, 0)
+            self._alarm.set_by(time.monotonic() + FIRST_REPEAT)
+
+    # -- sending -----------------------------------------------------------------------------------------------
+
+    def send(self, data: bytes, deadline: Deadline) -> int:
+        size = len(data)
+        self._check_size(size)
+        while True:
+            with self._lock:
+                if self._error is not None:
+                    raise self._closed_error()
+                if self._out.takes(size):
+                    number, first, wake = self._push_locked(data, size)
+                    break
+            self._wait_room(size, deadline)
+        self._pushed(first, wake)
+        return number
+
+    def try_send(self, data: bytes) -> bool:
+        size = len(data)
+        self._check_size(size)
+        if self._out.has_credit(size) and not self._out.takes(size):
+            self._framing.extend(self, size)
+        with self._lock:
+            if self._error is not None:
+                raise self._closed_error()
+            if not self._out.takes(size):
+                return False
+            _, first, wake = self._push_locked(data, size)
+        self._pushed(first, wake)
+        return True
+
+    def send_many(self, chunks: list[bytes], deadline: Deadline) -> int:
+        sizes = list(map(len, chunks))
+        self._check_size(max(sizes, default=0))
+        sent, number = 0, self.count
+        while sent < len(chunks):
+            first = wake = False
+            with self._lock:
+                if self._error is not None:
+                    raise self._closed_error()
+                while sent < len(chunks) and self._out.takes(sizes[sent]):
+                    number, is_first, is_idle = self._push_locked(chunks[sent], sizes[sent])
+                    first, wake = first or is_first, wake or is_idle
+                    sent += 1
+            self._pushed(first, wake)
+            if sent < len(chunks):
+                self._wait_room(sizes[sent], deadline)
+        return number
+
+    def _check_size(self, size: int) -> None:
+        if size > self._chunk_bytes:
+            raise MaxPayloadExceeded(size, self._chunk_bytes)
+
+    def _push_locked(self, data: bytes, size: int) -> tuple[int, bool, bool]:
+        """Queue a chunk: its number, whether it is the first, whether the writer must be told. Requires _lock."""
+        headers = self._headers
+        self._out.push(data, headers.encode() if headers is not None and not self.count else None)
+        first = self._counted_locked(1, size)
+        return self.count, first, self._wants_writer_locked()
+
+    def _pushed(self, first: bool, wake: bool) -> None:
+        if wake:
+            self._connection.ready(self)
+        if first:
+            self._begun()
+
+    def _wants_writer_locked(self) -> bool:
+        """Whether the writer is to be told, which it is by whoever asks. Requires _lock."""
+        if self._ready or self._paused or self._settling or not self._out.blocked:
+            return False
+        self._ready = True
+        return True
+
+    def _wait_room(self, size: int, deadline: Deadline) -> None:
+        """Block until a chunk of this size may fit, or the stream is over.
+
+        Raises:
+            TimedOut: the deadline came first.
+        """
+        if self._out.has_credit(size) and not self._out.takes(size) and self._framing.extend(self, size):
+            return
+        with self._lock:
+            self._waiting += 1
+            self._alarm.set_by(time.monotonic() + self._repeat)
+            try:
+                while self._error is None and not self._out.takes(size) and not self._woken:
+                    if not self._room.wait(deadline.remaining()) and not self._out.takes(size):
+                        raise TimedOut("the requester gave no credit in time; the chunk was not sent")
+                self._woken = False
+            finally:
+                self._waiting -= 1
+
+    def _wake_senders(self) -> None:
+        with self._lock:
+            self._room.notify_all()
+
+    def settle(self, deadline: Deadline) -> bool:
+        return self._done.wait(deadline.remaining()) and self._arrived
+
+    # -- the writer ----------------------------------------------------------------------------------------------
+
+    def produce(self, parts: list[bytes], most_bytes: int) -> tuple[int, int, bool]:
+        """What is to be sent next; see outbox.Producer."""
+        size = messages = 0
+        with self._lock:
+            if self._paused or self._settling or self._state is State.CLOSED:
+                self._ready = False
+                return 0, 0, False
+            while size < most_bytes:
+                frame = self._out.next()
+                if frame is None:
+                    self._ready = False
+                    break
+                data = self._encode(frame)
+                parts.append(data)
+                size += len(data)
+                messages += 1
+            more = self._ready
+            if messages:
+                self._alarm.set_by(time.monotonic() + self._repeat)
+        return size, messages, more
+
+    def _encode(self, frame: Frame) -> bytes:
+        if self._imported:
+            return self._encode_imported(frame)
+        op, seq, block, payload, _ = frame
+        if block is None:
+            parts = (self._reply, self._inbox, op, seq, len(payload), payload)
+            return b"PUB %b %b.%b.%d %d\r\n%b\r\n" % parts
+        return encode_pub(self._reply, b"%b.%b.%d" % (self._inbox, op, seq), block, payload)
+
+    def _encode_imported(self, frame: Frame) -> bytes:
+        """A frame whose number goes in a header, because its reply subject arrives as another one."""
+        op, seq, block, payload, count = frame
+        line = f"{frames.SEQ_HEADER}: {frames.encode_seq(self._inbox, op, seq)}\r\n".encode()
+        whole = (block or Headers().encode()).replace(b"\r\n", b"\r\n" + line, 1)
+        quarter = max(1, self._out.window // 4)
+        answered = op in _ANSWERED or seq == 1 or (seq - 1) // quarter != (seq + count - 1) // quarter
+        address = b"%b.%b.%d" % (self._inbox, op, seq)
+        return encode_pub(self._reply, address if answered else None, whole, payload)
+
+    def _put(self, op: bytes, seq: int, headers: Headers | None = None, payload: bytes = b"") -> bytes:
+        """Send a frame that is out of order, now or never; returns it."""
+        block = None if headers is None else headers.encode()
+        frame = self._encode(Frame(op, seq, block, payload, 0))
+        self._connection.put_now(frame)
+        return frame
+
+    # -- ending ------------------------------------------------------------------------------------------------
+
+    def end(self, trailers: Headers | None = None) -> bool:
+        if trailers:
+            size, limit = len(trailers.encode()) + len(frames.END_PAYLOAD), self._max_payload()
+            if size > limit:
+                raise MaxPayloadExceeded(size, limit)
+        return super().end(trailers)
+
+    def _put_end(self, ending: Ending) -> None:
+        self._on(Event.ENDED)  # before the requester can confirm it
+        headers, payload = ending.trailers, frames.END_PAYLOAD
+        if ending.op != Op.END:
+            headers, payload = self._error_parts(ending)
+        if ending.op == Op.REFUSED:
+            self._refusal = self._put(Op.REFUSED, 0, headers, payload)
+            self._alarm.set_by(time.monotonic() + FIRST_REPEAT)
+            return
+        with self._lock:
+            if self._state is State.CLOSED:
+                return
+            self._out.push_end(ending.op, headers.encode() if headers else None, payload)
+            wake = self._wants_writer_locked()
+        if wake:
+            self._connection.ready(self)
+
+    def _error_parts(self, ending: Ending) -> tuple[Headers, bytes]:
+        """Headers and payload of an error; what does not fit is left out: details first, then the text's end."""
+        payload = frames.ERROR_PREFIX + ending.text.encode("utf-8", "replace")
+        headers = frames.encode_status(ending.status, ending.text)
+        limit = self._max_payload()
+        if len(headers.encode()) + len(payload) > limit:
+            headers = frames.encode_status(replace(ending.status, details=None), ending.text)
+        return headers, payload[: max(0, limit - len(headers.encode()))]
+
+    def _on(self, event: Event) -> None:
+        with self._lock:
+            after = TRANSITIONS.get((self._state, event))
+            if after is None:
+                return
+            self._state = after
+            if after is not State.CLOSED:
+                return
+            self._arrived = event is Event.ARRIVED and self._ended
+            self._out.clear()
+            held, self._held_bytes = self._held_bytes, 0
+            self._room.notify_all()
+        super()._forget()
+        self._alarm.clear()
+        self._framing.peers.leave(self._peer_name, self._peer, self)
+        self._framing.remove(self, held)
+        self._done.set()
+
+    def _forget(self) -> None:
+        self._on(Event.OVER)
+
+    def _stop(self, error: StreamClosed, event: Event) -> None:
+        """End at once, whatever is still to be sent."""
+        self._close(error, None)
+        self._on(event)
+
+    # -- what the requester says (the reader) ----------------------------------------------------------------------
+
+    def deliver(self, items: list[Item]) -> None:
+        for _, block, payload in items:
+            if block is not None and not payload and _headers.status_of(block) == frames.NO_RESPONDERS_STATUS:
+                self._peer.unreachable()
+                continue
+            self._peer.heard()
+            ack = frames.decode_ack(payload)
+            if ack is not None:
+                self._acknowledged(ack)
+            elif payload[:1] == Control.PING:
+                self.ask()
+            else:
+                reason = frames.decode_cancel(payload)
+                if reason is not None:
+                    self._cancelled(reason)
+
+    def _acknowledged(self, ack: Ack) -> None:
+        with self._lock:
+            if self._state is State.CLOSED:
+                return
+            news = self._out.acknowledge(ack)
+            if news or not self._heard:
+                self._repeat, self._moved_at = FIRST_REPEAT, time.monotonic()
+            self._heard = True
+            self._settling = False
+            if news and self._waiting:
+                self._room.notify_all()
+            arrived = self._refusal is not None or (self._out.ended and self._out.acked == self._out.last)
+            wake = not arrived and self._wants_writer_locked()
+            spare = self._spare_locked()
+        if arrived:
+            self._on(Event.ARRIVED)
+        elif wake:
+            self._connection.ready(self)
+        self._framing.give_back(spare)
+
+    def _spare_locked(self) -> int:
+        """What is held of the shared memory, if nothing is kept that needs it: given back. Requires _lock."""
+        if not self._held_bytes or self._out.kept_bytes:
+            return 0
+        spare, self._held_bytes = self._held_bytes, 0
+        self._out.quota_bytes -= spare
+        return spare
+
+    def _cancelled(self, reason: str) -> None:
+        status = Status(Code.CANCELLED)
+        self._connection.put_now(self._framing.encode_gone(self._reply, self._inbox, "cancelled", status))
+        self._stop(StreamCancelled(reason), Event.CANCELLED)
+
+    # -- signs of life (the reader, the timer) -----------------------------------------------------------------------
+
+    @property
+    def _outstanding(self) -> bool:
+        """Whether the requester has something to answer."""
+        return not self._heard or self._refusal is not None or self._out.acked < self._out.highest
+
+    def _look(self) -> None:
+        """It has been quiet for a while: ask, if there is something to be answered."""
+        now = time.monotonic()
+        with self._lock:
+            if self._state is State.CLOSED or self._paused or not (self._outstanding or self._waiting):
+                return
+            due = self._moved_at + self._repeat
+            if now >= due:
+                self._moved_at, self._repeat = now, min(2 * self._repeat, LONGEST_REPEAT)
+                due = 0.0
+        if due:
+            self._alarm.set_by(due)
+            return
+        self.ask()
+        self._peer.asked()
+        self._alarm.set_by(now + self._repeat * random.uniform(1, 1 + _JITTER))
+
+    def ask(self) -> None:
+        if self._refusal is not None:
+            self._connection.put_now(self._refusal)
+        else:
+            self._put(Op.PROBE, self._out.highest)
+
+    def suspend(self) -> None:
+        with self._lock:
+            self._paused = True
+
+    def resume(self) -> None:
+        """Heard from again, or linked again: find out what has arrived, and go on from there."""
+        with self._lock:
+            self._paused = self._peer.suspended or not self._connection.linked
+            if self._paused or self._state is State.CLOSED:
+                return
+            ask = self._outstanding or self._waiting > 0
+            self._settling = self._out.acked < self._out.highest
+            self._repeat, self._moved_at = FIRST_REPEAT, time.monotonic()
+            wake = self._wants_writer_locked()
+        if ask:
+            self.ask()
+            self._alarm.set_by(time.monotonic() + FIRST_REPEAT)
+        if wake:
+            self._connection.ready(self)
+
+    def give_up(self) -> None:
+        text = f"the requester is gone: it was not heard from for {self._peer.grace:g} s"
+        self._stop(ClientLost(text), Event.LOST)
+
+    def link_lost(self, loss: LinkLoss) -> None:
+        with self._lock:
+            self._paused = True
+            self._ready = False
+
+    def link_made(self) -> None:
+        with self._lock:
+            fits = self._out.adapt(self._max_payload())
+        if fits:
+            self.resume()
+        else:
+            self._abandon("a chunk that was sent is larger than the responder's next server takes")
+
+    def _abandon(self, text: str) -> None:
+        """Give the stream up, and tell the requester."""
+        frame = self._framing.encode_gone(self._reply, self._inbox, text, self._lost())
+        self._connection.put_now(frame)
+        self._stop(StreamClosed(text, code=Code.UNAVAILABLE), Event.LOST)
+
+    # -- shared memory -----------------------------------------------------------------------------------------------
+
+    @property
+    def expendable(self) -> bool:
+        return self._state is State.LINGER or self._peer.suspended
+
+    def allow(self, extra_bytes: int) -> None:
+        with self._lock:
+            if self._state is State.CLOSED:
+                spare = extra_bytes
+            else:
+                spare = 0
+                self._held_bytes += extra_bytes
+                self._out.quota_bytes += extra_bytes
+                self._room.notify_all()
+        self._framing.give_back(spare)
+
+    def wake(self) -> None:
+        with self._lock:
+            self._woken = True
+            self._room.notify_all()
+
+    def evict(self) -> None:
+        self._abandon("given up: the responder keeps too much for requesters that are not heard from")

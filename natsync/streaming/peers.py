@@ -1,0 +1,251 @@
+"""Peers: the connections at the other end of framed streams, whether they are heard from, and what follows if not.
+
+All streams between two connections share one Peer on each side, so silence is noticed by one question, however many
+streams are idle. Its clock stands while one's own link is down. It runs on the reader's and the timer's threads and
+never waits; its lock is held for its own fields only.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from natsync.connection import Connection
+from natsync.mux import LinkLoss, Mux, Waiter
+from natsync.timers import Alarm
+
+#: Seconds after which a question that was not answered counts as a sign of death.
+ANSWER_SECONDS = 2.0
+#: Seconds to the first repetition of a question; each waits twice as long as the one before, up to the longest.
+FIRST_REPEAT = 0.25
+LONGEST_REPEAT = 2.0
+
+
+class State(enum.Enum):
+    """What is known of the other side."""
+
+    HEARD = "heard"
+    ASKED = "asked"  # a question is on its way
+    SUSPENDED = "suspended"  # there are signs that it is gone, or between two links
+    LOST = "lost"
+
+
+class Event(enum.Enum):
+    """What happens to it."""
+
+    HEARD = "heard"
+    ASKED = "asked"
+    UNREACHABLE = "unreachable"  # the server says that nobody listens there
+    UNANSWERED = "unanswered"
+    OVERDUE = "overdue"  # suspended for longer than the grace
+
+
+#: What is not listed changes nothing.
+TRANSITIONS: dict[tuple[State, Event], State] = {
+    (State.HEARD, Event.ASKED): State.ASKED,
+    (State.HEARD, Event.UNREACHABLE): State.SUSPENDED,
+    (State.ASKED, Event.HEARD): State.HEARD,
+    (State.ASKED, Event.UNREACHABLE): State.SUSPENDED,
+    (State.ASKED, Event.UNANSWERED): State.SUSPENDED,
+    (State.SUSPENDED, Event.HEARD): State.HEARD,
+    (State.SUSPENDED, Event.OVERDUE): State.LOST,
+}
+
+
+class Member(Protocol):
+    """A stream of a peer. None of this may block or run user code."""
+
+    def ask(self) -> None:
+        """Send the other side something that it answers."""
+
+    def suspend(self) -> None:
+        """The other side is not heard from: send it nothing but questions."""
+
+    def resume(self) -> None:
+        """The other side is heard from again."""
+
+    def give_up(self) -> None:
+        """The other side is gone."""
+
+
+class Peer:
+    """One connection over there."""
+
+    def __init__(self, heartbeat: float, grace: float, is_linked: Callable[[], bool]) -> None:
+        self.heartbeat = heartbeat
+        self.grace = grace
+        self.members: dict[Member, None] = {}  # whose turn it is to ask comes first
+        self._is_linked = is_linked
+        self._lock = threading.Lock()
+        self._state = State.HEARD
+        self._heard_at = self._since = time.monotonic()  # _since: when the state began
+        self._down = False  # one's own link is
+        self._elapsed = 0.0  # of a suspension, when it was lost
+        self._repeat = FIRST_REPEAT
+        self._alarm = Alarm(self._look)
+
+    @property
+    def suspended(self) -> bool:
+        """Whether there are signs that the other side is gone."""
+        return self._state is State.SUSPENDED or self._state is State.LOST
+
+    def join(self, member: Member) -> None:
+        with self._lock:
+            self.members[member] = None
+            first = len(self.members) == 1
+        if first:
+            self._alarm.set_by(self._heard_at + self.heartbeat)
+
+    def leave(self, member: Member) -> bool:
+        """Whether it was the last one."""
+        with self._lock:
+            self.members.pop(member, None)
+            last = not self.members
+        if last:
+            self._alarm.clear()
+        return last
+
+    def heard(self) -> None:
+        """Something came from there."""
+        self._heard_at = time.monotonic()
+        if self._state is not State.HEARD:
+            self._on(Event.HEARD)
+
+    def asked(self) -> None:
+        """A member has asked for a sign of life."""
+        if self._state is State.HEARD:
+            self._on(Event.ASKED)
+
+    def unreachable(self) -> None:
+        """The server says that nobody listens there."""
+        self._on(Event.UNREACHABLE)
+
+    def _on(self, event: Event) -> None:
+        with self._lock:
+            before = self._state
+            after = TRANSITIONS.get((before, event))
+            if after is None:
+                return
+            self._state, self._since, self._repeat = after, time.monotonic(), FIRST_REPEAT
+            members = list(self.members)
+        if after is State.ASKED:
+            self._alarm.set_by(self._since + ANSWER_SECONDS)
+        elif after is State.SUSPENDED:
+            self._alarm.set(self._since + min(self._repeat, self.grace))
+        elif after is State.HEARD:
+            self._alarm.set(self._heard_at + self.heartbeat)
+        for member in members:
+            if after is State.SUSPENDED:
+                member.suspend()
+            elif after is State.LOST:
+                member.give_up()
+            elif before is State.SUSPENDED:
+                member.resume()
+
+    def _look(self) -> None:
+        """The timer has come round: ask, or draw the conclusion."""
+        if not self._is_linked():
+            return  # link_made() sets the clock going again
+        now = time.monotonic()
+        state, since = self._state, self._since
+        if state is State.SUSPENDED:
+            if now - since >= self.grace:
+                self._on(Event.OVERDUE)
+                return
+            self._ask_next(now, since + self.grace)
+        elif state is State.ASKED:
+            if now - since >= ANSWER_SECONDS:
+                self._on(Event.UNANSWERED)
+                return
+            self._ask_next(now, since + ANSWER_SECONDS)
+        elif state is State.HEARD:
+            due = self._heard_at + self.heartbeat
+            if now < due:
+                self._alarm.set(due)
+                return
+            self._on(Event.ASKED)
+            self._ask_next(now, now + ANSWER_SECONDS)
+
+    def _ask_next(self, now: float, until: float) -> None:
+        """Have the next member ask, and look again in a while, at the latest at `until`."""
+        with self._lock:
+            member = next(iter(self.members), None)
+            if member is None:
+                return
+            del self.members[member]  # to the end of the line
+            self.members[member] = None
+            wait, self._repeat = self._repeat, min(2 * self._repeat, LONGEST_REPEAT)
+        self._alarm.set(min(now + wait, until))
+        member.ask()
+
+    def link_lost(self) -> None:
+        """One's own link is gone: nothing can be heard, so nothing follows from hearing nothing."""
+        self._alarm.clear()
+        with self._lock:
+            if not self._down:
+                self._down, self._elapsed = True, time.monotonic() - self._since
+
+    def link_made(self) -> None:
+        if not self._is_linked():
+            return  # lost again already
+        now = time.monotonic()
+        with self._lock:
+            elapsed, self._elapsed = self._elapsed, 0.0
+            self._down = False
+            if self._state is State.SUSPENDED:
+                self._since = now - elapsed
+                due = now + min(FIRST_REPEAT, max(0.0, self.grace - elapsed))
+            elif self._state is State.LOST:
+                return
+            else:
+                self._state, self._heard_at, self._since = State.HEARD, now, now
+                due = now + self.heartbeat
+            self._repeat = FIRST_REPEAT
+            empty = not self.members
+        if not empty:
+            self._alarm.set(due)
+
+
+class Peers(Waiter):
+    """The peers of one connection, by name."""
+
+    def __init__(self, connection: Connection, mux: Mux) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+        self._peers: dict[bytes, Peer] = {}
+        mux.watchers.append(self)
+
+    def join(self, name: bytes, member: Member, heartbeat: float, grace: float) -> Peer:
+        """Make the stream a member of the peer with this name."""
+        with self._lock:
+            peer = self._peers.get(name)
+            if peer is None or peer._state is State.LOST:
+                peer = self._peers[name] = Peer(heartbeat, grace, self._is_linked)
+            peer.join(member)
+        return peer
+
+    def leave(self, name: bytes, peer: Peer, member: Member) -> None:
+        with self._lock:
+            if peer.leave(member) and self._peers.get(name) is peer:
+                del self._peers[name]
+
+    def __len__(self) -> int:
+        return len(self._peers)
+
+    def _is_linked(self) -> bool:
+        return self._connection.linked
+
+    def _all(self) -> list[Peer]:
+        with self._lock:
+            return list(self._peers.values())
+
+    def link_lost(self, loss: LinkLoss) -> None:
+        for peer in self._all():
+            peer.link_lost()
+
+    def link_made(self) -> None:
+        for peer in self._all():
+            peer.link_made()

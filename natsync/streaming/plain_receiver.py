@@ -1,0 +1,105 @@
+"""Plain mode at the requester: every message is a chunk, until one has a sentinel for its payload.
+
+The responder cannot be slowed down, so what waits is bounded, and too much of it fails the stream.
+"""
+
+from __future__ import annotations
+
+from natsync import headers as _headers
+from natsync.connection import Connection
+from natsync.errors import HandlerError, NoRespondersError, ServerLost, SlowConsumerError
+from natsync.headers import Headers
+from natsync.message import Item
+from natsync.mux import LinkLoss
+from natsync.reply import ERROR_HEADER, service_code
+from natsync.streaming import frames
+from natsync.streaming.inlet import Inlet, reported
+
+#: Chunks that may wait for the consumer. A plain responder cannot be slowed down; a Go one runs 5,000–22,000 ahead.
+PENDING_CHUNKS = 65_536
+#: Bytes that may wait for the consumer.
+PENDING_BYTES = 64 << 20
+
+
+class PlainReceiver:
+    """What takes the messages of a plain stream, on the reader's thread."""
+
+    mode = "plain"
+    gaps = resent = resumes = 0
+
+    def __init__(self, inlet: Inlet, connection: Connection) -> None:
+        self.control: bytes | None = None  # where the responder, being natsync, hears of a cancel
+        self._inlet = inlet
+        self._sentinels = connection.options.sentinels
+        self._special = self._sentinels.common_start
+        self._begun = False
+
+    def deliver(self, items: list[Item]) -> None:
+        newest = items[-1][0]
+        if newest is not None and frames.PLAIN_MARK in newest:
+            self.control = newest
+        special = self._special
+        for index, item in enumerate(items):
+            if (item[1] is not None or item[2].startswith(special)) and self._ends(item):
+                self._pass_on(items[:index])
+                self._end(item)
+                return
+        self._pass_on(items)
+
+    def _pass_on(self, items: list[Item]) -> None:
+        if not items:
+            return
+        if not self._begun:
+            self._begun = True
+            self._inlet.begun(frames.decode_headers(items[0][1]))
+        chunks, size = self._inlet.arrived_items(items)
+        if chunks > PENDING_CHUNKS or size > PENDING_BYTES:
+            self._inlet.fail(
+                SlowConsumerError(
+                    f"stream {self._inlet.subject!r}: {chunks} chunks ({size} bytes) wait for the consumer; a plain "
+                    f"responder cannot be slowed down (limits {PENDING_CHUNKS} and {PENDING_BYTES} bytes)"
+                )
+            )
+
+    def _ends(self, item: Item) -> bool:
+        """Whether it is not a chunk."""
+        _, block, payload = item
+        if self._sentinels.forges(payload):
+            return True
+        if block is None:
+            return False
+        return self._is_unheard(item) or ERROR_HEADER in frames.decode_headers(block)
+
+    @staticmethod
+    def _is_unheard(item: Item) -> bool:
+        """Whether the server says that nobody listens; always to be asked before an empty message counts as an end."""
+        return item[1] is not None and not item[2] and _headers.status_of(item[1]) == frames.NO_RESPONDERS_STATUS
+
+    def _end(self, item: Item) -> None:
+        _, block, payload = item
+        if self._is_unheard(item):
+            gone = self._begun or self.control is not None
+            self._inlet.finished(
+                ServerLost("the responder is gone") if gone else NoRespondersError(self._inlet.subject)
+            )
+            return
+        headers = frames.decode_headers(block)
+        text = headers.get(ERROR_HEADER)
+        prefix = self._sentinels.error_prefix
+        if payload.startswith(prefix):
+            error: Exception | None = reported(payload[len(prefix) :].decode("utf-8", "replace"), headers)
+        elif text is not None:  # what a request/reply handler answers when it fails
+            error = HandlerError(text, code=service_code(headers))
+        else:
+            error = None
+        self._inlet.finished(error, item=item, trailers=headers if error is None else Headers())
+
+    def consumed(self, chunks: int, size: int) -> None:
+        """There is no credit to be given."""
+
+    def link_lost(self, loss: LinkLoss) -> None:
+        reason = f"the link broke in mid-stream, chunks may be missing: {loss.reason}"
+        self._inlet.fail(ServerLost(reason), tell=False)
+
+    def link_made(self) -> None:
+        """A plain stream has not outlasted its link."""

@@ -1,0 +1,204 @@
+"""Plain mode at the responder: bare chunks, and a sentinel behind them.
+
+Nothing slows the requester's side down, and nothing is kept: what a lost link took with it is gone, so a stream some
+of whose messages may have been lost ends with an error rather than with a gap.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from natsync import headers as _headers
+from natsync.concurrency import Deadline
+from natsync.connection import Connection
+from natsync.context import Context
+from natsync.errors import (
+    ClientLost,
+    Code,
+    InvalidArgument,
+    MaxPayloadExceeded,
+    NatsError,
+    StreamCancelled,
+    StreamClosed,
+)
+from natsync.message import Item
+from natsync.mux import LinkLoss, Mux
+from natsync.outbox import destination
+from natsync.protocol import encode_pub
+from natsync.streaming import frames
+from natsync.streaming.frames import Op
+from natsync.streaming.sender import Ending, SenderCore
+
+log = logging.getLogger("natsync.streaming")
+
+#: Bytes of chunks that send_many() queues as one piece, so that they leave in one write.
+GROUP_BYTES = 64 << 10
+
+
+class PlainSender(SenderCore):
+    """A response in plain mode."""
+
+    def __init__(self, connection: Connection, control: Mux, reply: bytes, ctx: Context, subject: str) -> None:
+        super().__init__(connection, control, reply, ctx, subject)
+        sentinels = connection.options.sentinels
+        self._sentinels = sentinels
+        self._special = sentinels.common_start
+        self._broken: StreamClosed | None = None
+        self._first_mark = 0  # positions in the outbox: of the first message,
+        self._last_mark = 0  # of the last chunk,
+        self._end_mark = 0  # and of the end
+        self._prefix = b"PUB %b %b " % (reply, self._inbox)
+        self.open()
+
+    @property
+    def ends_empty(self) -> bool:
+        return not self._sentinels.end
+
+    # -- sending -----------------------------------------------------------------------------------------------
+
+    def send(self, data: bytes, deadline: Deadline) -> int:
+        frame = self._frame(data, first=not self.count)
+        while not (number := self._try(frame, len(data))):
+            self._connection.wait_room(deadline, self.closed.is_set)
+        return number
+
+    def try_send(self, data: bytes) -> bool:
+        return self._try(self._frame(data, first=not self.count), len(data)) > 0
+
+    def send_many(self, chunks: list[bytes], deadline: Deadline) -> int:
+        number = self.count
+        group: list[bytes] = []
+        size = payload = 0
+        first = not self.count
+        # All are checked before the first is queued.
+        encoded = [self._frame(chunk, first=first and not index) for index, chunk in enumerate(chunks)]
+        for frame, chunk in zip(encoded, chunks, strict=True):
+            group.append(frame)
+            size += len(frame)
+            payload += len(chunk)
+            if size >= GROUP_BYTES:
+                number = self._send_group(group, payload, deadline)
+                group, size, payload = [], 0, 0
+        return self._send_group(group, payload, deadline) if group else number
+
+    def _send_group(self, group: list[bytes], payload: int, deadline: Deadline) -> int:
+        joined = b"".join(group)
+        while not (number := self._try(joined, payload, len(group))):
+            self._connection.wait_room(deadline, self.closed.is_set)
+        return number
+
+    def _frame(self, data: bytes, *, first: bool) -> bytes:
+        if data.startswith(self._special) and self._sentinels.forges(data):
+            raise InvalidArgument(
+                f"the chunk {data[:40]!r} is what ends a plain stream, so the requester would take it for the end; "
+                f"change the payload, or the sentinels on both sides"
+            )
+        limit = self._connection.info.get("max_payload")
+        if limit is not None and len(data) > limit:
+            raise MaxPayloadExceeded(len(data), limit)
+        headers = self._headers
+        if headers is not None and first:
+            return self._connection.encode(self._reply, self._inbox, headers.encode(), data)
+        return b"%b%d\r\n%b\r\n" % (self._prefix, len(data), data)
+
+    def _try(self, frame: bytes, size: int, chunks: int = 1) -> int:
+        with self._lock:
+            if self._error is not None:
+                raise self._closed_error()
+            mark = self._connection.try_put(frame, messages=chunks)
+            if not mark:
+                return 0
+            first = self._counted_locked(chunks, size)
+            self._last_mark = mark
+            self._first_mark = self._first_mark or mark
+            number = self.count
+        if first:
+            self._begun()
+        return number
+
+    def _wake_senders(self) -> None:
+        self._connection.wake_publishers()
+
+    def settle(self, deadline: Deadline) -> bool:
+        try:
+            self._connection.flush(deadline)
+        except NatsError:
+            return False
+        return True
+
+    # -- ending ------------------------------------------------------------------------------------------------
+
+    def _put_end(self, ending: Ending) -> None:
+        """Queue the end; a link that is lost before the server has it must not leave the requester waiting."""
+        payload = self._sentinels.end if ending.op == Op.END else self._error_payload(ending.text)
+        frame = encode_pub(self._reply, self._inbox, None, payload)
+        try:
+            with self._lock:  # so that breaks() sees the end either not sent or with its mark
+                mark = self._end_mark = self._connection.try_put(frame, force=True)
+        except NatsError as error:  # closed: there is nobody to tell any more
+            log.debug("the end of a stream on %r was not sent: %s", self.subject, error)
+            self._forget()
+            return
+        self._connection.when_confirmed(mark, lambda: self._confirmed(mark))
+
+    def _error_payload(self, text: str) -> bytes:
+        """The end of a text that does not fit into max_payload is left out."""
+        payload = self._sentinels.error_prefix + text.encode("utf-8", "replace")
+        return payload[: self._connection.info.get("max_payload")]
+
+    def _confirmed(self, mark: int) -> None:
+        """The server has everything up to this position."""
+        if mark == self._end_mark:
+            self._forget()
+
+    # -- the reader, the supervisor ------------------------------------------------------------------------------
+
+    def deliver(self, items: list[Item]) -> None:
+        """A message to the control subject: nobody listens (503), or the requester cancels."""
+        for _, block, payload in items:
+            if block is not None and _headers.status_of(block) == frames.NO_RESPONDERS_STATUS and not payload:
+                self._close(ClientLost("the requester is gone: nobody listens to its inbox any more"), None)
+                return
+            reason = frames.decode_cancel(payload)
+            if reason is not None:
+                self._close(StreamCancelled(reason), None)
+                return
+
+    def breaks(self, loss: LinkLoss) -> bytes | None:
+        """Whether messages of this stream may have been lost with the link: then nothing more of it may be sent.
+
+        Returns the reply subject, whose waiting messages are to be taken back.
+        """
+        with self._lock:
+            # What is in the new outbox already, behind the gap, is taken back: chunks, and an end too.
+            chunks_lost = 0 < self._first_mark <= loss.taken and loss.confirmed < self._last_mark
+            if not chunks_lost and not loss.confirmed < self._end_mark <= loss.taken:
+                return None
+            return self._break_locked(f"the responder's link broke in mid-stream, chunks may be missing: {loss.reason}")
+
+    def frames_dropped(self, dropped: list[bytes]) -> bytes | None:
+        if not any(destination(frame) == self._reply for frame in dropped):
+            return None
+        with self._lock:
+            return self._break_locked("a chunk was dropped: the responder's next server takes none as large as that")
+
+    def _break_locked(self, text: str) -> bytes:
+        """Chunks are missing: nothing behind them may be sent. Requires _lock."""
+        self._broken = StreamClosed(text, code=Code.UNAVAILABLE)
+        if self._error is None:
+            self._error = self._broken
+        return self._reply
+
+    def link_lost(self, loss: LinkLoss) -> None:
+        self.repair()
+
+    def repair(self) -> None:
+        """A stream with a gap must not seem complete, and one whose end was lost must not seem endless."""
+        broken, self._broken = self._broken, None
+        if broken is None:
+            return
+        ending = Ending(Op.ERROR, broken.message, self._lost())
+        if self._error is broken:
+            self._finish(ending)
+        else:
+            self._put_end(ending)

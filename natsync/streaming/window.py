@@ -1,0 +1,366 @@
+"""The two ends of a framed stream as pure state machines: what is kept until it has arrived, and what is taken.
+
+Outgoing keeps what was sent and may have to be sent again; Incoming puts frames in order and accounts for the credit it
+gives. No locks, no I/O, no clock: whoever drives them owns them. What they promise together, over a link that loses,
+doubles and reorders: each chunk comes out once, in order.
+
+Frames are numbered from 1. A limit is absolute (the highest seq, the highest offset in application bytes), so that
+losing, doubling or reordering what tells it does no harm.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+from typing import NamedTuple
+
+from natsync.errors import MaxPayloadExceeded, ProtocolError
+from natsync.streaming import frames
+from natsync.streaming.frames import Ack, Offer, Op
+
+#: Chunks in one batch at most: more gain nothing.
+BATCH_CHUNKS = 256
+#: Bytes in one batch at most.
+BATCH_BYTES = 64 << 10
+#: The largest chunk that shares a frame: of larger ones the frame's own cost is nothing.
+BATCHED_CHUNK_BYTES = 8 << 10
+#: Windows that a responder keeps for one stream at most, whatever it is offered: chunks, and bytes.
+MOST_WINDOW = 65_536
+MOST_WINDOW_BYTES = 64 << 20
+
+
+class Frame(NamedTuple):
+    """One frame that is due. seqs: how many it uses up, from `seq` on; block: its headers."""
+
+    op: bytes
+    seq: int
+    block: bytes | None
+    payload: bytes
+    seqs: int
+
+
+class Outgoing:
+    """What a responder has been given to send, until the requester has it.
+
+    Attributes:
+        last: the highest seq that was given out.
+        acked: the requester has everything up to this seq.
+        sent: up to this seq everything was handed to the link since it last had to be sent again.
+        highest: up to this seq everything was handed to some link.
+        ended: whether the end was given.
+        kept_bytes: what is kept, in bytes.
+        quota_bytes: what may be kept.
+    """
+
+    def __init__(self, offer: Offer, max_payload: int, quota_bytes: int) -> None:
+        self.window = min(offer.window, MOST_WINDOW)
+        self.window_bytes = min(offer.window_bytes, MOST_WINDOW_BYTES)
+        self.fragment_bytes = max(1, min(max_payload, self.window_bytes // 4))
+        self.quota_bytes = quota_bytes
+        self.last = self.acked = self.sent = self.highest = 0
+        self.kept_bytes = 0
+        self.ended = False
+        self._batches = offer.batches
+        self._batch_bytes = min(BATCH_BYTES, max_payload)
+        self._limit, self._limit_bytes = offer.window, offer.window_bytes
+        self._kept: list[bytes] = []  # of acked+1 … last
+        self._special: dict[int, tuple[bytes, bytes | None]] = {}  # seq -> (op, headers) of all but bare chunks
+        self._offset = 0  # application bytes up to `last`,
+        self._sent_offset = 0  # up to `sent`,
+        self._acked_offset = 0  # and up to `acked`
+        self._last_seq = self._last_offset = 0  # how far may be given out now
+        self._reckon()
+
+    def _reckon(self) -> None:
+        """How far the credit and one's own window reach."""
+        self._last_seq = min(self._limit, self.acked + self.window)
+        self._last_offset = min(self._limit_bytes, self._acked_offset + self.window_bytes)
+
+    # -- giving --------------------------------------------------------------------------------------------------
+
+    def takes(self, size: int) -> bool:
+        """Whether a chunk of this size may be pushed: there is room for it, and credit for its first fragment."""
+        return self.kept_bytes + size <= self.quota_bytes and self.has_credit(size)
+
+    def has_credit(self, size: int) -> bool:
+        """Whether nothing but the quota can keep a chunk of this size waiting."""
+        first = size if size < self.fragment_bytes else self.fragment_bytes
+        return self.last < self._last_seq and self._offset + first <= self._last_offset
+
+    def push(self, chunk: bytes, block: bytes | None = None) -> None:
+        """Take a chunk, in fragments if it is large; block goes as headers with its first frame.
+
+        Raises:
+            MaxPayloadExceeded: the headers alone are larger than a frame.
+        """
+        size = len(chunk)
+        if block is not None:
+            self._push_with_headers(chunk, block)
+        elif size > self.fragment_bytes:
+            self._push_fragments([chunk])
+        else:
+            self._kept.append(chunk)
+            self.last += 1
+            self._offset += size
+            self.kept_bytes += size
+
+    def _push_with_headers(self, chunk: bytes, block: bytes) -> None:
+        room = self.fragment_bytes - len(block)
+        if room <= 0:
+            raise MaxPayloadExceeded(len(block) + 1, self.fragment_bytes)
+        if len(chunk) <= room:
+            self._add(Op.DATA, block, chunk)
+        else:
+            self._push_fragments([chunk[:room], chunk[room:]], block)
+
+    def _push_fragments(self, parts: list[bytes], block: bytes | None = None) -> None:
+        size = self.fragment_bytes
+        pieces = [part[start : start + size] for part in parts for start in range(0, len(part), size)]
+        for piece in pieces[:-1]:
+            self._add(Op.FRAGMENT, block, piece)
+            block = None
+        self._add(Op.DATA, None, pieces[-1])
+
+    def _add(self, op: bytes, block: bytes | None, payload: bytes) -> None:
+        self._kept.append(payload)
+        self.last += 1
+        self._special[self.last] = (op, block)
+        self._offset += len(payload)
+        self.kept_bytes += len(payload)
+
+    def push_end(self, op: bytes, block: bytes | None, payload: bytes) -> None:
+        """Take what ends the stream; it needs no credit, and counts no application bytes."""
+        self._kept.append(payload)
+        self.last += 1
+        self._special[self.last] = (op, block)
+        self.ended = True
+
+    # -- sending -------------------------------------------------------------------------------------------------
+
+    def next(self) -> Frame | None:
+        """The next frame to be sent; None if all is sent, or its credit is still to come."""
+        seq = self.sent + 1
+        if seq > self.last:
+            return None
+        special = self._special.get(seq) if self._special else None
+        if special is None:
+            return self._next_chunks(seq)
+        op, block = special
+        payload = self._kept[seq - self.acked - 1]
+        if op in (Op.END, Op.ERROR):
+            self._advance(1, 0)
+        elif seq > self._limit or self._sent_offset + len(payload) > self._limit_bytes:
+            return None  # a fragment of a chunk larger than the credit
+        else:
+            self._advance(1, len(payload))
+        return Frame(op, seq, block, payload, 1)
+
+    def _next_chunks(self, seq: int) -> Frame:
+        begin = seq - self.acked - 1
+        first = self._kept[begin]
+        if self._batches and self.last > seq and len(first) <= BATCHED_CHUNK_BYTES:
+            run = self._run(begin, seq)
+            if len(run) > 1:
+                self._advance(len(run), sum(map(len, run)))
+                return Frame(Op.BATCH, seq, None, frames.encode_batch(run), len(run))
+        self._advance(1, len(first))
+        return Frame(Op.DATA, seq, None, first, 1)
+
+    def _run(self, begin: int, seq: int) -> list[bytes]:
+        """The chunks from here on that share a frame."""
+        run = self._kept[begin : begin + BATCH_CHUNKS]
+        if self._special:
+            stop = min((one for one in self._special if one > seq), default=self.last + 1)
+            del run[stop - seq :]
+        sizes = list(map(len, run))
+        if max(sizes) > BATCHED_CHUNK_BYTES:
+            large = next(index for index, size in enumerate(sizes) if size > BATCHED_CHUNK_BYTES)
+            del run[large:], sizes[large:]
+        room = self._batch_bytes - 4
+        if sum(sizes) + 4 * len(sizes) > room:
+            totals = itertools.accumulate(size + 4 for size in sizes)
+            fitting = next(index for index, total in enumerate(totals) if total > room)
+            del run[fitting:]
+        return run
+
+    def _advance(self, count: int, size: int) -> None:
+        self.sent += count
+        self._sent_offset += size
+        self.highest = max(self.highest, self.sent)
+
+    @property
+    def blocked(self) -> bool:
+        """Whether something waits for credit to be sent."""
+        return self.sent < self.last
+
+    # -- what the requester says ---------------------------------------------------------------------------------
+
+    def acknowledge(self, ack: Ack) -> bool:
+        """Take a requester's account; whether it brings anything new. What it has is let go."""
+        if ack.received > self.highest:
+            return False  # of what was never sent: not of this stream, or nonsense
+        news = False
+        if ack.received > self.acked:
+            self._let_go(ack.received - self.acked)
+            news = True
+        if ack.limit > self._limit or ack.limit_bytes > self._limit_bytes:
+            self._limit = max(self._limit, ack.limit)
+            self._limit_bytes = max(self._limit_bytes, ack.limit_bytes)
+            news = True
+        if ack.missing and self.sent > self.acked:
+            self.rewind()
+        if news:
+            self._reckon()
+        return news
+
+    def _let_go(self, count: int) -> None:
+        size = self._application_bytes(count)
+        del self._kept[:count]
+        self.acked += count
+        self._acked_offset += size
+        self.kept_bytes -= size
+        if self._special:
+            for seq in [one for one in self._special if one <= self.acked]:
+                del self._special[seq]
+        if self.sent < self.acked:
+            self.sent, self._sent_offset = self.acked, self._acked_offset
+
+    def _application_bytes(self, count: int) -> int:
+        """Of the first frames that are kept; an end counts none."""
+        size = sum(map(len, self._kept[:count]))
+        if self.ended and self.acked + count == self.last:
+            size -= len(self._kept[count - 1])
+        return size
+
+    def rewind(self) -> None:
+        """Send again whatever the requester has not acknowledged."""
+        self.sent, self._sent_offset = self.acked, self._acked_offset
+
+    def adapt(self, max_payload: int) -> bool:
+        """Frames are to be no larger than this from now on; whether all that is kept is."""
+        self.fragment_bytes = max(1, min(max_payload, self.window_bytes // 4))
+        self._batch_bytes = min(BATCH_BYTES, max_payload)
+        return max(map(len, self._kept), default=0) <= max_payload
+
+    def clear(self) -> None:
+        """Keep nothing any more."""
+        self._kept, self._special = [], {}
+        self.kept_bytes = 0
+
+
+class Verdict(enum.Enum):
+    """What an arriving frame means."""
+
+    TAKEN = "taken"
+    AGAIN = "again"  # it had come before
+    GAP = "gap"  # something before it did not come
+    END = "end"
+    ERROR = "error"
+
+
+class Incoming:
+    """What a requester has received: in order, without a gap, never more than it gave credit for.
+
+    Attributes:
+        received: everything up to this seq is here.
+        gaps: how often something was missing.
+        resent: frames that came again, or too early, so that they were dropped.
+        granted_bytes: the credit in bytes that is out: what may still come, or has come and is not consumed.
+    """
+
+    def __init__(self, window: int, window_bytes: int, chunk_bytes: int) -> None:
+        self.window = window
+        self.received = 0
+        self.gaps = self.resent = 0
+        self._chunk_bytes = chunk_bytes
+        self._limit, self._limit_bytes = window, window_bytes
+        self._received_bytes = 0
+        self._credited, self._credited_bytes = 0, 0  # frames and bytes that hold no place any more
+        self._parts: list[bytes] = []
+        self._parts_bytes = 0
+
+    @property
+    def granted_bytes(self) -> int:
+        return self._limit_bytes - self._credited_bytes
+
+    def take(self, op: bytes, seq: int, payload: bytes, chunks: list[bytes]) -> Verdict:
+        """Take a frame (not a probe); what it completes is appended to chunks.
+
+        Raises:
+            ProtocolError: the responder sends what it may not.
+        """
+        count, batch = 1, None
+        if op == Op.BATCH:
+            batch = frames.decode_batch(payload)
+            count = len(batch)
+        expected = self.received + 1
+        if seq > expected:
+            self.resent += count
+            return Verdict.GAP
+        if seq + count <= expected:
+            self.resent += count
+            return Verdict.AGAIN
+        if op == Op.END or op == Op.ERROR:
+            if self._parts:
+                raise ProtocolError("the stream ended within a chunk")
+            self.received = seq
+            return Verdict.END if op == Op.END else Verdict.ERROR
+        if batch is not None:
+            fresh = batch[expected - seq :]  # it may have been put together anew, and straddle what is here
+            self._count(len(fresh), sum(map(len, fresh)))
+            if self._parts:
+                raise ProtocolError("a batch came within a chunk")
+            chunks.extend(fresh)
+            return Verdict.TAKEN
+        self._count(1, len(payload))
+        if op == Op.FRAGMENT:
+            self._add_part(payload)
+        elif op == Op.DATA:
+            chunks.append(payload if not self._parts else self._whole(payload))
+        else:
+            raise ProtocolError(f"a frame of the unknown kind {op[:8]!r}")
+        return Verdict.TAKEN
+
+    def _count(self, count: int, size: int) -> None:
+        self.received += count
+        self._received_bytes += size
+        if self.received > self._limit or self._received_bytes > self._limit_bytes:
+            raise ProtocolError(
+                f"the responder sent up to frame {self.received} and byte {self._received_bytes}, and its credit "
+                f"reached to {self._limit} and {self._limit_bytes}"
+            )
+
+    def _add_part(self, payload: bytes) -> None:
+        """Keep a fragment; it cannot be consumed yet, so its credit is given back at once."""
+        self._parts.append(payload)
+        self._parts_bytes += len(payload)
+        if self._parts_bytes > self._chunk_bytes:
+            raise ProtocolError(f"a chunk of more than {self._chunk_bytes} bytes (max_message_bytes)")
+        self.consume(1, len(payload))
+
+    def _whole(self, last: bytes) -> bytes:
+        # The fragments' credit was given back. It is taken again while the chunk waits, and returns as it is consumed.
+        self._credited_bytes -= self._parts_bytes
+        if self._parts_bytes + len(last) > self._chunk_bytes:
+            raise ProtocolError(f"a chunk of more than {self._chunk_bytes} bytes (max_message_bytes)")
+        self._parts.append(last)
+        chunk = b"".join(self._parts)
+        self._parts, self._parts_bytes = [], 0
+        return chunk
+
+    def consume(self, count: int, size: int) -> None:
+        """The application has taken this many chunks, of this many bytes in all."""
+        self._credited += count
+        self._credited_bytes += size
+
+    def is_due(self, window_bytes: int) -> bool:
+        """Whether enough was consumed, a quarter of the window, for new limits to be worth a message."""
+        seqs = self._credited + self.window - self._limit
+        size = self._credited_bytes + window_bytes - self._limit_bytes
+        return 4 * seqs >= self.window or 4 * size >= window_bytes
+
+    def account(self, window_bytes: int, *, missing: bool = False) -> Ack:
+        """What to tell the responder: what is here, and the limits now. window_bytes: credit that may be out."""
+        self._limit = max(self._limit, self._credited + self.window)
+        self._limit_bytes = max(self._limit_bytes, self._credited_bytes + window_bytes)
+        return Ack(self.received, self._limit, self._limit_bytes, missing)
