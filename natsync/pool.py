@@ -21,6 +21,7 @@ from typing import Any
 
 from natsync.client import REQUEST_SECONDS, Client
 from natsync.concurrency import Deadline, Signal, after_fork_in_child, check_timeout, fork_generation, run_soon
+from natsync.context import current
 from natsync.errors import ForkError, InvalidArgument, PoolClosed, PoolTimeout, TimedOut
 from natsync.message import Message, Payload
 from natsync.options import Servers, connect_settings
@@ -313,7 +314,7 @@ class ConnectionPool:
 
     def _borrow_within(self, turn: _Turn, arguments: dict[str, Any]) -> tuple[Client, dict[str, Any]]:
         """A client within the verb's own timeout and ctx, and the arguments with the time that is left."""
-        ctx = arguments.get("ctx")
+        ctx = arguments.get("ctx") or current()
         own = Deadline.after(check_timeout(arguments.get("timeout")))
         limit = (own if ctx is None else own.or_sooner(ctx.remaining())).or_sooner(self._timeout)
         client = self._borrow(turn, limit.remaining())

@@ -1,4 +1,7 @@
-"""Client.stream(): what iterating, waiting, closing, failing and retrying do, against a real nats-server."""
+"""Client.stream(): what iterating, waiting, closing, failing and retrying do, against a real nats-server.
+
+What does not depend on the mode runs in both.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,21 @@ from rawclient import END, PATIENCE, RawClient
 Make = Callable[..., NatsServer]
 
 
+framed_only = pytest.mark.parametrize("mode", ["framed"])
+plain_only = pytest.mark.parametrize("mode", ["plain"])
+
+
+@pytest.fixture(params=["framed", "plain"])
+def mode(request: pytest.FixtureRequest) -> str:
+    """The mode of the client's streams with the subscriber."""
+    assert isinstance(request.param, str)
+    return request.param
+
+
 @pytest.fixture
-def client(natsync_client: natsync.Client) -> natsync.Client:
-    return natsync_client.open()
+def client(nats_server: NatsServer, mode: str) -> Iterator[natsync.Client]:
+    with natsync.connect(nats_server.url, framed=mode == "framed") as client:
+        yield client
 
 
 @pytest.fixture
@@ -73,6 +88,13 @@ def hold(subscriber: natsync.Subscriber) -> Iterator[Hold]:
     hold = Hold(subscriber, "sc.hold")
     yield hold
     hold.end_all()
+
+
+def taken_now(stream: natsync.Stream) -> bytes | None:
+    """The next chunk if it is there."""
+    with contextlib.suppress(natsync.TimedOut):
+        return stream.next(timeout=0)
+    return None
 
 
 # -- taking chunks -------------------------------------------------------------------------------------------------
@@ -130,8 +152,12 @@ def test_next_with_timeout_0_does_not_wait(client: natsync.Client, hold: Hold) -
         with pytest.raises(natsync.TimedOut):
             stream.next(timeout=0)
         assert time.monotonic() - begin < 0.5
+
+
+def test_next_with_timeout_0_takes_what_is_there(client: natsync.Client, hold: Hold) -> None:
+    with client.stream("sc.hold") as stream:
         hold.sender.send(b"1")
-        eventually(lambda: stream.mode == "plain")
+        assert eventually(lambda: taken_now(stream)) == b"1"
 
 
 def test_next_raises_stream_ended_behind_the_last_chunk(client: natsync.Client, hold: Hold) -> None:
@@ -170,8 +196,7 @@ def test_a_stream_that_is_complete_before_anybody_reads_is_complete(client: nats
     stream = client.stream("sc.hold")
     hold.sender.send_many([b"1", b"2", b"3"])
     hold.sender.end()
-    client.flush()
-    eventually(lambda: stream.mode == "plain")
+    eventually(lambda: client.stats()["waiting_replies"] == 0)  # the end is there
     assert list(stream) == [b"1", b"2", b"3"]
 
 
@@ -254,11 +279,23 @@ def test_close_is_idempotent_from_many_threads(client: natsync.Client, hold: Hol
         next(stream)
 
 
+@framed_only
 def test_close_tells_the_handler_before_it_has_sent_anything(client: natsync.Client, hold: Hold) -> None:
     stream = client.stream("sc.hold")
     sender = hold.sender
     stream.close()
     assert sender.closed.wait(1)
+
+
+@plain_only
+def test_a_plain_handler_hears_of_a_close_before_its_first_chunk_when_it_sends_that(
+    client: natsync.Client, hold: Hold
+) -> None:
+    stream = client.stream("sc.hold")
+    sender = hold.sender
+    stream.close()
+    sender.send(b"1")
+    assert sender.closed.wait(PATIENCE)
 
 
 def test_close_right_after_the_request_reaches_the_handler(client: natsync.Client, hold: Hold) -> None:

@@ -38,6 +38,7 @@ from natsync.streaming import frames
 from natsync.streaming.calls import Calls
 from natsync.streaming.framed_receiver import FramedReceiver
 from natsync.streaming.inlet import Receiver
+from natsync.streaming.peers import OUTAGE_GRACES
 from natsync.streaming.plain_receiver import PlainReceiver
 from natsync.timers import Alarm
 
@@ -210,6 +211,7 @@ class Call(Waiter):
             self._receiver.link_lost(loss)
         elif self._offered is not None:
             self._lost = loss  # a framed answer may still come: nothing of it gets lost
+            self._alarm.set(time.monotonic() + OUTAGE_GRACES * self._calls.grace)
         else:
             self.fail(ServerLost(f"the link broke in mid-stream, chunks may be missing: {loss.reason}"), tell=False)
 
@@ -222,7 +224,7 @@ class Call(Waiter):
     def _unanswered(self) -> None:
         """The link that took the request was lost, and on the next one there is no answer either."""
         if self._receiver is None and self._lost is not None:
-            self.fail(ServerLost(f"the link broke before there was an answer: {self._lost.reason}"))
+            self.fail(ServerLost(f"the link broke, and no answer came since: {self._lost.reason}"))
 
     def publish_denied(self, subject: bytes, error: Exception) -> None:
         if self._receiver is None and subject == _subject.publish_subject(self.subject):

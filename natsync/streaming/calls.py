@@ -179,10 +179,11 @@ class Farewell(Waiter):
         self.speak()
 
     def deliver(self, items: list[Item]) -> None:
-        self._calls.connection.mux.late += len(items)
         for reply, block, payload in items:
             status = None if block is None else _headers.status_of(block)
             address = frames.decode_address(reply, block)
+            if status is None and (address is None or address.op in (Op.DATA, Op.BATCH, Op.FRAGMENT)):
+                self._calls.connection.mux.late += 1
             unheard = status == frames.NO_RESPONDERS_STATUS and not payload
             if unheard or address is None or address.op in (Op.ERROR, Op.REFUSED):
                 if reply is not None and frames.PLAIN_MARK in reply:

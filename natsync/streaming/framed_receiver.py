@@ -333,9 +333,8 @@ class FramedReceiver:
     def resume(self) -> None:
         self.resumes += 1
 
-    def give_up(self) -> None:
-        grace = self.offer.grace
-        self._inlet.fail(ServerLost(f"the responder is gone: it was not heard from for {grace:g} s"), tell=False)
+    def give_up(self, why: str) -> None:
+        self._inlet.fail(ServerLost(f"the responder is gone: {why}"), tell=False)
 
 
 def _is_unheard(block: bytes | None, payload: bytes) -> bool:

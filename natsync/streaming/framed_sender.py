@@ -403,7 +403,7 @@ class FramedSender(SenderCore):
 
     def suspend(self) -> None:
         with self._lock:
-            self._paused = True
+            self._paused = self._peer.suspended or not self._connection.linked  # it may be heard from again already
 
     def resume(self) -> None:
         """Heard from again, or linked again: find out what has arrived, and go on from there."""
@@ -421,9 +421,8 @@ class FramedSender(SenderCore):
         if wake:
             self._connection.ready(self)
 
-    def give_up(self) -> None:
-        text = f"the requester is gone: it was not heard from for {self._peer.grace:g} s"
-        self._stop(ClientLost(text), Event.LOST)
+    def give_up(self, why: str) -> None:
+        self._stop(ClientLost(f"the requester is gone: {why}"), Event.LOST)
 
     def link_lost(self, loss: LinkLoss) -> None:
         with self._lock:

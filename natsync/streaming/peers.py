@@ -1,7 +1,8 @@
 """Peers: the connections at the other end of framed streams, whether they are heard from, and what follows if not.
 
 All streams between two connections share one Peer on each side, so silence is noticed by one question, however many
-streams are idle. Its clock stands while one's own link is down. It runs on the reader's and the timer's threads and
+streams are idle. While one's own link is down silence proves nothing, and its clock stands; but streams do not outlast
+an outage for ever. It runs on the reader's and the timer's threads and
 never waits; its lock is held for its own fields only.
 """
 
@@ -22,6 +23,8 @@ ANSWER_SECONDS = 2.0
 #: Seconds to the first repetition of a question; each waits twice as long as the one before, up to the longest.
 FIRST_REPEAT = 0.25
 LONGEST_REPEAT = 2.0
+#: Graces for which streams outlast an outage of one's own link: a minute, by default.
+OUTAGE_GRACES = 6
 
 
 class State(enum.Enum):
@@ -41,6 +44,7 @@ class Event(enum.Enum):
     UNREACHABLE = "unreachable"  # the server says that nobody listens there
     UNANSWERED = "unanswered"
     OVERDUE = "overdue"  # suspended for longer than the grace
+    OUTAGE = "outage"  # one's own link was down for too long
 
 
 #: What is not listed changes nothing.
@@ -52,6 +56,9 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.ASKED, Event.UNANSWERED): State.SUSPENDED,
     (State.SUSPENDED, Event.HEARD): State.HEARD,
     (State.SUSPENDED, Event.OVERDUE): State.LOST,
+    (State.HEARD, Event.OUTAGE): State.LOST,
+    (State.ASKED, Event.OUTAGE): State.LOST,
+    (State.SUSPENDED, Event.OUTAGE): State.LOST,
 }
 
 
@@ -67,8 +74,8 @@ class Member(Protocol):
     def resume(self) -> None:
         """The other side is heard from again."""
 
-    def give_up(self) -> None:
-        """The other side is gone."""
+    def give_up(self, why: str) -> None:
+        """The other side is gone, as far as can be known."""
 
 
 class Peer:
@@ -82,7 +89,7 @@ class Peer:
         self._lock = threading.Lock()
         self._state = State.HEARD
         self._heard_at = self._since = time.monotonic()  # _since: when the state began
-        self._down = False  # one's own link is
+        self._down_since: float | None = None  # one's own link is
         self._elapsed = 0.0  # of a suspension, when it was lost
         self._repeat = FIRST_REPEAT
         self._alarm = Alarm(self._look)
@@ -141,15 +148,22 @@ class Peer:
             if after is State.SUSPENDED:
                 member.suspend()
             elif after is State.LOST:
-                member.give_up()
+                member.give_up(self._silence(event))
             elif before is State.SUSPENDED:
                 member.resume()
 
+    def _silence(self, event: Event) -> str:
+        if event is Event.OUTAGE:
+            return f"there was no link to a server for {OUTAGE_GRACES * self.grace:g} s"
+        return f"it was not heard from for {self.grace:g} s" if self.grace else "nobody listens there any more"
+
     def _look(self) -> None:
         """The timer has come round: ask, or draw the conclusion."""
-        if not self._is_linked():
-            return  # link_made() sets the clock going again
-        now = time.monotonic()
+        now, down_since = time.monotonic(), self._down_since
+        if down_since is not None:
+            if now - down_since >= OUTAGE_GRACES * self.grace:
+                self._on(Event.OUTAGE)
+            return
         state, since = self._state, self._since
         if state is State.SUSPENDED:
             if now - since >= self.grace:
@@ -183,10 +197,11 @@ class Peer:
 
     def link_lost(self) -> None:
         """One's own link is gone: nothing can be heard, so nothing follows from hearing nothing."""
-        self._alarm.clear()
         with self._lock:
-            if not self._down:
-                self._down, self._elapsed = True, time.monotonic() - self._since
+            if self._down_since is None:
+                self._down_since = time.monotonic()
+                self._elapsed = self._down_since - self._since
+        self._alarm.set(self._down_since + OUTAGE_GRACES * self.grace)
 
     def link_made(self) -> None:
         if not self._is_linked():
@@ -194,7 +209,7 @@ class Peer:
         now = time.monotonic()
         with self._lock:
             elapsed, self._elapsed = self._elapsed, 0.0
-            self._down = False
+            self._down_since = None
             if self._state is State.SUSPENDED:
                 self._since = now - elapsed
                 due = now + min(FIRST_REPEAT, max(0.0, self.grace - elapsed))
