@@ -131,6 +131,35 @@ class SafeEvent(threading.Event):
             return self._happened or self._changed.wait(timeout)
 
 
+class Happening:
+    """Something that happens once, and that few wait for: the event is made for the first who asks for it."""
+
+    __slots__ = ("_event", "happened")
+
+    def __init__(self) -> None:
+        self.happened = False
+        self._event: SafeEvent | None = None
+
+    def set(self) -> None:
+        self.happened = True  # before the look at the event: whoever makes one looks here behind that
+        if self._event is not None:
+            self._event.set()
+
+    @property
+    def event(self) -> SafeEvent:
+        """Set when it has happened."""
+        event = self._event
+        if event is None:
+            with _making_events:
+                event = self._event = self._event or SafeEvent()
+            if self.happened:
+                event.set()
+        return event
+
+
+_making_events = threading.Lock()
+
+
 class Tally:
     """A number that many threads add to."""
 
@@ -301,8 +330,8 @@ def _renew(*, told: bool = False) -> None:
 
 def _forked() -> None:
     """Python's own news of a fork: it counts whatever the mark says, which not every system wipes that says it does."""
-    global _renewing, _under_renewal
-    _renewing, _under_renewal = threading.RLock(), False
+    global _renewing, _under_renewal, _making_events
+    _renewing, _under_renewal, _making_events = threading.RLock(), False, threading.Lock()
     _renew(told=True)
 
 

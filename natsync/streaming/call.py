@@ -161,7 +161,9 @@ class Call(Waiter):
     def arrived(self, chunks: list[bytes]) -> None:
         size = sum(map(len, chunks))
         if self._as_items:
-            self._put([(None, None, chunk) for chunk in chunks], size)
+            first = not (self.chunks or self._waiting_chunks) and self.headers
+            blocks = [self.headers.encode() if first else None, *[None] * (len(chunks) - 1)]
+            self._put([(None, block, chunk) for block, chunk in zip(blocks, chunks, strict=True)], size)
         else:
             self._put(chunks, size)
 
@@ -283,7 +285,8 @@ class Call(Waiter):
     def _take(self) -> bool:
         """Take the next portion of what has come; False if there is none yet. What was taken before is consumed."""
         with self._lock:
-            count, size = self._put_aside_locked()
+            news = bool(self._taken)
+            self._put_aside_locked()
             if self._at_once:
                 self._queue.clear()
             elif self._queue:
@@ -292,14 +295,14 @@ class Call(Waiter):
                 self._waiting_bytes -= self._taken_bytes
                 self.batch = iter(self._taken)
             taken, over = bool(self._taken), self._over
-        if count and self._receiver is not None:
-            self._receiver.consumed(count, size)
+        if news and self._receiver is not None:
+            self._receiver.consumed(self._chunks_before, self._bytes_before)
         if over and not taken:
             raise self._reason()
         return taken
 
-    def _put_aside_locked(self) -> tuple[int, int]:
-        """What `batch` iterates counts as handed out as far as it was: chunks and bytes of it. Requires _lock."""
+    def _put_aside_locked(self) -> None:
+        """What `batch` iterates counts as handed out as far as it was. Requires _lock."""
         count, size = len(self._taken), self._taken_bytes
         left = operator.length_hint(self.batch)
         if left:
@@ -308,7 +311,6 @@ class Call(Waiter):
         self._taken, self._taken_bytes, self.batch = [], 0, _NOTHING
         self._chunks_before += count
         self._bytes_before += size
-        return count, size
 
     def _reason(self) -> Exception:
         """What is to be raised now that there are no chunks any more."""

@@ -28,6 +28,8 @@ WINDOW_BYTES = 4 << 20
 ALL_WINDOWS_BYTES = 32 << 20
 #: What every stream gets in any case.
 LEAST_WINDOW_BYTES = 64 << 10
+#: A new stream begins with this part of what the others have left.
+FIRST_PART = 32
 #: Seconds that closing waits for responders to tell where they can be cancelled: a round trip, and some.
 ADDRESS_SECONDS = 0.25
 #: What a responder is told of a stream that is not known here. HTTP's 410.
@@ -45,10 +47,10 @@ class Budget:
         self._streams = 0
 
     def open(self) -> int:
-        """Credit for a new stream."""
+        """Credit for a new stream: a part of what is left, so that something is left for the next ones."""
         with self._lock:
             self._streams += 1
-            given = self._share_locked(0)
+            given = min(self._share_locked(0), max(LEAST_WINDOW_BYTES, (ALL_WINDOWS_BYTES - self._given) // FIRST_PART))
             self._given += given
             return given
 

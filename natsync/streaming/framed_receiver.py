@@ -51,6 +51,7 @@ class FramedReceiver:
         self._lock = threading.Lock()
         self._incoming = Incoming(window, self.offer.window_bytes, options.max_message_bytes)
         self._given_bytes = self.offer.window_bytes  # as the connection's budget has it
+        self._consumed = self._consumed_bytes = 0
         self._over = False
         self._stream = self._prefix = b""  # of the responder that this is bound to
         self._control: bytes | None = None  # where it is spoken to: the newest reply subject
@@ -282,7 +283,8 @@ class FramedReceiver:
     def consumed(self, chunks: int, size: int) -> None:
         """The application has taken chunks: give credit for others, if it is worth a message."""
         with self._lock:
-            self._incoming.consume(chunks, size)
+            self._incoming.consume(chunks - self._consumed, size - self._consumed_bytes)
+            self._consumed, self._consumed_bytes = chunks, size
             if self._over or not self._incoming.is_due(self._share()):
                 return
             answer = self._account_locked()

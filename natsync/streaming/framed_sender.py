@@ -14,7 +14,7 @@ import time
 from dataclasses import replace
 
 from natsync import headers as _headers
-from natsync.concurrency import Deadline, SafeEvent
+from natsync.concurrency import Deadline, Happening
 from natsync.connection import Connection
 from natsync.context import Context
 from natsync.errors import ClientLost, Code, MaxPayloadExceeded, StreamCancelled, StreamClosed, TimedOut
@@ -93,7 +93,7 @@ class FramedSender(SenderCore):
         self._repeat = FIRST_REPEAT
         self._moved_at = time.monotonic()  # of the last progress, or question
         self._alarm = Alarm(self._look)
-        self._done = SafeEvent()
+        self._done = Happening()
         self._arrived = False
         options = connection.options
         self._peer_name = reply if self._imported else reply.rpartition(b".")[0]
@@ -208,7 +208,7 @@ class FramedSender(SenderCore):
             self._room.notify_all()
 
     def settle(self, deadline: Deadline) -> bool:
-        return self._done.wait(deadline.remaining()) and self._arrived
+        return self._done.event.wait(deadline.remaining()) and self._arrived
 
     # -- the writer ----------------------------------------------------------------------------------------------
 

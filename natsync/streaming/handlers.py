@@ -148,7 +148,7 @@ def _guarded(run: Callable[[HandlerContext, Message, SenderCore], None]) -> Runn
             run(ctx, request, core)
             return None
         except BaseException as error:  # SystemExit in a handler must not leave its requester waiting
-            if core.closed.is_set():
+            if core.over.happened:
                 log.debug("handler of %r stopped after its stream was over: %r", request.subject, error)
                 return error
             core.fail(describe(error), Status(code_of(error), getattr(error, "details", None)))
@@ -208,7 +208,7 @@ def _sent(core: SenderCore, chunk: Any) -> bool:
 
 def _pull_batches(function: Handler, request: Message, core: SenderCore) -> None:
     index, more = 0, True
-    while more and not core.closed.is_set():
+    while more and not core.over.happened:
         batch, more = _pair(function(request, index))
         chunks = [to_bytes(one) for one in batch or () if one]
         try:
@@ -221,7 +221,7 @@ def _pull_batches(function: Handler, request: Message, core: SenderCore) -> None
 
 def _pull(function: Handler, ctx: HandlerContext, request: Message, core: SenderCore, pause: float) -> None:
     index, more = 0, True
-    while more and not core.closed.is_set():
+    while more and not core.over.happened:
         data, more = _pair(function(request, index))
         if data and not _sent(core, data):
             return

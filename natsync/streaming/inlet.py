@@ -53,7 +53,7 @@ class Receiver(Protocol):
         """On the reader's thread."""
 
     def consumed(self, chunks: int, size: int) -> None:
-        """The consumer has taken so many chunks, and bytes."""
+        """The consumer has taken so many chunks, and bytes, in all."""
 
     def link_lost(self, loss: LinkLoss) -> None:
         """The link that the request went out on, or a later one, is gone."""

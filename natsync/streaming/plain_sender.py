@@ -59,7 +59,7 @@ class PlainSender(SenderCore):
     def send(self, data: bytes, deadline: Deadline) -> int:
         frame = self._frame(data, first=not self.count)
         while not (number := self._try(frame, len(data))):
-            self._connection.wait_room(deadline, self.closed.is_set)
+            self._connection.wait_room(deadline, lambda: self.over.happened)
         return number
 
     def try_send(self, data: bytes) -> bool:
@@ -84,7 +84,7 @@ class PlainSender(SenderCore):
     def _send_group(self, group: list[bytes], payload: int, deadline: Deadline) -> int:
         joined = b"".join(group)
         while not (number := self._try(joined, payload, len(group))):
-            self._connection.wait_room(deadline, self.closed.is_set)
+            self._connection.wait_room(deadline, lambda: self.over.happened)
         return number
 
     def _frame(self, data: bytes, *, first: bool) -> bytes:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from natsync import headers as _headers
-from natsync.concurrency import Deadline, SafeEvent, check_timeout, fork_generation, run_soon
+from natsync.concurrency import Deadline, Happening, check_timeout, fork_generation, run_soon
 from natsync.connection import Connection
 from natsync.context import Context
 from natsync.errors import (
@@ -62,7 +62,7 @@ class SenderCore(Waiter):
 
     Attributes:
         ctx: the request's; it ends with the stream, unless that is ended as complete.
-        closed: set when it is over.
+        over: that the stream is.
         count, bytes: chunks queued, and their bytes.
         subject: of the request.
         watch: who is told of the response, if anybody.
@@ -70,7 +70,7 @@ class SenderCore(Waiter):
 
     def __init__(self, connection: Connection, control: Mux, reply: bytes, ctx: Context, subject: str) -> None:
         self.ctx = ctx
-        self.closed: threading.Event = SafeEvent()
+        self.over = Happening()
         self.count = 0
         self.bytes = 0
         self.subject = subject
@@ -194,7 +194,7 @@ class SenderCore(Waiter):
         with self._lock:
             internal, self._internal = self._internal, []
             users, self._callbacks = self._callbacks, []
-        self.closed.set()
+        self.over.set()
         self._stop_watching()
         if not self._ended:
             self.ctx.cancel_soon(Cancelled(str(self._error)))
@@ -280,15 +280,11 @@ class ResponseSender:
     returned. Once the stream is over, for whatever reason, `closed` is set and sending raises StreamClosed or one of
     its kinds: ClientLost, StreamCancelled, DeadlineExceeded. A sender that is dropped without an end is ended with an
     error when it is collected.
-
-    Attributes:
-        closed: a threading.Event, set when the stream is over: ended, failed, cancelled, or the requester is gone.
     """
 
     def __init__(self, core: SenderCore) -> None:
         self._core = core
         self._generation = fork_generation()
-        self.closed = core.closed
 
     def send(self, data: Payload, *, timeout: float | None = None) -> int:
         """Queue one chunk and return its number, from 1 up.
@@ -356,9 +352,14 @@ class ResponseSender:
         self._check_process()
         self._core.set_header(key, value)
 
+    @property
+    def closed(self) -> threading.Event:
+        """Set when the stream is over: ended, failed, cancelled, the requester gone. Wait on it, do not set it."""
+        return self._core.over.event
+
     def is_closed(self) -> bool:
         """Whether the stream is over: nothing more can be sent."""
-        return self._core.closed.is_set()
+        return self._core.over.happened
 
     @property
     def send_count(self) -> int:
@@ -376,7 +377,7 @@ class ResponseSender:
 
     def __del__(self) -> None:
         core = getattr(self, "_core", None)
-        if core is None or core.closed.is_set() or self._generation != fork_generation():
+        if core is None or core.over.happened or self._generation != fork_generation():
             return
         core._connection.in_supervisor(core.dropped)  # a finalizer may run anywhere, inside any lock
 

@@ -129,7 +129,7 @@ class ResponseWatch:
 
     def handler_left(self) -> None:
         """The handler has returned: tell of the end, now or when it comes."""
-        if self._core.closed.is_set():
+        if self._core.over.happened:
             self._tell_done()
         else:
             self._core.on_close(self._tell_done)
