@@ -45,6 +45,7 @@ RESUME_GRACE = 10.0
 #: Seconds of silence between the ends of idle streams before one asks. gRPC's servers ask after 2 hours, proxies cut
 #: after 60 s, and a person gives up after 10.
 HEARTBEAT = 5.0
+#: The shortest heartbeat: a requester must not have itself asked all the time.
 LEAST_HEARTBEAT = 0.1
 #: Bytes kept for the next link while there is none. Default of nats.go (DefaultReconnectBufSize).
 RECONNECT_BUFFER_BYTES = 8 << 20

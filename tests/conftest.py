@@ -44,6 +44,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(lock_order.Plugin(), "natsync-lock-order")
 
 
+@pytest.fixture(params=["framed", "plain"])
+def mode(request: pytest.FixtureRequest) -> str:
+    """The mode of streams between natsync's own sides, where both matter; support has marks for one of them."""
+    assert isinstance(request.param, str)
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def _no_credential_shown() -> Iterator[None]:
     yield

@@ -9,6 +9,12 @@ import threading
 from pathlib import Path
 from types import FrameType
 
+import pytest
+
+#: For tests of what holds in one mode only, in modules whose fixtures have streams in both.
+framed_only = pytest.mark.parametrize("mode", ["framed"])
+plain_only = pytest.mark.parametrize("mode", ["plain"])
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -27,6 +33,17 @@ def thread_frames() -> dict[int, FrameType]:
         return sys._current_frames()
     finally:
         gc.enable()
+
+
+def between_two_tries() -> bool:
+    """Whether a thread is in the wait of a retry."""
+    for thread in thread_frames().values():
+        frame: FrameType | None = thread
+        while frame is not None:
+            if frame.f_code.co_name == "sleep" and frame.f_globals.get("__name__") == "natsync.retry":
+                return True
+            frame = frame.f_back
+    return False
 
 
 def run_python(code: str, *args: str, timeout: float = 30.0) -> subprocess.CompletedProcess[str]:

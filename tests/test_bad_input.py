@@ -208,8 +208,13 @@ def test_a_respond_above_max_payload(nats_server: NatsServer) -> None:
         assert raw.next().payload == b"fine"
 
 
-def test_a_chunk_above_max_payload_does_not_end_the_stream(
-    natsync_client: natsync.Client, natsync_subscriber: natsync.Subscriber
+@pytest.mark.parametrize(
+    "options",
+    [{"framed": False}, {"max_message_bytes": (2 << 20) - 1}],
+    ids=["above max_payload, in plain mode", "above what the requester takes, in framed mode"],
+)
+def test_a_chunk_that_is_too_large_does_not_end_the_stream(
+    nats_server: NatsServer, natsync_subscriber: natsync.Subscriber, options: dict[str, Any]
 ) -> None:
     refused: list[natsync.MaxPayloadExceeded] = []
 
@@ -223,7 +228,8 @@ def test_a_chunk_above_max_payload_does_not_end_the_stream(
         sender.end()
 
     natsync_subscriber.stream_subscribe("b.chunk", handler)
-    assert list(natsync_client.stream("b.chunk")) == [b"fine"]
+    with natsync.connect(nats_server.url, **options) as client:
+        assert list(client.stream("b.chunk")) == [b"fine"]
     assert len(refused) == 2
 
 

@@ -7,8 +7,6 @@ reduced so that each test takes seconds; NATSYNC_ENDURANCE=full runs those that 
 from __future__ import annotations
 
 import random
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,19 +14,16 @@ from typing import Any
 import pytest
 
 import natsync
-from broker import QUICK, Events, Outcome
+from broker import QUICK
 from natsync.testing import FaultProxy, NatsCluster, NatsServer, eventually
 from numbered import (
     KINDS,
     PATIENCE,
     Pace,
-    Recording,
     Taking,
     bounded,
-    plain,
     serve,
     sized,
-    take_exactly,
 )
 
 MakeServer = Callable[..., NatsServer]
@@ -198,3 +193,15 @@ def test_streams_of_every_shape_and_size_arrive_complete_though(fault: str) -> N
             ]
 
         struck(scene, fault, takings, each)
+
+
+# -- large chunks ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [1, 2, 8192])
+def test_a_chunk_larger_than_what_every_stream_may_keep_waits_for_credit_and_is_sent_then(
+    nats_server: NatsServer, window: int
+) -> None:
+    with natsync.Subscriber(nats_server.url) as subscriber, natsync.connect(nats_server.url) as client:
+        subscriber.stream_subscribe("f.large", lambda ctx, request: (bytes(100_000) for _ in range(100)))
+        assert sum(map(len, client.stream("f.large", window=window, timeout=10.0))) == 100 * 100_000

@@ -148,21 +148,21 @@ def test_members_of_a_queue_group_handle_every_message_once_while_one_of_them_mo
 
 
 @pytest.mark.slow
-def test_requests_and_streams_go_on_while_the_requesters_server_leaves(cluster: NatsCluster) -> None:
-    _go_on(cluster, requester=0, responder=1)
+def test_requests_and_streams_go_on_while_the_requesters_server_leaves(cluster: NatsCluster, mode: str) -> None:
+    _go_on(cluster, mode, requester=0, responder=1)
 
 
 @pytest.mark.slow
-def test_requests_and_streams_go_on_while_the_responders_server_leaves(cluster: NatsCluster) -> None:
-    _go_on(cluster, requester=1, responder=0)
+def test_requests_and_streams_go_on_while_the_responders_server_leaves(cluster: NatsCluster, mode: str) -> None:
+    _go_on(cluster, mode, requester=1, responder=0)
 
 
-def _go_on(cluster: NatsCluster, requester: int, responder: int) -> None:
+def _go_on(cluster: NatsCluster, mode: str, requester: int, responder: int) -> None:
     events = Events()
     over = threading.Event()
     mover = {"on_event": events}
     subscriber = natsync.Subscriber(cluster.urls[responder], **(mover if responder == 0 else {}))
-    client = natsync.Client(cluster.urls[requester], **(mover if requester == 0 else {}))
+    client = natsync.Client(cluster.urls[requester], framed=mode == "framed", **(mover if requester == 0 else {}))
 
     @subscriber.stream("count")
     def count(ctx: natsync.Context, request: natsync.Message) -> Iterator[bytes]:
@@ -204,9 +204,10 @@ def _answers(client: natsync.Client) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("slow", ["old", "new"])
 def test_equal_messages_on_links_of_different_delay_are_counted_on_both_from_the_same_one_on(slow: str) -> None:
-    """Chunks that are all alike, so that only their number can tell. Counted by the clock, 50 ms would make 20 of them.
+    """Plain chunks that are all alike, so that only their number can tell.
 
-    What is left is what the servers' own route holds while the mark is on its way, which a busy machine makes more.
+    Counted by the clock, 50 ms would make 20 of them. What is left is what the servers' own route holds while the mark
+    is on its way, which a busy machine makes more.
     """
     over = threading.Event()
     events = Events()
@@ -226,7 +227,7 @@ def test_equal_messages_on_links_of_different_delay_are_counted_on_both_from_the
 
         subscriber.stream_subscribe("equal", equal)
         client = stack.enter_context(
-            natsync.connect([proxy.url for proxy in proxies], randomize=False, on_event=events)
+            natsync.connect([proxy.url for proxy in proxies], randomize=False, on_event=events, framed=False)
         )
         with_interest_of(client, stack.enter_context(natsync.connect(nodes.urls[1])))
         stream = client.stream("equal")

@@ -18,10 +18,12 @@ import natsync
 from natsync import hooks as _hooks
 from natsync.hooks import EVENTS, Watch, checked, fire, fire_event
 from natsync.options import connect_options
+from natsync.streaming.framed_sender import FramedSender
+from natsync.streaming.plain_sender import PlainSender
 from natsync.streaming.sender import SenderCore
 from natsync.testing import NatsServer, PeerConnection, ScriptedPeer, eventually
 from rawclient import END, PATIENCE, RawClient
-from support import run_python
+from support import between_two_tries, framed_only, run_python
 
 Make = Callable[..., NatsServer]
 MakeClient = Callable[..., natsync.Client]
@@ -96,10 +98,11 @@ def log() -> Iterator[Log]:
 
 
 @pytest.fixture
-def make_client(nats_server: NatsServer) -> Iterator[MakeClient]:
+def make_client(nats_server: NatsServer, mode: str) -> Iterator[MakeClient]:
     clients: list[natsync.Client] = []
 
     def make(*servers: str, **options: Any) -> natsync.Client:
+        options.setdefault("framed", mode == "framed")
         clients.append(natsync.Client(*(servers or (nats_server.url,)), **options))
         return clients[-1]
 
@@ -115,9 +118,9 @@ def client(make_client: MakeClient, log: Log) -> natsync.Client:
 
 
 @pytest.fixture
-def plain(natsync_client: natsync.Client) -> natsync.Client:
+def plain(make_client: MakeClient) -> natsync.Client:
     """A client that nobody watches."""
-    return natsync_client.open()
+    return make_client().open()
 
 
 @pytest.fixture
@@ -593,7 +596,7 @@ def test_a_stream_closed_between_two_tries_was_cancelled(client: natsync.Client,
 
     consumer = threading.Thread(target=consume)
     consumer.start()
-    eventually(lambda: stream._call.over)
+    eventually(between_two_tries)
     stream.close()
     consumer.join(PATIENCE)
     assert isinstance(failed[0], natsync.StreamCancelled)
@@ -807,6 +810,7 @@ def test_a_request_handler_that_fails_is_told(watched: natsync.Subscriber, plain
     assert isinstance(log.one("handler_done").values[2], TypeError)
 
 
+@framed_only
 def test_a_request_handler_that_is_asked_for_a_stream_is_told_as_one(
     watched: natsync.Subscriber, plain: natsync.Client, log: Log
 ) -> None:
@@ -822,6 +826,7 @@ def test_a_request_handler_that_is_asked_for_a_stream_is_told_as_one(
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
+@framed_only
 def test_one_stream_too_many_is_told_as_refused_on_both_sides(
     make_subscriber: MakeSubscriber, client: natsync.Client, log: Log
 ) -> None:
@@ -1039,20 +1044,21 @@ def test_the_clients_of_a_pool_have_its_hooks(nats_server: NatsServer, responder
 
 
 def test_without_hooks_nothing_is_watched(
-    plain: natsync.Client, responder: natsync.Subscriber, monkeypatch: pytest.MonkeyPatch
+    plain: natsync.Client, responder: natsync.Subscriber, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def forbidden(*values: object) -> None:
         raise AssertionError("a watch was made")
 
     monkeypatch.setattr(Watch, "__init__", forbidden)
     monkeypatch.setattr(_hooks, "fire", forbidden)
-    made: list[type] = []
-    original = SenderCore.accept
-    monkeypatch.setattr(SenderCore, "accept", lambda core: (made.append(type(core)), original(core))[1])
+    made: list[SenderCore] = []
+    kind = FramedSender if mode == "framed" else PlainSender
+    original = kind.accept
+    monkeypatch.setattr(kind, "accept", lambda core: (made.append(core), original(core))[1])
     plain.publish("hk.mute")
     assert plain.request("hk.echo", b"x").data == b"x"
     stream = plain.stream("hk.count", b"2")
     assert type(stream) is natsync.Stream
     assert list(stream) == [b"0", b"1"]
     plain.stream_request("hk.count", b"2", lambda message: None)
-    assert made == [SenderCore, SenderCore]
+    assert [core.watch for core in made] == [None, None]

@@ -15,6 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 
 import pytest
@@ -423,14 +424,15 @@ def test_a_pools_close(nats_server: NatsServer, error: type[BaseException]) -> N
 
 
 def test_a_senders_send_that_waits_for_room(
-    make_nats_server: Callable[..., NatsServer], error: type[BaseException]
+    make_nats_server: Callable[..., NatsServer], mode: str, error: type[BaseException]
 ) -> None:
     """A handler may hand its sender to the main thread: what is sent behind the interrupted chunk is in order."""
     server = make_nats_server()
     senders: list[natsync.ResponseSender] = []
     block = bytes(1 << 20)
     sent: list[int] = []
-    with natsync.Subscriber(server.url) as subscriber, natsync.connect(server.url) as client:
+    framed = mode == "framed"
+    with natsync.Subscriber(server.url) as subscriber, natsync.connect(server.url, framed=framed) as client:
         subscriber.stream_subscribe("i.full", lambda ctx, request, sender: senders.append(sender))
         stream = client.stream("i.full", timeout=PATIENCE)
         eventually(lambda: senders, PATIENCE)
@@ -442,11 +444,13 @@ def test_a_senders_send_that_waits_for_room(
                 sent.append(len(sent))
 
         try:
-            interrupted(send, error, "wait_room")
+            interrupted(send, error, "_wait_room" if framed else "wait_room")
         finally:
             server.resume()
-        assert senders[0].end(wait=PATIENCE)
-        assert [int(chunk[:8]) for chunk in stream] in (sent, [*sent, len(sent)])
+        with ThreadPoolExecutor() as pool:
+            taken = pool.submit(list, stream)
+            assert senders[0].end(wait=PATIENCE)
+            assert [int(chunk[:8]) for chunk in taken.result(PATIENCE)] in (sent, [*sent, len(sent)])
 
 
 def test_a_contexts_wait(error: type[BaseException]) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 import natsync.mux
 from natsync.message import Item
-from natsync.mux import LinkLoss, Mux
+from natsync.mux import DeepMux, LinkLoss, Mux
 from natsync.protocol import Batch
 
 
@@ -25,6 +25,9 @@ class Waiter(natsync.mux.Waiter):
 
     def link_lost(self, loss: LinkLoss) -> None:
         self.told.append(loss)
+
+    def link_made(self) -> None:
+        self.told.append("link made")
 
     def publish_denied(self, subject: bytes, error: Exception) -> None:
         self.told.append((subject, error))
@@ -74,11 +77,11 @@ def test_a_late_answer_is_counted_and_shown(mux: Mux) -> None:
     token, inbox = enter(mux, waiter)
     mux.unregister(token)
     mux.deliver(answer(inbox, b"1"))
-    mux.on_late = shown.append
+    mux.on_late = lambda whose, items: shown.append((whose, items))
     mux.deliver(answer(inbox, b"2", b"3"))
     assert waiter.items == []
     assert mux.late == 3
-    assert shown == [[(None, None, b"2"), (None, None, b"3")]]
+    assert shown == [(token, [(None, None, b"2"), (None, None, b"3")])]
 
 
 def test_a_late_answer_cannot_reach_whoever_comes_next(mux: Mux) -> None:
@@ -123,9 +126,69 @@ def test_everybody_is_told_of_a_lost_link_a_denial_and_the_end(mux: Mux) -> None
     loss = LinkLoss(OSError("gone"), 10, 5, 0, frozenset())
     denial, end = PermissionError("no"), RuntimeError("closed")
     mux.link_lost(loss)
+    mux.link_made()
     mux.publish_denied(b"a", denial)
     mux.connection_closed(end)
-    assert [waiter.told for waiter in waiters] == [[loss, (b"a", denial), end]] * 3
+    assert [waiter.told for waiter in waiters] == [[loss, "link made", (b"a", denial), end]] * 3
+
+
+def test_watchers_are_told_before_the_waiters_and_get_no_answers(mux: Mux) -> None:
+    order: list[str] = []
+
+    class Noting(Waiter):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+
+        def link_made(self) -> None:
+            order.append(self.name)
+
+    watcher = Noting("watcher")
+    _, inbox = enter(mux, Noting("waiter"))
+    mux.watchers.append(watcher)
+    mux.link_made()
+    mux.deliver(answer(inbox, b"1"))
+    assert order == ["watcher", "waiter"]
+    assert watcher.items == []
+    assert len(mux) == 1
+
+
+def test_a_waiter_that_fails_keeps_no_other_from_being_told(mux: Mux, caplog: pytest.LogCaptureFixture) -> None:
+    class Failing(Waiter):
+        def link_made(self) -> None:
+            raise RuntimeError("a fault of one")
+
+    last = Waiter()
+    enter(mux, Failing())
+    enter(mux, last)
+    mux.link_made()
+    assert last.told == ["link made"]
+    assert "a fault of one" in caplog.text
+
+
+# -- a mux whose subjects go on ----------------------------------------------------------------------------------------
+
+
+def test_a_deep_mux_covers_whatever_follows_the_token() -> None:
+    mux = DeepMux("_INBOX.abc.nsy1")
+    assert mux.wildcard == b"_INBOX.abc.nsy1.>"
+
+
+@pytest.mark.parametrize("tail", [b"", b".d.5", b".h.0.more.still"])
+def test_a_deep_mux_finds_its_waiter_whatever_follows_the_token(tail: bytes) -> None:
+    mux = DeepMux("_INBOX.abc.nsy1")
+    waiters = [Waiter() for _ in range(12)]
+    inboxes = [enter(mux, waiter)[1] for waiter in waiters]
+    mux.deliver(answer(inboxes[10] + tail, b"x"))
+    assert [len(waiter.items) for waiter in waiters] == [0] * 10 + [1, 0]
+    assert mux.late == 0
+
+
+def test_a_deep_mux_tells_whose_a_late_message_was() -> None:
+    mux, shown = DeepMux("_INBOX.abc.nsy1"), list[Any]()
+    mux.on_late = lambda whose, items: shown.append((whose, items))
+    mux.deliver(answer(b"_INBOX.abc.nsy1.77.d.5", b"x"))
+    assert shown == [(b"77", [(None, None, b"x")])]
 
 
 def test_a_waiter_may_unregister_itself_or_another_while_being_told(mux: Mux) -> None:

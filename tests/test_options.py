@@ -18,6 +18,7 @@ from natsync import _pynats2
 from natsync.errors import InvalidArgument, InvalidURL
 from natsync.options import (
     DEFAULT_PORT,
+    LEAST_HEARTBEAT,
     ConnectOptions,
     Sentinels,
     Server,
@@ -187,18 +188,21 @@ def test_an_unknown_option_is_refused_by_name() -> None:
         connect_options({"pasword": "x", "colour": "red", "name": "n"})
 
 
-@pytest.mark.parametrize(
-    "name", ["connect_timeout", "ping_interval", "write_timeout", "reconnect_wait", "reconnect_wait_max"]
-)
+#: The options that are seconds.
+TIMES = [
+    "connect_timeout", "ping_interval", "write_timeout", "reconnect_wait", "reconnect_wait_max", "resume_grace",
+    "heartbeat",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TIMES)
 @pytest.mark.parametrize("value", [-1, -0.001, float("nan")])
 def test_a_negative_time_is_refused_by_name(name: str, value: float) -> None:
     with pytest.raises(InvalidArgument, match=name):
         connect_options({name: value})
 
 
-@pytest.mark.parametrize(
-    "name", ["connect_timeout", "ping_interval", "write_timeout", "reconnect_wait", "reconnect_wait_max"]
-)
+@pytest.mark.parametrize("name", TIMES)
 @pytest.mark.parametrize("value", ["5", True, [1]])
 def test_a_time_that_is_no_number_is_a_type_error(name: str, value: Any) -> None:
     with pytest.raises(TypeError, match=name):
@@ -215,6 +219,35 @@ def test_connecting_needs_some_time_and_a_limit(value: float | None) -> None:
 def test_a_wait_between_walks_has_a_length(name: str) -> None:
     with pytest.raises((InvalidArgument, TypeError), match=name):
         connect_options({name: None})
+
+
+@pytest.mark.parametrize("name", ["resume_grace", "heartbeat"])
+@pytest.mark.parametrize("value", [None, float("inf")])
+def test_silence_is_not_borne_for_ever(name: str, value: float | None) -> None:
+    with pytest.raises(InvalidArgument, match=name):
+        connect_options({name: value})
+
+
+def test_a_silent_peer_may_be_given_up_at_the_first_sign() -> None:
+    assert connect_options({"resume_grace": 0}).resume_grace == 0
+
+
+def test_a_heartbeat_has_a_least_value() -> None:
+    assert connect_options({"heartbeat": LEAST_HEARTBEAT}).heartbeat == LEAST_HEARTBEAT
+    for value in (0, LEAST_HEARTBEAT / 2):
+        with pytest.raises(InvalidArgument, match=f"heartbeat.*at least {LEAST_HEARTBEAT}"):
+            connect_options({"heartbeat": value})
+
+
+def test_streams_are_framed_unless_it_is_switched_off() -> None:
+    assert connect_options({}).framed is True
+    assert connect_options({"framed": False}).framed is False
+
+
+@pytest.mark.parametrize("value", [1, 0, "no", None])
+def test_framed_is_a_choice(value: Any) -> None:
+    with pytest.raises(TypeError, match="framed"):
+        connect_options({"framed": value})
 
 
 @pytest.mark.parametrize("name", ["ping_interval", "write_timeout"])

@@ -12,7 +12,7 @@ import pytest
 from natsync import outbox as outbox_module
 from natsync.concurrency import Deadline
 from natsync.errors import ReconnectBufferFull, TimedOut
-from natsync.outbox import HIGH_WATER_BYTES, WRITE_BYTES, Outbox, OutboxClosed, destination
+from natsync.outbox import HIGH_WATER_BYTES, PRODUCER_BYTES, WRITE_BYTES, Outbox, OutboxClosed, destination
 from natsync.protocol import Pub, RequestParser, encode_pub, encode_sub
 from natsync.testing import eventually
 
@@ -585,6 +585,221 @@ def test_a_link_that_came_to_nothing_leaves_a_buffer_as_before() -> None:
         box.try_put(pub("3"))
     box.attach([b"SUB b 2\r\n"])
     assert [box.take(), box.take()] == [b"SUB b 2\r\n", pub("1") + pub("2")]
+
+
+# -- producers -------------------------------------------------------------------------------------------------------
+
+
+class Source:
+    """A producer of frames, as many at a time as it may; .asked are the shares that it was offered."""
+
+    def __init__(self, *frames: bytes) -> None:
+        self.frames = list(frames)
+        self.asked: list[int] = []
+
+    def produce(self, parts: list[bytes], most_bytes: int) -> tuple[int, int, bool]:
+        self.asked.append(most_bytes)
+        size = messages = 0
+        while self.frames and size < most_bytes:
+            frame = self.frames.pop(0)
+            parts.append(frame)
+            size += len(frame)
+            messages += 1
+        return size, messages, bool(self.frames)
+
+
+class Endless(Source):
+    """A producer that always has more."""
+
+    def produce(self, parts: list[bytes], most_bytes: int) -> tuple[int, int, bool]:
+        self.asked.append(most_bytes)
+        parts.append(bytes(most_bytes))
+        return most_bytes, 1, True
+
+
+def test_what_a_producer_gives_is_taken_behind_what_was_put() -> None:
+    box, source = attached(), Source(pub("produced"), pub("too"))
+    box.ready(source)
+    box.try_put(pub("put"))
+    assert box.take() == pub("put") + pub("produced") + pub("too")
+
+
+def test_a_producer_wakes_the_writer() -> None:
+    box = attached()
+    writer = Waiting(box.take)
+    eventually(lambda: box._writer_waits)
+    box.ready(Source(pub("1")))
+    assert writer.result() == pub("1")
+
+
+def test_a_producer_is_asked_once_for_each_time_that_it_is_ready() -> None:
+    box, source = attached(), Source(pub("1"))
+    box.ready(source)
+    box.take()
+    box.try_put(pub("2"))
+    assert box.take() == pub("2")
+    assert len(source.asked) == 1
+    source.frames.append(pub("3"))
+    box.ready(source)
+    assert box.take() == pub("3")
+
+
+def test_a_producer_that_has_nothing_after_all_leaves_the_writer_waiting() -> None:
+    box, source = attached(), Source()
+    writer = Waiting(box.take)
+    box.ready(source)
+    eventually(lambda: source.asked and box._writer_waits)
+    box.try_put(pub("1"))
+    assert writer.result() == pub("1")
+
+
+def test_a_producer_with_more_is_asked_again_by_itself() -> None:
+    frames = [pub(str(n), 100_000) for n in range(30)]
+    box = attached()
+    box.ready(Source(*frames))
+    assert (box.take() or b"") + (box.take() or b"") + (box.take() or b"") == b"".join(frames)
+
+
+def test_producers_share_a_write() -> None:
+    box = attached()
+    sources = [Endless() for _ in range(4)]
+    for source in sources:
+        box.ready(source)
+    box.take()
+    assert [source.asked for source in sources] == [[WRITE_BYTES // 4]] * 4
+
+
+def test_each_of_many_producers_gets_its_turn() -> None:
+    box = attached()
+    sources = [Endless() for _ in range(5 * WRITE_BYTES // PRODUCER_BYTES)]
+    for source in sources:
+        box.ready(source)
+    for _ in range(5):
+        assert len(box.take() or b"") == WRITE_BYTES
+    assert [source.asked for source in sources] == [[PRODUCER_BYTES]] * len(sources)
+
+
+def test_a_pong_goes_before_what_producers_have() -> None:
+    box = attached()
+    box.ready(Endless())
+    box.put_first(b"PONG\r\n")
+    assert box.take() == b"PONG\r\n"
+    assert len(box.take() or b"") == WRITE_BYTES
+
+
+def test_what_was_produced_is_counted_and_moves_no_position() -> None:
+    box = attached()
+    box.ready(Source(pub("1"), pub("2")))
+    box.take()
+    assert (box.produced_messages, box.produced_bytes) == (2, len(pub("1") + pub("2")))
+    assert (box.messages, box.position, box.taken) == (0, 0, 0)
+
+
+def test_a_producer_that_fails_is_logged_and_the_others_are_asked(caplog: pytest.LogCaptureFixture) -> None:
+    class Failing(Source):
+        def produce(self, parts: list[bytes], most_bytes: int) -> tuple[int, int, bool]:
+            raise RuntimeError("a fault with one stream")
+
+    box = attached()
+    box.ready(Failing())
+    box.ready(Source(pub("1")))
+    assert box.take() == pub("1")
+    assert "a fault with one stream" in caplog.text
+
+
+def test_producers_wait_for_a_link() -> None:
+    box = Outbox(BUFFER)
+    box.ready(Source(pub("1")))
+    box.attach([SUB])
+    assert [box.take(), box.take()] == [SUB, pub("1")]
+
+
+def test_nothing_of_a_producer_waits_for_the_next_link() -> None:
+    box, source = attached(), Source(pub("1"))
+    box.ready(source)
+    assert box.close() == []
+    assert box.take() is None
+    assert source.asked == []
+
+
+@pytest.mark.parametrize("end", [Outbox.close, lambda box: box.seal(SUB)], ids=["closed", "sealed"])
+def test_an_outbox_that_is_left_turns_producers_away(end: Callable[[Outbox], Any]) -> None:
+    box = attached()
+    end(box)
+    with pytest.raises(OutboxClosed):
+        box.ready(Source())
+
+
+# -- one that takes over from another ---------------------------------------------------------------------------------
+
+
+def takes_over(old: Outbox) -> Outbox:
+    """The outbox of the next link, which waits for the old one to finish."""
+    new = Outbox(BUFFER)
+    new.attach([])
+    new.hold()
+    new.follow(old, old.seal(b"UNSUB 1\r\n"))
+    return new
+
+
+def test_positions_go_on_behind_a_sealed_outbox() -> None:
+    old = attached()
+    old.try_put(pub("1"))
+    new = takes_over(old)
+    assert new.position == new.taken == old.position == len(pub("1") + b"UNSUB 1\r\n")
+
+
+def test_what_a_sealed_outbox_holds_is_still_written_and_what_comes_later_waits_for_that() -> None:
+    old = attached()
+    old.try_put(pub("1"))
+    new = takes_over(old)
+    new.try_put(pub("2"))
+    writer = Waiting(new.take)
+    assert old.take() == pub("1") + b"UNSUB 1\r\n"
+    eventually(lambda: new._writer_waits)
+    assert not writer.outcome
+    new.release()
+    assert writer.result() == pub("2")
+
+
+def test_producers_of_a_sealed_outbox_are_asked_by_the_one_that_takes_over() -> None:
+    old, source = attached(), Source(pub("1"))
+    old.ready(source)
+    new = takes_over(old)
+    assert old.take() == b"UNSUB 1\r\n"
+    assert source.asked == []
+    new.release()
+    assert new.take() == pub("1")
+
+
+def test_a_held_outbox_asks_no_producer() -> None:
+    source = Source(pub("1"))
+    new = takes_over(attached())
+    new.ready(source)
+    new.put_first(b"PONG\r\n")
+    assert new.take() == b"PONG\r\n"
+    assert source.asked == []
+    new.release()
+    assert new.take() == pub("1")
+
+
+def test_a_producer_that_is_being_asked_while_another_link_takes_over_goes_on_there() -> None:
+    news: list[Outbox] = []
+
+    class Overtaken(Source):
+        def produce(self, parts: list[bytes], most_bytes: int) -> tuple[int, int, bool]:
+            if not news:
+                news.append(takes_over(old))
+            return super().produce(parts, 1)
+
+    old, source = attached(), Overtaken(pub("1"), pub("2"), pub("3"))
+    old.ready(source)
+    written = (old.take() or b"") + (old.take() or b"")  # whether the old link asks once more is its own affair
+    old.close()
+    news[0].release()
+    while source.frames:
+        written += Waiting(news[0].take).result()
+    assert written.replace(b"UNSUB 1\r\n", b"") == pub("1") + pub("2") + pub("3")
 
 
 # -- threads ---------------------------------------------------------------------------------------------------------

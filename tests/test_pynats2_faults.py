@@ -93,6 +93,10 @@ class Broker:
                 elif request is Op.PONG:
                     self.pongs += 1
 
+    @property
+    def newest(self) -> PeerConnection:
+        return eventually(lambda: self.links)[-1]
+
     def sid(self, subject: bytes) -> bytes:
         return eventually(lambda: [sub.sid for sub in self.subs if sub.subject == subject])[-1]
 

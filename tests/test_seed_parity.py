@@ -30,8 +30,9 @@ def raw(nats_server: NatsServer) -> Iterator[RawClient]:
 
 
 @pytest.fixture
-def client(natsync_client: natsync.Client) -> natsync.Client:
-    return natsync_client.open()
+def client(nats_server: NatsServer, mode: str) -> Iterator[natsync.Client]:
+    with natsync.connect(nats_server.url, framed=mode == "framed") as client:
+        yield client
 
 
 @pytest.fixture
@@ -499,7 +500,8 @@ def test_is_closed_when_a_plain_requester_dies(nats_server: NatsServer, held: He
 def test_is_closed_when_a_natsync_requester_cancels(client: natsync.Client, held: Held) -> None:
     stream = client.stream("parity.sender")
     sender, ctx = held()
-    eventually(lambda: stream.mode)  # the handler's address is known here
+    sender.send(b"1")
+    assert stream.next(PATIENCE) == b"1"  # the handler's address is known here
     stream.cancel("changed my mind")
     assert sender.closed.wait(0.5)  # nothing had to be sent to find out
     assert ctx.wait(PATIENCE)

@@ -17,8 +17,9 @@ from thirdparty import ThirdParty
 
 
 @pytest.fixture
-def client(natsync_client: natsync.Client) -> natsync.Client:
-    return natsync_client.open()
+def client(nats_server: NatsServer, mode: str) -> Iterator[natsync.Client]:
+    with natsync.connect(nats_server.url, framed=mode == "framed") as client:
+        yield client
 
 
 @pytest.fixture

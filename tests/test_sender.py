@@ -1,4 +1,7 @@
-"""ResponseSender and what runs around a handler: threads, ends, guards, faults, cancels, against a real nats-server."""
+"""ResponseSender and what runs around a handler: threads, ends, guards, faults, cancels, against a real nats-server.
+
+What does not depend on the mode runs in both.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +15,28 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import requests
 
 import natsync
+from natsync.streaming.framed_sender import FramedSender
+from natsync.streaming.frames import Offer
+from natsync.streaming.plain_sender import PlainSender
 from natsync.streaming.sender import SenderCore
 from natsync.testing import NatsServer, eventually
 from rawclient import END, ERROR, PATIENCE, RawClient
+from support import framed_only, plain_only
 from thirdparty import ThirdParty
 
 Handler = Callable[[natsync.HandlerContext, natsync.Message, natsync.ResponseSender], object]
 
 
 @pytest.fixture
-def client(natsync_client: natsync.Client) -> natsync.Client:
-    return natsync_client.open()
+def client(nats_server: NatsServer, mode: str) -> Iterator[natsync.Client]:
+    with natsync.connect(nats_server.url, framed=mode == "framed") as client:
+        yield client
 
 
 @pytest.fixture
@@ -50,12 +59,29 @@ class Open:
         self.stream = client.stream("s.open")
         self.sender, self.ctx = arrived.get(timeout=PATIENCE)
 
+    def begin(self) -> None:
+        """Send and take a chunk, so that both sides know each other's address."""
+        self.sender.send(b"the first chunk")
+        assert self.stream.next(PATIENCE) == b"the first chunk"
+
+
+@contextmanager
+def opened_at(server: NatsServer, mode: str) -> Iterator[Open]:
+    """A stream by way of a server of the test's own."""
+    framed = mode == "framed"
+    with natsync.Subscriber(server.url) as subscriber, natsync.connect(server.url, framed=framed) as client:
+        yield Open(client, subscriber)
+
+
+#: What fill() sends.
+BLOCK = b"x" * 100_000
+
 
 def fill(sender: natsync.ResponseSender) -> int:
-    """Send until the link takes no more: the kernel's buffers are full, the writer is blocked. Chunks sent so far."""
+    """Send blocks until there is no room: the kernel's buffers are full (plain), or the credit is used up. How many."""
     begin = moved = time.monotonic()
     while time.monotonic() < moved + 0.25:
-        if sender.try_send(b"x" * 100_000):
+        if sender.try_send(BLOCK):
             moved = time.monotonic()
             assert moved < begin + PATIENCE, "an endless queue"
         else:
@@ -68,6 +94,7 @@ def opened(client: natsync.Client, subscriber: natsync.Subscriber) -> Iterator[O
     opened = Open(client, subscriber)
     yield opened
     opened.stream.close()
+    opened.sender.end()  # a plain handler that has sent nothing yet is not told
     assert opened.sender.closed.wait(PATIENCE)
 
 
@@ -194,6 +221,19 @@ def test_send_many_keeps_the_order_and_returns_the_last_number(opened: Open) -> 
     assert list(opened.stream) == [b"%d" % n for n in range(2001)]
 
 
+def test_send_many_queues_nothing_if_one_chunk_is_larger_than_the_requester_takes(
+    nats_server: NatsServer, subscriber: natsync.Subscriber
+) -> None:
+    with natsync.connect(nats_server.url, max_message_bytes=100_000) as client:
+        opened = Open(client, subscriber)
+        with pytest.raises(natsync.MaxPayloadExceeded):
+            opened.sender.send_many([b"1", b"2", b"x" * 100_001])
+        assert opened.sender.send_count == 0
+        opened.sender.end()
+        assert list(opened.stream) == []
+
+
+@plain_only
 def test_send_many_queues_nothing_if_one_chunk_cannot_be_sent(opened: Open) -> None:
     for bad in (None, END, b"x" * (2 << 20)):
         with pytest.raises((TypeError, natsync.InvalidArgument, natsync.MaxPayloadExceeded)):
@@ -236,14 +276,15 @@ def test_try_send_says_whether_the_chunk_was_taken(opened: Open) -> None:
     assert opened.stream.next(PATIENCE) == b"1"
 
 
-def test_try_send_does_not_wait_while_the_link_takes_nothing(make_nats_server: Callable[..., NatsServer]) -> None:
+def test_try_send_does_not_wait_while_the_link_takes_nothing(
+    make_nats_server: Callable[..., NatsServer], mode: str
+) -> None:
     server = make_nats_server()
-    with natsync.Subscriber(server.url) as subscriber, natsync.connect(server.url) as client:
-        opened = Open(client, subscriber)
+    with opened_at(server, mode) as opened:
         server.pause()
         count = fill(opened.sender)
         begin = time.monotonic()
-        assert opened.sender.try_send(b"x") is False
+        assert opened.sender.try_send(BLOCK) is False
         assert time.monotonic() - begin < 0.1
         assert opened.sender.send_count == count
         server.resume()
@@ -251,32 +292,43 @@ def test_try_send_does_not_wait_while_the_link_takes_nothing(make_nats_server: C
         assert opened.sender.closed.wait(PATIENCE)
 
 
-def test_send_waits_for_room_up_to_its_timeout(make_nats_server: Callable[..., NatsServer]) -> None:
+def test_send_waits_for_room_up_to_its_timeout(make_nats_server: Callable[..., NatsServer], mode: str) -> None:
     server = make_nats_server()
-    with natsync.Subscriber(server.url) as subscriber, natsync.connect(server.url) as client:
-        opened = Open(client, subscriber)
+    with opened_at(server, mode) as opened:
         server.pause()
         count = fill(opened.sender)
         begin = time.monotonic()
         with pytest.raises(natsync.TimedOut):
-            opened.sender.send(b"x" * 100_000, timeout=0.1)
+            opened.sender.send(BLOCK, timeout=0.1)
         assert 0.09 <= time.monotonic() - begin < 2
         with ThreadPoolExecutor() as pool:
-            waiting = pool.submit(opened.sender.send, b"y", timeout=PATIENCE)
+            waiting = pool.submit(opened.sender.send, BLOCK, timeout=PATIENCE)
             server.resume()
+            taken = pool.submit(list, opened.stream)
             assert waiting.result(PATIENCE) == count + 1
-        opened.sender.end()
-        assert len(list(opened.stream)) == count + 1
+            opened.sender.end()
+            assert len(taken.result(PATIENCE)) == count + 1
 
 
-def test_a_send_that_waits_for_room_is_woken_by_a_cancel(make_nats_server: Callable[..., NatsServer]) -> None:
+@framed_only
+def test_send_waits_for_the_consumer_in_framed_mode(opened: Open) -> None:
+    count = fill(opened.sender)
+    with pytest.raises(natsync.TimedOut):
+        opened.sender.send(BLOCK, timeout=0.1)
+    for _ in range(count):
+        assert opened.stream.next(PATIENCE) == BLOCK
+    assert opened.sender.send(BLOCK, timeout=PATIENCE) == count + 1
+
+
+def test_a_send_that_waits_for_room_is_woken_by_a_cancel(
+    make_nats_server: Callable[..., NatsServer], mode: str
+) -> None:
     server = make_nats_server()
-    with natsync.Subscriber(server.url) as subscriber, natsync.connect(server.url) as client:
-        opened = Open(client, subscriber)
+    with opened_at(server, mode) as opened:
         server.pause()
         fill(opened.sender)
         with ThreadPoolExecutor() as pool:
-            waiting = pool.submit(opened.sender.send, b"y")
+            waiting = pool.submit(opened.sender.send, BLOCK)
             opened.handle.ctx.cancel("enough")
             try:
                 with pytest.raises(natsync.StreamCancelled):
@@ -288,16 +340,17 @@ def test_a_send_that_waits_for_room_is_woken_by_a_cancel(make_nats_server: Calla
 # -- ending --------------------------------------------------------------------------------------------------------
 
 
-def test_end_with_wait_returns_when_the_server_has_everything(opened: Open) -> None:
+def test_end_with_wait_returns_when_the_other_side_has_everything(opened: Open) -> None:
     opened.sender.send(b"1")
     assert opened.sender.end(wait=PATIENCE) is True
     assert list(opened.stream) == [b"1"]
 
 
-def test_end_with_wait_is_false_if_the_server_does_not_confirm(make_nats_server: Callable[..., NatsServer]) -> None:
+def test_end_with_wait_is_false_if_the_other_side_does_not_confirm(
+    make_nats_server: Callable[..., NatsServer], mode: str
+) -> None:
     server = make_nats_server()
-    with natsync.Subscriber(server.url) as subscriber, natsync.connect(server.url) as client:
-        opened = Open(client, subscriber)
+    with opened_at(server, mode) as opened:
         server.pause()
         opened.sender.send(b"1")
         begin = time.monotonic()
@@ -313,6 +366,7 @@ def test_end_is_false_after_an_error(opened: Open) -> None:
 
 
 def test_end_is_false_after_a_cancel(opened: Open) -> None:
+    opened.begin()
     opened.stream.cancel()
     assert opened.sender.closed.wait(PATIENCE)
     assert opened.sender.end() is False
@@ -356,6 +410,7 @@ def test_an_error_text_beyond_max_payload_is_cut(opened: Open) -> None:
     assert caught.value.message.startswith("ü" * 100_000)
 
 
+@framed_only
 def test_trailers_beyond_max_payload_are_refused_and_the_stream_goes_on(opened: Open) -> None:
     with pytest.raises(natsync.MaxPayloadExceeded):
         opened.sender.end(trailers={"T": "x" * (2 << 20)})
@@ -378,6 +433,7 @@ def test_closed_is_an_event_set_by_end(opened: Open) -> None:
 
 
 def test_closed_wakes_a_thread_that_waits_for_it(opened: Open) -> None:
+    opened.begin()
     with ThreadPoolExecutor() as pool:
         waiting = pool.submit(opened.sender.closed.wait, PATIENCE)
         opened.stream.close()
@@ -388,17 +444,15 @@ def test_a_cancel_ends_the_handlers_context_with_the_requesters_reason(
     client: natsync.Client, subscriber: natsync.Subscriber
 ) -> None:
     seen: list[str | None] = []
-    inside = threading.Event()
 
     def handler(ctx: natsync.HandlerContext, request: natsync.Message, sender: natsync.ResponseSender) -> None:
-        inside.set()
+        sender.send(b"here I am")
         ctx.wait(PATIENCE)
         seen.append(ctx.reason)
 
     subscriber.stream_subscribe("s.reason", handler)
     stream = client.stream("s.reason")
-    assert inside.wait(PATIENCE)
-    eventually(lambda: stream.mode)  # the handler's address is known here
+    assert stream.next(PATIENCE) == b"here I am"
     stream.cancel("the tab was closed")
     eventually(lambda: seen)
     assert seen == ["the tab was closed"]
@@ -406,6 +460,7 @@ def test_a_cancel_ends_the_handlers_context_with_the_requesters_reason(
 
 @pytest.mark.parametrize("how", ["end", "send_error", "cancel", "ctx"])
 def test_on_close_runs_once_on_a_worker_however_the_stream_ends(opened: Open, how: str) -> None:
+    opened.begin()
     threads: queue.SimpleQueue[str] = queue.SimpleQueue()
     opened.sender.on_close(lambda: threads.put(threading.current_thread().name))
     {
@@ -446,6 +501,17 @@ def test_on_close_that_raises_is_logged(opened: Open, caplog: pytest.LogCaptureF
 # -- the guard against forged ends ---------------------------------------------------------------------------------
 
 
+@framed_only
+@pytest.mark.parametrize("payload", [END, ERROR, ERROR + b"text"], ids=repr)
+def test_any_payload_is_data_in_framed_mode(opened: Open, payload: bytes) -> None:
+    opened.sender.send(payload)
+    assert opened.sender.try_send(payload)
+    opened.sender.send_many([payload, b"behind"])
+    opened.sender.end()
+    assert list(opened.stream) == [payload, payload, payload, b"behind"]
+
+
+@plain_only
 @pytest.mark.parametrize("payload", [END, ERROR, ERROR + b"text", "__STREAM_END__", bytearray(END)], ids=repr)
 def test_a_chunk_that_would_forge_an_end_is_a_value_error(opened: Open, payload: natsync.message.Payload) -> None:
     for send in (opened.sender.send, opened.sender.try_send, lambda data: opened.sender.send_many([data])):
@@ -515,6 +581,7 @@ def test_a_handler_that_raises_after_its_end_changes_nothing_for_the_client(
     assert list(client.stream("s.behind")) == [b"1"]
 
 
+@framed_only
 @pytest.mark.parametrize(
     ("error", "code"),
     [
@@ -538,7 +605,7 @@ def test_the_code_of_a_raised_error_reaches_the_client(
 
 
 def test_a_sender_that_is_dropped_without_an_end_is_an_error_at_the_client(
-    client: natsync.Client, subscriber: natsync.Subscriber, caplog: pytest.LogCaptureFixture
+    client: natsync.Client, subscriber: natsync.Subscriber, mode: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     def handler(ctx: natsync.HandlerContext, request: natsync.Message, sender: natsync.ResponseSender) -> None:
         sender.send(b"1")
@@ -548,7 +615,7 @@ def test_a_sender_that_is_dropped_without_an_end_is_an_error_at_the_client(
     assert stream.next(PATIENCE) == b"1"
     with pytest.raises(natsync.HandlerError, match="without ending") as caught:
         stream.next(PATIENCE)
-    assert caught.value.code == natsync.Code.INTERNAL
+    assert caught.value.code == (natsync.Code.INTERNAL if mode == "framed" else natsync.Code.UNKNOWN)
     eventually(lambda: "s.drop" in caplog.text)
 
 
@@ -604,17 +671,21 @@ def test_a_request_without_a_reply_subject_is_logged_and_ignored(
 
 
 def test_a_request_whose_context_has_ended_already_is_closed_without_a_fault(
-    opened: Open, subscriber: natsync.Subscriber, caplog: pytest.LogCaptureFixture
+    subscriber: natsync.Subscriber, mode: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     ended = natsync.Context()
     ended.cancel("before the request came")
     responder = subscriber._responder
     assert responder is not None
-    control = responder._control
-    waiters = len(control)
-    core = SenderCore(responder.connection, control, b"s.gone", ended, natsync_peer=False, subject="s.x")
-    assert core.closed.is_set()
-    eventually(lambda: len(control) == waiters)
+    connection, reply = responder.connection, b"s.gone.1"
+    if mode == "framed":
+        offer = Offer(window=10, window_bytes=10_000, grace=0.1, heartbeat=5.0)
+        core: SenderCore = FramedSender(connection, responder._framing, reply, ended, "s.x", offer)
+    else:
+        core = PlainSender(connection, responder._plain, reply, ended, "s.x")
+    assert core.over.happened
+    eventually(lambda: not responder._plain.waiters and not responder._framed.waiters)
+    assert not responder._framing
     assert "raised" not in caplog.text
 
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -18,19 +19,9 @@ import natsync
 from natsync import Code
 from natsync.testing import NatsServer, eventually
 from rawclient import END, PATIENCE, RawClient
+from support import between_two_tries, framed_only, plain_only
 
 Make = Callable[..., NatsServer]
-
-
-framed_only = pytest.mark.parametrize("mode", ["framed"])
-plain_only = pytest.mark.parametrize("mode", ["plain"])
-
-
-@pytest.fixture(params=["framed", "plain"])
-def mode(request: pytest.FixtureRequest) -> str:
-    """The mode of the client's streams with the subscriber."""
-    assert isinstance(request.param, str)
-    return request.param
 
 
 @pytest.fixture
@@ -88,6 +79,13 @@ def hold(subscriber: natsync.Subscriber) -> Iterator[Hold]:
     hold = Hold(subscriber, "sc.hold")
     yield hold
     hold.end_all()
+
+
+def begun(hold: Hold, stream: natsync.Stream) -> natsync.ResponseSender:
+    """The stream's sender, once both sides know each other's address."""
+    hold.sender.send(b"the first chunk")
+    assert stream.next(PATIENCE) == b"the first chunk"
+    return hold.sender
 
 
 def taken_now(stream: natsync.Stream) -> bytes | None:
@@ -268,7 +266,7 @@ def test_close_wakes_every_waiting_thread(client: natsync.Client, hold: Hold) ->
 
 def test_close_is_idempotent_from_many_threads(client: natsync.Client, hold: Hold) -> None:
     stream = client.stream("sc.hold")
-    sender = hold.sender
+    sender = begun(hold, stream)
     together = threading.Barrier(8, timeout=PATIENCE)
     with ThreadPoolExecutor(8) as pool:
         for done in [pool.submit(lambda: (together.wait(), stream.close())) for _ in range(8)]:
@@ -325,8 +323,7 @@ def test_close_after_the_end_changes_nothing(client: natsync.Client) -> None:
 
 def test_cancel_tells_the_handler_why(client: natsync.Client, hold: Hold) -> None:
     stream = client.stream("sc.hold")
-    sender = hold.sender
-    eventually(lambda: stream.mode)  # the handler's address is known here
+    sender = begun(hold, stream)
     stream.cancel("the user pressed stop")
     assert sender.closed.wait(PATIENCE)
     with pytest.raises(natsync.StreamCancelled, match="the user pressed stop"):
@@ -346,8 +343,8 @@ def test_leaving_the_with_block_cancels(client: natsync.Client, hold: Hold) -> N
 
 def test_an_exception_leaves_the_with_block_and_cancels(client: natsync.Client, hold: Hold) -> None:
     with pytest.raises(ZeroDivisionError):
-        with client.stream("sc.hold"):
-            sender = hold.sender
+        with client.stream("sc.hold") as stream:
+            sender = begun(hold, stream)
             1 / 0
     assert sender.closed.wait(PATIENCE)
 
@@ -368,8 +365,8 @@ def test_break_and_garbage_collection_cancel_the_handler(client: natsync.Client,
     eventually(lambda: client.stats()["waiting_replies"] == 0)
 
 
-def test_a_stream_keeps_its_client_alive(nats_server: NatsServer, hold: Hold) -> None:
-    stream = natsync.connect(nats_server.url).stream("sc.hold")
+def test_a_stream_keeps_its_client_alive(nats_server: NatsServer, mode: str, hold: Hold) -> None:
+    stream = natsync.connect(nats_server.url, framed=mode == "framed").stream("sc.hold")
     gc.collect()
     hold.sender.send(b"1")
     assert stream.next(PATIENCE) == b"1"
@@ -377,8 +374,8 @@ def test_a_stream_keeps_its_client_alive(nats_server: NatsServer, hold: Hold) ->
     assert list(stream) == []
 
 
-def test_closing_the_client_ends_its_streams_with_an_error(nats_server: NatsServer, hold: Hold) -> None:
-    client = natsync.connect(nats_server.url)
+def test_closing_the_client_ends_its_streams_with_an_error(nats_server: NatsServer, mode: str, hold: Hold) -> None:
+    client = natsync.connect(nats_server.url, framed=mode == "framed")
     stream = client.stream("sc.hold")
     with ThreadPoolExecutor() as pool:
         waiting = pool.submit(stream.next)
@@ -388,11 +385,10 @@ def test_closing_the_client_ends_its_streams_with_an_error(nats_server: NatsServ
             waiting.result(PATIENCE)
 
 
-def test_closing_the_client_cancels_the_handlers_of_its_streams(nats_server: NatsServer, hold: Hold) -> None:
-    client = natsync.connect(nats_server.url)
+def test_closing_the_client_cancels_the_handlers_of_its_streams(nats_server: NatsServer, mode: str, hold: Hold) -> None:
+    client = natsync.connect(nats_server.url, framed=mode == "framed")
     stream = client.stream("sc.hold")
-    sender = hold.sender
-    eventually(lambda: stream.mode == "plain")
+    sender = begun(hold, stream)
     client.close()
     assert sender.closed.wait(1)
 
@@ -497,7 +493,7 @@ def test_idle_timeout_starts_anew_with_each_chunk(client: natsync.Client, hold: 
 def test_cancelling_the_context_ends_the_stream_and_the_handler(client: natsync.Client, hold: Hold) -> None:
     ctx = natsync.Context()
     stream = client.stream("sc.hold", ctx=ctx)
-    sender = hold.sender
+    sender = begun(hold, stream)
     with ThreadPoolExecutor() as pool:
         waiting = pool.submit(stream.next)
         ctx.cancel("the request was aborted")
@@ -531,9 +527,14 @@ def test_a_stream_that_is_over_lets_go_of_its_context(client: natsync.Client) ->
     assert not ctx._pinned
 
 
+#: What a client is made with so that a stream does not outlast its link for long.
+GIVING_UP: list[dict[str, Any]] = [{"resume_grace": 0.05}, {"framed": False}]
+
+
 # -- errors --------------------------------------------------------------------------------------------------------
 
 
+@framed_only
 @pytest.mark.parametrize("code", [code for code in Code if code is not Code.OK], ids=lambda code: code.name)
 def test_a_handlers_error_comes_with_its_text_code_and_details(client: natsync.Client, hold: Hold, code: Code) -> None:
     stream = client.stream("sc.hold")
@@ -546,6 +547,19 @@ def test_a_handlers_error_comes_with_its_text_code_and_details(client: natsync.C
     assert (error.code, error.message, error.details) == (code, "quota used up", {"limit": 5, "unit": "€"})
     assert error.last_seq == 1
     assert str(error) == "quota used up"
+
+
+@plain_only
+def test_a_handlers_error_comes_with_its_text_alone_in_plain_mode(client: natsync.Client, hold: Hold) -> None:
+    stream = client.stream("sc.hold")
+    hold.sender.send(b"1")
+    hold.sender.send_error("quota used up", code=Code.RESOURCE_EXHAUSTED, details={"limit": 5})
+    assert stream.next(PATIENCE) == b"1"
+    with pytest.raises(natsync.HandlerError) as caught:
+        stream.next(PATIENCE)
+    error = caught.value
+    assert (error.code, error.message, error.details) == (Code.UNKNOWN, "quota used up", None)
+    assert error.last_seq == 1
 
 
 def test_an_error_is_raised_again_by_a_further_next(client: natsync.Client, hold: Hold) -> None:
@@ -576,9 +590,12 @@ def test_no_responders_is_raised_at_once_by_the_first_next(client: natsync.Clien
     assert caught.value.subject == "sc.nobody"
 
 
-def test_a_lost_link_in_mid_stream_is_server_lost_with_the_last_number(make_nats_server: Make) -> None:
+@pytest.mark.parametrize("options", GIVING_UP, ids=["framed", "plain"])
+def test_a_lost_link_in_mid_stream_is_server_lost_with_the_last_number(
+    make_nats_server: Make, options: dict[str, Any]
+) -> None:
     server = make_nats_server()
-    with natsync.Subscriber(server.url) as subscriber, natsync.connect(server.url) as client:
+    with natsync.Subscriber(server.url) as subscriber, natsync.connect(server.url, **options) as client:
         hold = Hold(subscriber, "sc.lost")
         stream = client.stream("sc.lost")
         hold.sender.send_many([b"1", b"2", b"3"])
@@ -593,14 +610,19 @@ def test_a_lost_link_in_mid_stream_is_server_lost_with_the_last_number(make_nats
         hold.end_all()
 
 
-def test_chunks_that_came_before_the_link_was_lost_are_delivered_first(make_nats_server: Make) -> None:
+@pytest.mark.parametrize("options", GIVING_UP, ids=["framed", "plain"])
+def test_chunks_that_came_before_the_link_was_lost_are_delivered_first(
+    make_nats_server: Make, options: dict[str, Any]
+) -> None:
     server = make_nats_server()
-    with natsync.Subscriber(server.url) as subscriber, natsync.connect(server.url) as client:
+    with natsync.Subscriber(server.url) as subscriber, natsync.connect(server.url, **options) as client:
         hold = Hold(subscriber, "sc.lost")
         stream = client.stream("sc.lost")
-        hold.sender.send_many([b"1", b"2"])
+        hold.sender.send(b"1")
         assert stream.next(PATIENCE) == b"1"
-        eventually(lambda: client.stats()["in_messages"] == 3)  # the responder's note, and both chunks
+        before = client.stats()["in_messages"]
+        hold.sender.send(b"2")
+        eventually(lambda: client.stats()["in_messages"] > before)  # the chunk is there
         server.kill()
         eventually(lambda: client.status == "reconnecting")
         assert stream.next(PATIENCE) == b"2"
@@ -609,9 +631,10 @@ def test_chunks_that_came_before_the_link_was_lost_are_delivered_first(make_nats
         assert caught.value.last_seq == 2
 
 
-def test_a_stream_whose_end_was_there_before_the_link_was_lost_is_complete(make_nats_server: Make) -> None:
+def test_a_stream_whose_end_was_there_before_the_link_was_lost_is_complete(make_nats_server: Make, mode: str) -> None:
     server = make_nats_server()
-    with natsync.Subscriber(server.url) as subscriber, natsync.connect(server.url) as client:
+    framed = mode == "framed"
+    with natsync.Subscriber(server.url) as subscriber, natsync.connect(server.url, framed=framed) as client:
         hold = Hold(subscriber, "sc.complete")
         stream = client.stream("sc.complete")
         hold.sender.send_many([b"1", b"2"])
@@ -628,7 +651,7 @@ def test_a_new_stream_works_after_the_link_was_made_again(make_nats_server: Make
     server = make_nats_server()
     with (
         natsync.Subscriber(server.url, reconnect_wait=0.02) as subscriber,
-        natsync.connect(server.url, reconnect_wait=0.02) as client,
+        natsync.connect(server.url, reconnect_wait=0.02, framed=False) as client,
     ):
         hold = Hold(subscriber, "sc.lost")
         stream = client.stream("sc.lost")
@@ -643,10 +666,11 @@ def test_a_new_stream_works_after_the_link_was_made_again(make_nats_server: Make
         assert list(client.stream("sc.again")) == [b"x"]
 
 
+@plain_only
 def test_overflow_by_chunks_fails_that_stream_alone_and_never_silently(
     client: natsync.Client, hold: Hold, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("natsync.streaming.call.PENDING_CHUNKS", 100)
+    monkeypatch.setattr("natsync.streaming.plain_receiver.PENDING_CHUNKS", 100)
     slow = client.stream("sc.hold")
     sender = hold.sender
     n = 0
@@ -666,10 +690,11 @@ def test_overflow_by_chunks_fails_that_stream_alone_and_never_silently(
     assert client.stats()["reconnects"] == 0
 
 
+@plain_only
 def test_overflow_by_bytes_fails_that_stream_alone(
     client: natsync.Client, raw: RawClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("natsync.streaming.call.PENDING_BYTES", 10_000)
+    monkeypatch.setattr("natsync.streaming.plain_receiver.PENDING_BYTES", 10_000)
     raw.subscribe("sc.bytes")
     stream = client.stream("sc.bytes")
     request = raw.next()
@@ -682,10 +707,11 @@ def test_overflow_by_bytes_fails_that_stream_alone(
     assert client.stats()["reconnects"] == 0
 
 
+@plain_only
 def test_a_consumer_that_keeps_up_takes_more_than_the_queue_holds(
     client: natsync.Client, hold: Hold, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("natsync.streaming.call.PENDING_CHUNKS", 10)
+    monkeypatch.setattr("natsync.streaming.plain_receiver.PENDING_CHUNKS", 10)
     stream = client.stream("sc.hold")
     for n in range(100):
         hold.sender.send(b"%d" % n)
@@ -696,6 +722,7 @@ def test_a_consumer_that_keeps_up_takes_more_than_the_queue_holds(
 # -- headers, trailers, mode, stats ---------------------------------------------------------------------------------
 
 
+@framed_only
 def test_headers_come_with_the_first_chunk_and_trailers_with_the_end(client: natsync.Client, hold: Hold) -> None:
     stream = client.stream("sc.hold")
     hold.sender.set_header("Model", "small")
@@ -711,6 +738,16 @@ def test_headers_come_with_the_first_chunk_and_trailers_with_the_end(client: nat
     assert dict(stream.headers) == {"Model": "small", "Size": "ü"}
 
 
+@plain_only
+def test_headers_come_with_the_first_chunk_and_no_trailers_in_plain_mode(client: natsync.Client, hold: Hold) -> None:
+    stream = client.stream("sc.hold")
+    hold.sender.set_header("Model", "small")
+    hold.sender.send(b"1")
+    hold.sender.end(trailers={"Tokens": "1"})
+    assert list(stream) == [b"1"]
+    assert (dict(stream.headers), dict(stream.trailers)) == ({"Model": "small"}, {})
+
+
 def test_a_header_after_the_first_chunk_is_refused(client: natsync.Client, hold: Hold) -> None:
     with client.stream("sc.hold"):
         hold.sender.send(b"1")
@@ -724,7 +761,7 @@ def test_the_requests_headers_reach_the_handler_as_metadata(client: natsync.Clie
 
 
 @pytest.mark.usefixtures("subscriber")
-def test_mode_is_none_until_the_first_answer_then_plain(client: natsync.Client, raw: RawClient) -> None:
+def test_mode_is_none_until_a_plain_answer_then_plain(client: natsync.Client, raw: RawClient) -> None:
     raw.subscribe("sc.mode")
     stream = client.stream("sc.mode")
     request = raw.next()
@@ -732,6 +769,21 @@ def test_mode_is_none_until_the_first_answer_then_plain(client: natsync.Client, 
     raw.answer(request, b"1", END)
     assert list(stream) == [b"1"]
     assert stream.mode == "plain"
+
+
+def test_mode_is_that_of_both_sides(client: natsync.Client, hold: Hold, mode: str) -> None:
+    with client.stream("sc.hold") as stream:
+        begun(hold, stream)
+        assert stream.mode == mode
+
+
+@pytest.mark.usefixtures("mode")
+def test_a_responder_without_framed_mode_is_plain(nats_server: NatsServer, client: natsync.Client) -> None:
+    with natsync.Subscriber(nats_server.url, framed=False) as subscriber:
+        subscriber.stream_subscribe("sc.unframed", lambda ctx, request: [b"1"])
+        stream = client.stream("sc.unframed")
+        assert list(stream) == [b"1"]
+        assert stream.mode == "plain"
 
 
 @pytest.mark.usefixtures("subscriber")
@@ -838,7 +890,7 @@ def test_close_during_a_retrys_wait_wakes_the_waiting_next(client: natsync.Clien
     stream = client.stream("sc.nobody", retry=natsync.Retry(attempts=None, initial=20, maximum=20, jitter=False))
     with ThreadPoolExecutor() as pool:
         waiting = pool.submit(stream.next)
-        eventually(lambda: client.stats()["waiting_replies"] == 0)  # the first try has failed
+        eventually(between_two_tries)
         stream.close()
         with pytest.raises(natsync.StreamCancelled):
             waiting.result(2)
@@ -879,11 +931,12 @@ def test_custom_sentinels_end_streams_of_both_sides(nats_server: NatsServer) -> 
 
 
 @pytest.fixture
-def empty(nats_server: NatsServer) -> Iterator[tuple[natsync.Client, natsync.Subscriber]]:
+def empty(nats_server: NatsServer, mode: str) -> Iterator[tuple[natsync.Client, natsync.Subscriber]]:
     """Both sides with Sentinels.EMPTY."""
+    options: dict[str, Any] = {"sentinels": natsync.Sentinels.EMPTY}
     with (
-        natsync.Subscriber(nats_server.url, sentinels=natsync.Sentinels.EMPTY) as subscriber,
-        natsync.connect(nats_server.url, sentinels=natsync.Sentinels.EMPTY) as client,
+        natsync.Subscriber(nats_server.url, **options) as subscriber,
+        natsync.connect(nats_server.url, **options, framed=mode == "framed") as client,
     ):
         yield client, subscriber
 
@@ -899,6 +952,14 @@ def test_sentinels_empty_end_with_an_empty_message(empty: Pair, raw: RawClient) 
     assert [raw.next().payload for _ in range(3)] == [b"1", b"__STREAM_END__", b""]
 
 
+@framed_only
+def test_sentinels_empty_let_an_empty_chunk_be_data_in_framed_mode(empty: Pair) -> None:
+    client, subscriber = empty
+    subscriber.stream_subscribe("sc.empty.data", lambda ctx, request: [b"1", b"", b"2"])
+    assert list(client.stream("sc.empty.data")) == [b"1", b"", b"2"]
+
+
+@plain_only
 def test_sentinels_empty_refuse_an_empty_chunk(empty: Pair) -> None:
     client, subscriber = empty
     hold = Hold(subscriber, "sc.empty.guard")
@@ -912,16 +973,27 @@ def test_sentinels_empty_do_not_take_no_responders_for_an_end(empty: Pair) -> No
         list(client.stream("sc.empty.nobody"))
 
 
+@framed_only
 def test_sentinels_empty_a_cancel_before_the_first_chunk_reaches_the_handler(empty: Pair) -> None:
     client, subscriber = empty
     hold = Hold(subscriber, "sc.empty.cancel")
     stream = client.stream("sc.empty.cancel")
     sender = hold.sender
-    eventually(lambda: stream.mode == "plain")
     stream.close()
     assert sender.closed.wait(1)
 
 
+def test_sentinels_empty_a_cancel_reaches_the_handler(empty: Pair) -> None:
+    client, subscriber = empty
+    hold = Hold(subscriber, "sc.empty.cancel")
+    stream = client.stream("sc.empty.cancel")
+    sender = begun(hold, stream)
+    stream.close()
+    assert sender.closed.wait(1)
+
+
+# Without an offer of framed mode, a request for a stream looks like any other request: it gets the one answer, no end.
+@framed_only
 @pytest.mark.parametrize(("value", "chunk"), [(b"raw", b"raw"), ("text", b"text"), ({"a": 1}, b'{"a":1}'), (None, b"")])
 def test_a_stream_to_a_request_handler_is_one_chunk_and_the_end(
     client: natsync.Client, subscriber: natsync.Subscriber, value: object, chunk: bytes

@@ -19,13 +19,15 @@ from natsync.streaming import subscriber as subscriber_module
 from natsync.testing import NatsServer, ScriptedPeer, eventually
 from processes import Child, child
 from rawclient import END, ERROR, PATIENCE, RawClient, RecordingServer
+from support import framed_only
 
 Make = Callable[..., NatsServer]
 
 
 @pytest.fixture
-def client(natsync_client: natsync.Client) -> natsync.Client:
-    return natsync_client.open()
+def client(nats_server: NatsServer, mode: str) -> Iterator[natsync.Client]:
+    with natsync.connect(nats_server.url, framed=mode == "framed") as client:
+        yield client
 
 
 @pytest.fixture
@@ -37,6 +39,10 @@ def subscriber(natsync_subscriber: natsync.Subscriber) -> natsync.Subscriber:
 def raw(nats_server: NatsServer) -> Iterator[RawClient]:
     with RawClient(nats_server.url) as raw:
         yield raw
+
+
+#: What a stream raises that its responder breaks off; a plain one gives no reason but its text.
+BROKEN_OFF = {"framed": natsync.ServerLost, "plain": natsync.HandlerError}
 
 
 def answers(client: natsync.Client, subject: str) -> bool:
@@ -299,7 +305,7 @@ def test_stop_waits_for_requests_under_way_and_takes_no_new_ones(
 
 
 def test_stop_cancels_what_lasts_longer_than_its_timeout(
-    client: natsync.Client, subscriber: natsync.Subscriber
+    client: natsync.Client, subscriber: natsync.Subscriber, mode: str
 ) -> None:
     gate = Gate()
     handle = subscriber.stream_subscribe("u.stop", gate.handler)
@@ -309,7 +315,7 @@ def test_stop_cancels_what_lasts_longer_than_its_timeout(
     handle.stop(timeout=0.1)
     assert 0.09 <= time.monotonic() - begin < 2
     assert stream.next(PATIENCE) == b"first"
-    with pytest.raises(natsync.ServerLost, match="stopped"):
+    with pytest.raises(BROKEN_OFF[mode], match="stopped"):
         stream.next(PATIENCE)
     assert len(gate.reasons) == 1
 
@@ -379,6 +385,7 @@ def test_stats_of_a_handle_count_by_outcome(client: natsync.Client, subscriber: 
 # -- bounds --------------------------------------------------------------------------------------------------------
 
 
+@framed_only
 def test_one_stream_too_many_is_refused_at_once_and_typed(client: natsync.Client, nats_server: NatsServer) -> None:
     gate = Gate()
     with natsync.Subscriber(nats_server.url, max_streams=2) as subscriber:
@@ -418,6 +425,7 @@ def test_a_slot_is_free_before_the_end_is_sent(client: natsync.Client, nats_serv
             assert list(client.stream("u.slot", timeout=PATIENCE)) == [b"x"]
 
 
+@framed_only
 def test_a_refused_stream_succeeds_with_retry_once_there_is_room(
     client: natsync.Client, nats_server: NatsServer
 ) -> None:
@@ -671,7 +679,7 @@ def test_pings_are_answered_while_close_waits(make_nats_server: Make) -> None:
 
 
 def test_close_cancels_what_lasts_longer_than_its_timeout_and_the_requester_is_told(
-    client: natsync.Client, subscriber: natsync.Subscriber
+    client: natsync.Client, subscriber: natsync.Subscriber, mode: str
 ) -> None:
     gate = Gate()
     subscriber.stream_subscribe("u.close", gate.handler)
@@ -682,12 +690,12 @@ def test_close_cancels_what_lasts_longer_than_its_timeout_and_the_requester_is_t
     assert 0.19 <= time.monotonic() - begin < 2
     assert len(gate.reasons) == 1
     assert stream.next(PATIENCE) == b"first"
-    with pytest.raises(natsync.ServerLost, match="shutting down"):
+    with pytest.raises(BROKEN_OFF[mode], match="shutting down"):
         stream.next(PATIENCE)
 
 
 def test_close_returns_although_a_handler_never_does(
-    client: natsync.Client, subscriber: natsync.Subscriber, caplog: pytest.LogCaptureFixture
+    client: natsync.Client, subscriber: natsync.Subscriber, mode: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     stuck, entered = threading.Event(), threading.Event()
 
@@ -703,7 +711,7 @@ def test_close_returns_although_a_handler_never_does(
     subscriber.close(timeout=0.1)
     assert time.monotonic() - begin < 4
     assert "u.stuck" in caplog.text
-    with pytest.raises(natsync.ServerLost):
+    with pytest.raises(BROKEN_OFF[mode]):
         stream.next(PATIENCE)
     stuck.set()
 
@@ -771,7 +779,7 @@ def test_a_handler_sees_that_it_should_finish_soon(client: natsync.Client, subsc
 
 
 def test_close_from_a_stream_handler_does_not_deadlock_and_leaves_no_requester_waiting(
-    client: natsync.Client, subscriber: natsync.Subscriber
+    client: natsync.Client, subscriber: natsync.Subscriber, mode: str
 ) -> None:
     gate, closed = Gate(), threading.Event()
 
@@ -788,7 +796,7 @@ def test_close_from_a_stream_handler_does_not_deadlock_and_leaves_no_requester_w
     closer = client.stream("u.closer", timeout=4)
     assert closer.next() == b"closing"
     assert closed.wait(5)
-    assert [type(end_of(stream)) for stream in (closer, other)] == [natsync.ServerLost] * 2
+    assert [type(end_of(stream)) for stream in (closer, other)] == [BROKEN_OFF[mode]] * 2
     eventually(lambda: subscriber.status == "closed")
 
 
@@ -889,27 +897,29 @@ def test_a_signal_lets_a_serving_process_finish_what_is_under_way_and_exit_0(
     assert worker.err == []
 
 
-def test_a_second_signal_cancels_what_is_under_way(client: natsync.Client, worker: Child) -> None:
+def test_a_second_signal_cancels_what_is_under_way(client: natsync.Client, worker: Child, mode: str) -> None:
     stream = client.stream("u.worker", b"stubborn", timeout=30)
     assert stream.next() == b"first"
     worker.send(signal.SIGTERM)
     worker.wait_for_out("draining")
     begin = time.monotonic()
     worker.send(signal.SIGTERM)
-    with pytest.raises(natsync.ServerLost, match="at once"):
+    with pytest.raises(BROKEN_OFF[mode], match="at once"):
         next(stream)
     assert worker.wait() == 0
     assert time.monotonic() - begin < 5
     assert worker.out[-1] == "served"
 
 
-def test_the_shutdown_timeout_cancels_what_is_under_way(client: natsync.Client, nats_server: NatsServer) -> None:
+def test_the_shutdown_timeout_cancels_what_is_under_way(
+    client: natsync.Client, nats_server: NatsServer, mode: str
+) -> None:
     with child(sys.executable, "-c", WORKER, "0.2", url=nats_server.url) as worker:
         worker.wait_for_out("ready")
         stream = client.stream("u.worker", b"stubborn", timeout=30)
         assert stream.next() == b"first"
         worker.send(signal.SIGTERM)
-        with pytest.raises(natsync.ServerLost):
+        with pytest.raises(BROKEN_OFF[mode]):
             next(stream)
         assert worker.wait() == 0
 

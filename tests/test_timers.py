@@ -16,7 +16,7 @@ import pytest
 
 from natsync import timers
 from natsync.testing import eventually
-from natsync.timers import schedule, schedule_after, settle
+from natsync.timers import Alarm, schedule, schedule_after, settle
 
 FAR = 3600.0
 
@@ -368,3 +368,138 @@ def test_many_threads_may_schedule_and_cancel_at_once(own_timers: timers._Timers
     assert (own_timers._heap, own_timers._cancelled) == ([], 0)
     assert len(kept) == 800
     assert 800 <= len(ran) <= 1600  # a cancel may come too late for one that is due at once
+
+
+# -- alarms ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_alarm_rings_once_when_its_time_has_come(ran: list[Any]) -> None:
+    due = time.monotonic() + 0.05
+    Alarm(lambda: ran.append(time.monotonic())).set(due)
+    marker = threading.Event()
+    schedule(due + 0.05, marker.set)
+    assert marker.wait(5)
+    (at,) = ran
+    assert at >= due
+
+
+def test_an_alarm_that_is_set_later_rings_then_only(ran: list[Any]) -> None:
+    alarm = Alarm(lambda: ran.append(time.monotonic()))
+    start = time.monotonic()
+    alarm.set(start + 0.02)
+    alarm.set(start + 0.15)
+    eventually(lambda: ran)
+    assert ran[0] >= start + 0.15
+    assert len(ran) == 1
+
+
+def test_an_alarm_that_is_set_sooner_rings_sooner_and_not_again(ran: list[Any], own_timers: timers._Timers) -> None:
+    alarm = Alarm(lambda: ran.append("rang"))
+    alarm.set(time.monotonic() + FAR)
+    alarm.set(time.monotonic() + 0.02)
+    eventually(lambda: ran == ["rang"])
+    eventually(lambda: own_timers._thread is None)  # nothing is left of the first
+
+
+def test_setting_by_a_later_time_leaves_an_alarm_as_it_is(ran: list[Any]) -> None:
+    alarm = Alarm(lambda: ran.append("rang"))
+    alarm.set(time.monotonic() + 0.02)
+    alarm.set_by(time.monotonic() + FAR)
+    eventually(lambda: ran == ["rang"])
+
+
+def test_setting_by_a_sooner_time_brings_an_alarm_forward(ran: list[Any]) -> None:
+    alarm = Alarm(lambda: ran.append("rang"))
+    alarm.set(time.monotonic() + FAR)
+    alarm.set_by(time.monotonic() + 0.02)
+    eventually(lambda: ran == ["rang"])
+
+
+def test_setting_by_a_time_sets_an_alarm_that_is_not_set(ran: list[Any]) -> None:
+    alarm = Alarm(lambda: ran.append("rang"))
+    for count in (1, 2):
+        alarm.set_by(time.monotonic() + 0.01)
+        eventually(lambda count=count: len(ran) == count)
+
+
+def test_setting_by_a_time_counts_from_the_later_one_that_was_set_last(ran: list[Any]) -> None:
+    alarm = Alarm(lambda: ran.append(time.monotonic()))
+    start = time.monotonic()
+    alarm.set(start + 0.02)
+    alarm.set(start + FAR)
+    alarm.set_by(start + 0.15)
+    eventually(lambda: ran)
+    assert ran[0] >= start + 0.15
+
+
+def test_a_cleared_alarm_does_not_ring(ran: list[Any], own_timers: timers._Timers) -> None:
+    alarm = Alarm(lambda: ran.append("rang"))
+    alarm.set(time.monotonic() + 0.03)
+    alarm.clear()
+    alarm.clear()
+    schedule_after(0.06, lambda: ran.append("later"))
+    eventually(lambda: ran == ["later"])
+    eventually(lambda: own_timers._heap == [])
+
+
+def test_a_cleared_alarm_may_be_set_again(ran: list[Any]) -> None:
+    alarm = Alarm(lambda: ran.append("rang"))
+    alarm.set(time.monotonic() + FAR)
+    alarm.clear()
+    alarm.set(time.monotonic() + 0.02)
+    eventually(lambda: ran == ["rang"])
+
+
+def test_an_alarm_may_set_itself_again_as_it_rings(ran: list[Any]) -> None:
+    def ring() -> None:
+        ran.append("rang")
+        if len(ran) < 5:
+            alarm.set(time.monotonic() + 0.001)
+
+    alarm = Alarm(ring)
+    alarm.set(time.monotonic())
+    eventually(lambda: len(ran) == 5)
+
+
+def test_an_alarm_whose_callback_fails_can_be_set_again(ran: list[Any], caplog: pytest.LogCaptureFixture) -> None:
+    def ring() -> None:
+        ran.append("rang")
+        raise RuntimeError("a fault in the callback")
+
+    alarm = Alarm(ring)
+    for count in (1, 2):
+        alarm.set(time.monotonic())
+        eventually(lambda count=count: len(ran) == count)
+    eventually(lambda: caplog.text.count("RuntimeError: a fault in the callback") == 2)
+
+
+def test_putting_an_alarm_off_schedules_nothing_new(own_timers: timers._Timers) -> None:
+    alarm = Alarm(lambda: None)
+    start = time.monotonic()
+    for number in range(1000):
+        alarm.set(start + FAR + number)
+    assert len(own_timers._heap) == 1
+    alarm.clear()
+
+
+def test_threads_that_set_and_clear_an_alarm_at_once_leave_it_as_the_last_one_wants(
+    ran: list[Any], own_timers: timers._Timers
+) -> None:
+    alarm = Alarm(lambda: ran.append("rang"))
+
+    def work(seed: int) -> None:
+        for number in range(200):
+            if (seed + number) % 3:
+                alarm.set(time.monotonic() + FAR + number)
+            else:
+                alarm.clear()
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    alarm.set(time.monotonic() + 0.01)
+    eventually(lambda: ran == ["rang"])
+    eventually(lambda: own_timers._thread is None)
+    assert (own_timers._heap, own_timers._cancelled) == ([], 0)

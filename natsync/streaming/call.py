@@ -387,8 +387,8 @@ class Call(Waiter):
             if receiver.control is not None:
                 self._calls.tell(receiver.control, None, frames.encode_cancel(str(error), code))
         elif self._mark is not None and not self._connection.withdraw(self._frame):
-            control = None if receiver is None or self._offered is None else self._offered.control
-            self._calls.part(self.token, self.inbox, control, str(error), code)
+            known = {} if self._offered is None else self._offered.known
+            self._calls.part(self.token, self.inbox, known, str(error), code)
 
     # -- asking ----------------------------------------------------------------------------------------------------
 

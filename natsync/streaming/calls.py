@@ -13,7 +13,6 @@ import time
 from natsync import headers as _headers
 from natsync.concurrency import Deadline, SafeEvent
 from natsync.connection import Connection
-from natsync.errors import Code
 from natsync.message import Item
 from natsync.mux import Waiter
 from natsync.protocol import encode_pub
@@ -85,7 +84,8 @@ class Calls:
         self.budget = Budget()
         self.grace = connection.options.resume_grace
         self._lock = threading.Lock()
-        self._ended: dict[bytes, tuple[int, float]] = {}  # token -> what had come, and until when that is of interest
+        # token -> whose stream it was, what had come, and until when that is of interest
+        self._ended: dict[bytes, tuple[bytes, int, float]] = {}
         self._farewells: set[Farewell] = set()
         connection.mux.on_late = self._late
         connection.when_closing(self._closing)
@@ -94,38 +94,40 @@ class Calls:
         """Send a control message to a responder, with the stream's inbox for an answer; False if there is no link."""
         return self.connection.put_now(encode_pub(control, inbox, None, payload))
 
-    def remember(self, token: bytes, received: int) -> None:
-        """A stream is complete, or ended by its responder."""
+    def remember(self, token: bytes, stream: bytes, received: int) -> None:
+        """A stream is complete, or ended by its responder; stream: as in frames.Address."""
         now = time.monotonic()
         with self._lock:
             while self._ended:
                 first = next(iter(self._ended))
-                if self._ended[first][1] > now and len(self._ended) < _TOMBSTONES:
+                if self._ended[first][2] > now and len(self._ended) < _TOMBSTONES:
                     break
                 del self._ended[first]
-            self._ended[token] = (received, now + self.grace + LONGEST_REPEAT)
+            self._ended[token] = (stream, received, now + self.grace + LONGEST_REPEAT)
 
     def _late(self, token: bytes, items: list[Item]) -> None:
         """Frames for a stream that is not read any more: confirm its end once more, or have it cancelled."""
-        reply, block, _ = items[-1]
         inbox = b"%b.%b" % (self.connection.mux.inbox, token)
-        if reply is not None and frames.PLAIN_MARK in reply:
-            self.tell(reply, inbox, frames.encode_cancel("nobody reads this stream"))
-            return
-        address = frames.decode_address(reply, block)
-        if reply is None or address is None or (address.op == Op.ERROR and not address.seq):
-            return
-        ended = self._ended.get(token)
-        if ended is None:
-            self.tell(reply, inbox, frames.encode_cancel("nobody reads this stream", GONE))
-        else:
-            self.tell(reply, inbox, Ack(ended[0], 0, 0).encode())
+        newest: dict[bytes, bytes] = {}  # of each responder's stream: where it is spoken to
+        for reply, block, _ in items:
+            address = frames.decode_address(reply, block)
+            if reply is not None and address is not None and (address.seq or address.op != Op.ERROR):
+                newest[address.stream] = reply
+            elif reply is not None and frames.PLAIN_MARK in reply:
+                newest[b""] = reply
+        stream, received, _ = self._ended.get(token, (b"", 0, 0.0))
+        for one, reply in newest.items():
+            if one and one == stream:
+                self.tell(reply, inbox, Ack(received, 0, 0).encode())
+            else:
+                self.tell(reply, inbox, frames.encode_cancel("nobody reads this stream", GONE))
 
     # -- leaving -------------------------------------------------------------------------------------------------
 
-    def part(self, token: bytes, inbox: bytes, control: bytes | None, reason: str, code: int = Code.CANCELLED) -> None:
-        """Have the responder told that its stream is left; control=None: it has not said anything yet."""
-        farewell = Farewell(self, token, inbox, control, frames.encode_cancel(reason, code))
+    def part(self, token: bytes, inbox: bytes, known: dict[bytes, bytes], reason: str, code: int) -> None:
+        """Have the responder told that its stream is left; known: the stream, and where its responder is spoken to,
+        if it has said anything yet."""
+        farewell = Farewell(self, token, inbox, known, frames.encode_cancel(reason, code))
         with self._lock:
             self._farewells.add(farewell)
         self.connection.mux.register(token, farewell)
@@ -156,12 +158,12 @@ class Farewell(Waiter):
         spoken: set once the responder has been told, or need not be.
     """
 
-    def __init__(self, calls: Calls, token: bytes, inbox: bytes, control: bytes | None, payload: bytes) -> None:
+    def __init__(self, calls: Calls, token: bytes, inbox: bytes, known: dict[bytes, bytes], payload: bytes) -> None:
         self.spoken = SafeEvent()
         self._calls = calls
         self._token = token
         self._inbox = inbox
-        self._control = control
+        self._known = known  # stream -> where its responder is spoken to
         self._payload = payload
         self._until = time.monotonic() + calls.grace + LONGEST_REPEAT
         self._repeat = FIRST_REPEAT
@@ -169,8 +171,9 @@ class Farewell(Waiter):
 
     def speak(self) -> None:
         """Tell the responder now, if it is known where, and again later."""
-        if self._control is not None and self._calls.tell(self._control, self._inbox, self._payload):
-            self.spoken.set()
+        for control in list(self._known.values()):
+            if self._calls.tell(control, self._inbox, self._payload):
+                self.spoken.set()
         self._alarm.set(min(time.monotonic() + self._repeat, self._until))
 
     def _look(self) -> None:
@@ -184,17 +187,24 @@ class Farewell(Waiter):
         for reply, block, payload in items:
             status = None if block is None else _headers.status_of(block)
             address = frames.decode_address(reply, block)
-            if status is None and (address is None or address.op in (Op.DATA, Op.BATCH, Op.FRAGMENT)):
-                self._calls.connection.mux.late += 1
-            unheard = status == frames.NO_RESPONDERS_STATUS and not payload
-            if unheard or address is None or address.op in (Op.ERROR, Op.REFUSED):
-                if reply is not None and frames.PLAIN_MARK in reply:
-                    self._calls.tell(reply, self._inbox, self._payload)
-                self._done()
-                return
-            if reply is not None and self._control is None:
-                self._control = reply
-                self.speak()
+            if address is None:
+                if status is None:
+                    self._calls.connection.mux.late += 1
+                    if reply is not None and frames.PLAIN_MARK in reply:
+                        self._calls.tell(reply, None, self._payload)
+                if status is None or (status == frames.NO_RESPONDERS_STATUS and not payload):
+                    self._done()  # a plain responder; or none
+                    return
+            elif address.op in (Op.ERROR, Op.REFUSED):
+                self._known.pop(address.stream, None)
+                if not self._known:
+                    self._done()
+                    return
+            else:
+                self._calls.connection.mux.late += address.op in (Op.DATA, Op.BATCH, Op.FRAGMENT)
+                if reply is not None and address.stream not in self._known:
+                    self._known[address.stream] = reply
+                    self.speak()
 
     def link_made(self) -> None:
         self.speak()

@@ -73,9 +73,9 @@ class FramedReceiver:
         return self._refusal is not None
 
     @property
-    def control(self) -> bytes | None:
-        """Where the responder can be spoken to, or None."""
-        return self._control
+    def known(self) -> dict[bytes, bytes]:
+        """The responder's stream, and where it is spoken to; empty before the first answer."""
+        return {} if self._control is None else {self._stream: self._control}
 
     @property
     def gaps(self) -> int:
@@ -90,7 +90,7 @@ class FramedReceiver:
     def deliver(self, items: list[Item]) -> None:
         chunks: list[bytes] = []
         answer: Ack | None = None
-        end: tuple[bytes, bytes | None, bytes] | None = None  # op, headers and payload of what ended it
+        end: tuple[bytes, int, bytes | None, bytes] | None = None  # op, seq, headers and payload of what ended it
         error: Exception | None = None
         heard = unreachable = False
         with self._lock:
@@ -122,12 +122,12 @@ class FramedReceiver:
                         say = Control.MISSING if seq > self._incoming.received else say or Control.ACK
                     elif not seq:
                         if op == Op.REFUSED or op == Op.ERROR:  # turned away, or not known there any more
-                            end = (op, block, payload)
+                            end = (op, seq, block, payload)
                             break
                     else:
                         verdict = self._incoming.take(op, seq, payload, chunks)
                         if verdict is Verdict.END or verdict is Verdict.ERROR:
-                            end, say = (op, block, payload), Control.ACK
+                            end, say = (op, seq, block, payload), Control.ACK
                             break
                         say = self._out_of_order(verdict) or say
             except (ProtocolError, ValueError) as fault:
@@ -226,7 +226,7 @@ class FramedReceiver:
             return
         self._peer_name = address.stream.rpartition(b".")[0]
         heartbeat = self.offer.heartbeat * _LATER
-        self._peer = self._calls.peers.join(self._peer_name, self, heartbeat, self.offer.grace)
+        self._calls.peers.join(self._peer_name, self, heartbeat, self.offer.grace)
 
     def _is_final(self, address: Address, reply: bytes | None, block: bytes | None, payload: bytes) -> bool:
         """Whether a refusal is the answer: nobody else was asked. Else it is kept for a moment. Requires _lock."""
@@ -251,16 +251,19 @@ class FramedReceiver:
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
-    def _ended(self, op: bytes, block: bytes | None, payload: bytes) -> None:
+    def _ended(self, op: bytes, seq: int, block: bytes | None, payload: bytes) -> None:
         headers = frames.decode_headers(block)
         sentinels = self._calls.connection.options.sentinels
         if op == Op.END:
             self._inlet.finished(None, item=(None, block, sentinels.end), trailers=headers)
             return
         text = _error_text(payload)
-        error = refused(text, headers) if op == Op.REFUSED else reported(text, headers)
+        error: Exception
         if op == Op.REFUSED:
+            error = refused(text, headers)
             self._tell(Ack(0, 0, 0).encode())
+        else:
+            error = reported(text, headers) if seq else ServerLost(text)
         item = (None, block, sentinels.error_prefix + text.encode("utf-8", "replace"))
         self._inlet.finished(error, item=item)
 
@@ -276,7 +279,7 @@ class FramedReceiver:
         if peer is not None:
             self._calls.peers.leave(self._peer_name, peer, self)
         if complete:
-            self._calls.remember(self._inlet.token, received)
+            self._calls.remember(self._inlet.token, self._stream, received)
 
     # -- the consumer ----------------------------------------------------------------------------------------------
 
@@ -325,6 +328,9 @@ class FramedReceiver:
             self._repeat = FIRST_REPEAT
             answer = self._account_locked(missing=True)
         self._tell(answer.encode())
+
+    def met(self, peer: Peer) -> None:
+        self._peer = peer
 
     def ask(self) -> None:
         self._tell(Control.PING)

@@ -21,11 +21,12 @@ from natsync.errors import ClientLost, Code, MaxPayloadExceeded, StreamCancelled
 from natsync.headers import Headers
 from natsync.message import Item
 from natsync.mux import LinkLoss
+from natsync.options import LEAST_HEARTBEAT
 from natsync.protocol import MAX_MESSAGE_BYTES, encode_pub
 from natsync.streaming import frames
 from natsync.streaming.frames import Ack, Control, Offer, Op, Status
 from natsync.streaming.framing import GUARANTEED_BYTES, Framing
-from natsync.streaming.peers import FIRST_REPEAT, LONGEST_REPEAT
+from natsync.streaming.peers import FIRST_REPEAT, LONGEST_REPEAT, Peer
 from natsync.streaming.sender import Ending, SenderCore
 from natsync.streaming.window import Frame, Outgoing
 from natsync.timers import Alarm
@@ -84,7 +85,7 @@ class FramedSender(SenderCore):
         self._held_bytes = 0  # of the memory that all streams share
         self._room = threading.Condition(self._lock)
         self._waiting = 0  # threads that wait for room
-        self._woken = False
+        self._wakes = 0  # how often there was news of the memory that all streams share
         self._ready = False  # the writer is to ask for frames
         self._paused = not connection.linked
         self._settling = False  # nothing is sent until the requester has said what it has
@@ -96,10 +97,12 @@ class FramedSender(SenderCore):
         self._done = Happening()
         self._arrived = False
         options = connection.options
+        self._peer: Peer
         self._peer_name = reply if self._imported else reply.rpartition(b".")[0]
-        heartbeat, grace = min(offer.heartbeat, options.heartbeat), min(offer.grace, options.resume_grace)
+        heartbeat = max(LEAST_HEARTBEAT, min(offer.heartbeat, options.heartbeat))
+        grace = min(offer.grace, options.resume_grace)
         framing.add(self)
-        self._peer = framing.peers.join(self._peer_name, self, heartbeat, grace)
+        framing.peers.join(self._peer_name, self, heartbeat, grace)
         self._peer.heard()  # it has just asked
         self.open()
 
@@ -185,21 +188,26 @@ class FramedSender(SenderCore):
         return True
 
     def _wait_room(self, size: int, deadline: Deadline) -> None:
-        """Block until a chunk of this size may fit, or the stream is over.
+        """Block until it is worth another try to push a chunk of this size, or the stream is over.
 
         Raises:
             TimedOut: the deadline came first.
         """
-        if self._out.has_credit(size) and not self._out.takes(size) and self._framing.extend(self, size):
-            return
+        with self._lock:
+            wakes, has_credit = self._wakes, self._out.has_credit(size)
+        if has_credit:  # it is memory that is short
+            if self._out.takes(size) or self._framing.extend(self, size):
+                return
+            self.ask()  # what has arrived need not be kept
         with self._lock:
             self._waiting += 1
             self._alarm.set_by(time.monotonic() + self._repeat)
             try:
-                while self._error is None and not self._out.takes(size) and not self._woken:
+                while self._error is None and wakes == self._wakes and not self._out.takes(size):
+                    if not has_credit and self._out.has_credit(size):
+                        return
                     if not self._room.wait(deadline.remaining()) and not self._out.takes(size):
                         raise TimedOut("the requester gave no credit in time; the chunk was not sent")
-                self._woken = False
             finally:
                 self._waiting -= 1
 
@@ -395,6 +403,9 @@ class FramedSender(SenderCore):
         self._peer.asked()
         self._alarm.set_by(now + self._repeat * random.uniform(1, 1 + _JITTER))
 
+    def met(self, peer: Peer) -> None:
+        self._peer = peer
+
     def ask(self) -> None:
         if self._refusal is not None:
             self._connection.put_now(self._refusal)
@@ -447,7 +458,11 @@ class FramedSender(SenderCore):
 
     @property
     def expendable(self) -> bool:
-        return self._state is State.LINGER or self._peer.suspended
+        return self._peer.suspended
+
+    @property
+    def lingers(self) -> bool:
+        return self._state is State.LINGER
 
     def allow(self, extra_bytes: int) -> None:
         with self._lock:
@@ -462,7 +477,7 @@ class FramedSender(SenderCore):
 
     def wake(self) -> None:
         with self._lock:
-            self._woken = True
+            self._wakes += 1
             self._room.notify_all()
 
     def evict(self) -> None:

@@ -282,16 +282,21 @@ class Opening:
 
 
 def user_headers(given: HeaderInput) -> Headers:
-    """The user's headers of a request that opens a stream.
+    """The user's headers of a request that opens a stream, or of its end.
 
     Raises:
         InvalidArgument: one has a name that the library or the server keeps to itself.
     """
     headers = Headers(given)
     for key in headers:
-        if key.lower().startswith(RESERVED):
-            raise InvalidArgument(f"header {key!r}: names with Natsync- and Nats- are reserved")
+        check_key(key)
     return headers
+
+
+def check_key(key: str) -> None:
+    """Raise InvalidArgument if a header's name is one that the library or the server keeps to itself."""
+    if key.lower().startswith(RESERVED):
+        raise InvalidArgument(f"header {key!r}: names with Natsync- and Nats- are reserved")
 
 
 def encode_opening(

@@ -34,7 +34,11 @@ class Kept(Member, Protocol):
 
     @property
     def expendable(self) -> bool:
-        """Whether it may be given up for others: it is over but for the last word, or its requester is silent."""
+        """Whether it may be given up for others: its requester is silent."""
+
+    @property
+    def lingers(self) -> bool:
+        """Whether it is over but for its requester's last word."""
 
     @property
     def address(self) -> bytes:
@@ -97,7 +101,7 @@ class Framing:
         for stream in self._all():
             if not self._connection.linked:
                 return
-            if stream.expendable and not stream.settle(until):
+            if stream.lingers and not stream.settle(until):
                 log.debug("the end of %r was not confirmed", stream)
 
     def _closing(self, deadline: Deadline) -> None:

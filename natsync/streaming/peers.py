@@ -65,6 +65,9 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
 class Member(Protocol):
     """A stream of a peer. None of this may block or run user code."""
 
+    def met(self, peer: Peer) -> None:
+        """It is about to become a member: nothing was told it before."""
+
     def ask(self) -> None:
         """Send the other side something that it answers."""
 
@@ -239,6 +242,7 @@ class Peers(Waiter):
             peer = self._peers.get(name)
             if peer is None or peer._state is State.LOST:
                 peer = self._peers[name] = Peer(heartbeat, grace, self._is_linked)
+            member.met(peer)
             peer.join(member)
         return peer
 

@@ -136,6 +136,7 @@ class SenderCore(Waiter):
         raise NotImplementedError
 
     def set_header(self, key: str, value: str) -> None:
+        frames.check_key(key)
         with self._lock:
             if self.count:
                 raise InvalidArgument("headers go with the first chunk, which has been sent")
@@ -340,14 +341,15 @@ class ResponseSender:
         """
         self._check_process()
         check_timeout(wait, "wait")
-        complete = self._core.end(None if trailers is None else Headers(trailers))
+        complete = self._core.end(None if trailers is None else frames.user_headers(trailers))
         return complete and (not wait or self._core.settle(Deadline.after(wait)))
 
     def set_header(self, key: str, value: str) -> None:
         """Set a header that goes with the first chunk (Stream.headers at the requester).
 
         Raises:
-            InvalidArgument: the first chunk has been sent, or the header is malformed.
+            InvalidArgument: the first chunk has been sent, the header is malformed, or its name is reserved (Natsync-,
+                Nats-).
         """
         self._check_process()
         self._core.set_header(key, value)

@@ -26,7 +26,7 @@ BATCH_BYTES = 64 << 10
 BATCHED_CHUNK_BYTES = 8 << 10
 #: Windows that a responder keeps for one stream at most, whatever it is offered: chunks, and bytes.
 MOST_WINDOW = 65_536
-MOST_WINDOW_BYTES = 64 << 20
+MOST_WINDOW_BYTES = 32 << 20
 
 
 class Frame(NamedTuple):
