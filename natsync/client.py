@@ -123,8 +123,8 @@ class Client:
 
         For a link that is suspected to be half dead, or after a change of credentials. Does not wait for the new
         link. What the old one had not taken goes out on the new one; what it had taken and no flush() has confirmed
-        may be lost; requests and streams under way end with ConnectionLost or ServerLost. While there is no link, the
-        next attempt comes at once. With reconnect=False the connection is closed.
+        may be lost. Requests under way end with ConnectionLost, plain streams with ServerLost; framed streams go on.
+        While there is no link, the next attempt comes at once. With reconnect=False the connection is closed.
 
         Raises:
             NoServersError, ConnectionClosed: there is no connection.
@@ -344,15 +344,19 @@ class Client:
         """Publish a request and return the stream of its answer's chunks; does not wait for the first.
 
         timeout is the deadline of the whole stream in seconds, idle_timeout how long the consumer waits for the next
-        chunk (both None = no limit). window counts where the responder can be slowed down; a plain one cannot, and
-        runs ahead into a bounded queue. retry repeats the request while no chunk has come and it is safe.
+        chunk (both None = no limit). window is how many chunks the responder may be ahead of the consumer; a plain one
+        cannot be slowed down, and runs ahead into a bounded queue. retry repeats the request while no chunk has come
+        and it is safe; Retry(resumable=True) goes on behind the chunks that have. In a handler's thread, the handler's
+        context is the default of ctx.
         Iterating the stream, or next(), raises:
 
         Raises:
             NoRespondersError: nothing subscribes to the subject.
             HandlerError: the handler failed; the text is its error.
             StreamRefused: the responder took no part of it, being full.
-            ServerLost: the link broke in mid-stream; chunks up to .last_seq were delivered.
+            ServerLost: the responder is gone, or shut down, in mid-stream; or a plain stream's link broke. Chunks up to
+                .last_seq were delivered.
+            PermissionDenied: the server does not let the request, or word to the responder, pass.
             DeadlineExceeded, IdleTimeout: in time came too little.
             StreamCancelled: cancelled here: by cancel(), close() or ctx.
             SlowConsumerError: a plain responder ran further ahead than the queue holds.

@@ -292,8 +292,8 @@ class Connection(Links):
 
     def _tell_closing(self, deadline: Deadline) -> None:
         """Who has something to say before the end says it now."""
-        for callback in self._on_closing:
-            callback(deadline)
+        for closing, _ in self._on_closing:
+            closing(deadline)
         for mux in self.dispatcher.muxes():
             mux.connection_closing()
 
@@ -371,16 +371,22 @@ class Connection(Links):
         """The interpreter leaves: have the present link take what was published."""
         try:
             if self._status is Status.CONNECTED:
-                self._tell_closing(deadline)
                 self.flush(deadline)
+                for _, leaving in self._on_closing:
+                    leaving(deadline)
+                if self._on_closing:
+                    self.flush(deadline)
         except NatsError as error:
             log.warning("%s: not all may have been sent at exit: %s", self.name, error)
         if self._status is Status.RECONNECTING and (unsent := self._waiting_messages()):
             log.warning("%s: %d messages were not sent before the exit: there is no link", self.name, unsent)
 
-    def when_closing(self, callback: Callable[[Deadline], None]) -> None:
-        """Have callback(deadline) called, in the thread that closes, while something can still be sent and heard."""
-        self._on_closing.append(callback)
+    def when_closing(self, closing: Callable[[Deadline], None], leaving: Callable[[Deadline], None]) -> None:
+        """Have closing(deadline) called, in the thread that closes, while something can still be sent and heard.
+
+        leaving(deadline) is called instead where the interpreter ends: others are to be told, and nobody here woken.
+        """
+        self._on_closing.append((closing, leaving))
 
     def when_closed(self, callback: Callable[[Exception | None], None]) -> None:
         """Have callback(reason) called when the connection ends for good; reason None = it was closed on purpose.
@@ -419,6 +425,12 @@ def _all_connections() -> list[Connection]:
             return list(_connections)
         except RuntimeError:  # another thread has just made one
             continue
+
+
+def is_own(subject: bytes) -> bool:
+    """Whether the subject is under an inbox of one of this process's connections."""
+    muxes = [mux for connection in _all_connections() for mux in connection.dispatcher.muxes()]
+    return any(subject.startswith(mux.inbox + b".") for mux in muxes)
 
 
 def _abandon_in_child() -> None:

@@ -90,7 +90,7 @@ class Links:
         self._attempt: _Attempt | None = None
         self._loss: LinkLoss | None = None
         self._settling = Settling(self._ping)
-        self._on_closing: list[Callable[[Deadline], None]] = []
+        self._on_closing: list[tuple[Callable[[Deadline], None], Callable[[Deadline], None]]] = []
         self._on_closed: list[Callable[[Exception | None], None]] = []
         self._close_reason: Exception | None = None
         self._draining = False
@@ -507,10 +507,14 @@ class Links:
             self._past["in_bytes"] += old.received_bytes
             self._count_out_locked(old.outbox)
             new.confirmed = max(new.confirmed, old.confirmed)
-            new.outbox.release()
+            smaller = new.info.get("max_payload", 0) < old.info.get("max_payload", 0)
             self._sessions += 1
             self.event("reconnected", {"server": str(new.server)})
         log.info("%s: moved from %s to %s", self.name, old.server, new.server)
+        if smaller:
+            for mux in self.dispatcher.muxes():
+                mux.link_made()  # what is kept for sending again may be too large now
+        new.outbox.release()
         self._supervisor.moved()
         self._drop_links([old], None, ConnectError(f"left {old.server} for {new.server}"))
         self._settling.on_link()

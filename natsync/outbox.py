@@ -64,6 +64,7 @@ class Outbox:
         self._attached = False
         self._closed = False
         self._sealed = False
+        self._successor: Outbox | None = None
         self.held = False  # only control frames are written
         self._writer_waits = False
         self._publishers_wait = 0
@@ -238,9 +239,17 @@ class Outbox:
         """Count on from this position of the outbox that goes before, and ask its producers; nothing was put yet."""
         with sealed._lock:
             producers, sealed._ready_producers = sealed._ready_producers, []
+            sealed._successor = self
         with self._lock:
             self.position = self.taken = position
             self._ready_producers.extend(producers)
+
+    def adopt(self, producers: list[Producer]) -> None:
+        """Ask these, too, which were about to be asked on behalf of the outbox that went before."""
+        with self._lock:
+            if not self._closed:
+                self._ready_producers.extend(producers)
+                self._wake_locked()
 
     def release(self) -> None:
         """The link that went before has finished: write on."""
@@ -285,7 +294,9 @@ class Outbox:
                     self._size = 0
                 if self._publishers_wait and self._size < HIGH_WATER_BYTES:
                     self._room.notify_all()
-                producers, self._ready_producers = self._ready_producers, []
+                producers: list[Producer] = []
+                if not self._sealed:
+                    producers, self._ready_producers = self._ready_producers, []
             if producers:
                 self._ask(producers, frames)
             if frames:
@@ -293,31 +304,36 @@ class Outbox:
 
     def _is_due_locked(self) -> bool:
         """Whether there is something to write."""
-        waiting = (self._frames or self._ready_producers) and not self.held
-        return self._attached and bool(self._control or waiting)
+        producers = self._ready_producers and not self._sealed
+        return self._attached and bool(self._control or ((self._frames or producers) and not self.held))
 
     def _ask(self, producers: list[Producer], frames: list[bytes]) -> None:
         """Add what the producers give, an equal share each; those with more come again next time."""
         share = max(PRODUCER_BYTES, WRITE_BYTES // len(producers))
-        left = WRITE_BYTES
-        again = []
+        left, asked = WRITE_BYTES, 0
+        more: list[Producer] = []
         for producer in producers:
-            more = True
-            if left > 0:
-                try:
-                    size, messages, more = producer.produce(frames, share)
-                except Exception:  # a fault with one stream must not end the link of all
-                    log.exception("a stream could not be sent")
-                    continue
-                left -= size
-                self.produced_bytes += size
-                self.produced_messages += messages
-            if more:
-                again.append(producer)
+            if left <= 0:
+                break
+            asked += 1
+            try:
+                size, messages, has_more = producer.produce(frames, share)
+            except Exception:  # a fault with one stream must not end the link of all
+                log.exception("a stream could not be sent")
+                continue
+            left -= size
+            self.produced_bytes += size
+            self.produced_messages += messages
+            if has_more:
+                more.append(producer)
+        again = producers[asked:] + more  # those whose turn it was come first
         if again:
             with self._lock:
-                if not self._closed:
+                successor = self._successor
+                if successor is None and not self._closed:
                     self._ready_producers[:0] = again
+            if successor is not None:
+                successor.adopt(again)
 
     def _some_locked(self) -> list[bytes]:
         count = size = 0

@@ -20,6 +20,7 @@ import pytest
 
 import natsync
 from broker import QUICK, Outcome
+from natsync.streaming.framed_sender import FramedSender
 from natsync.streaming.framing import Framing
 from natsync.testing import FaultProxy, NatsServer, eventually
 from numbered import (
@@ -85,7 +86,7 @@ def subscriber(server: NatsServer) -> Iterator[natsync.Subscriber]:
 #: Streams with windows that are full.
 STREAMS = 40
 #: Kinds of chunks that fill their windows by bytes, and by number, and how many each stream has.
-FILLING = {"large": sized(30, 200), "plain": sized(12_000, 100_000)}
+FILLING = {"large": sized(30, 200), "plain": sized(9_000, 100_000)}
 
 
 @bounded(60, 300)
@@ -123,6 +124,48 @@ def test_the_server_keeps_a_client_whose_socket_is_not_read_with_full_windows(se
         assert proxy.connections == 1
 
 
+@pytest.mark.parametrize("count", [40, 400, 1000])
+def test_the_credit_of_all_streams_is_32_mib_or_64_kib_each(server: NatsServer, count: int) -> None:
+    """However many there are: what the server holds for a client, 64 MiB, has room for 1,000 of the least."""
+    with natsync.Subscriber(server.url) as subscriber, natsync.connect(server.url) as client:
+        senders: list[natsync.ResponseSender] = []
+        subscriber.stream_subscribe("l.held", lambda ctx, request, sender: senders.append(sender))
+        streams = [client.stream("l.held") for _ in range(count)]
+        assert client._calls is not None
+        given = client._calls.budget._given
+        eventually(lambda: len(senders) == count, PATIENCE)
+        for stream in streams:
+            stream.close()
+    assert given <= max(32 << 20, count * (64 << 10))
+
+
+def test_the_server_keeps_a_client_whose_socket_is_not_read_with_700_full_windows(server: NatsServer) -> None:
+    count = 700
+    with FaultProxy(server.url) as proxy, natsync.Subscriber(server.url, **QUICK) as subscriber:
+        senders: list[natsync.ResponseSender] = []
+        subscriber.stream_subscribe("l.held", lambda ctx, request, sender: senders.append(sender))
+        with natsync.connect(proxy.url, **QUICK) as client:
+            streams = [client.stream("l.held") for _ in range(count)]
+            eventually(lambda: len(senders) == count, PATIENCE)
+            for sender in senders:
+                sender.send(b"0")
+            for stream in streams:
+                assert stream.next(PATIENCE) == b"0"
+            proxy.down.stall()
+            began = time.monotonic()
+            chunk = bytes(8000)
+            for sender in senders:
+                while sender.try_send(chunk):
+                    pass
+            time.sleep(max(0.0, 1.5 - (time.monotonic() - began)))
+            proxy.down.resume()
+            for sender in senders:
+                sender.end()
+            assert sum(len(list(stream)) for stream in streams) == sent(senders) - count
+            assert client.stats()["reconnects"] == 0
+            assert proxy.connections == 1
+
+
 # -- a consumer that does not read -----------------------------------------------------------------------------------
 
 
@@ -139,11 +182,22 @@ class Endless:
             for number in itertools.count(1):
                 sender.send(kind(number))
 
+    def next_stuck(self, count: int) -> None:
+        """Block until the sender behind the first so many has no credit left."""
+        eventually(lambda: len(self.all) > count and waits(self.all[count].sender), PATIENCE)
+
     def stuck(self, count: int) -> int:
         """Block until so many senders have no credit left; how many chunks they have sent."""
         eventually(lambda: len(self.all) == count, PATIENCE)
         senders = [one.sender for one in self.all]
-        return eventually(lambda: all(one._core._waiting for one in senders) and sent(senders), PATIENCE)
+        return eventually(lambda: all(map(waits, senders)) and sent(senders), PATIENCE)
+
+
+def waits(sender: natsync.ResponseSender) -> bool:
+    """Whether a send() waits for credit."""
+    core = sender._core
+    assert isinstance(core, FramedSender)
+    return core._waiting > 0
 
 
 def sent(senders: list[natsync.ResponseSender]) -> int:
@@ -239,19 +293,23 @@ def test_fifty_other_streams_keep_their_speed_next_to_one_that_nobody_reads(
         others = [Taking(client.stream("l.endless", "plain")) for _ in range(50)]
         for one in others:
             one.reach(1000)
-        alone = beside = 0.0
-        for number in range(1, sized(12, 60)):  # what else this machine does falls on both alike, in many short turns
-            alone += taken_in(0.15, others)
-            stream = client.stream("l.endless", "large")
-            eventually(lambda least=50 + number: len(endless.all) == least, PATIENCE)
-            sender = endless.all[-1].sender
-            eventually(lambda one=sender: one._core._waiting, PATIENCE)
-            beside += taken_in(0.15, others)
-            stream.close()
-            if number >= 3 and beside >= 0.8 * alone:
+        ratios: list[float] = []
+        for _ in range(
+            4
+        ):  # what else this machine does falls on both alike, as a rule: short turns, and all of it again
+            alone = beside = 0.0
+            for _ in range(sized(2, 10)):
+                alone += taken_in(0.2, others)
+                count = len(endless.all)
+                stream = client.stream("l.endless", "kib", window=200)
+                endless.next_stuck(count)
+                beside += taken_in(0.2, others)
+                stream.close()
+            ratios.append(beside / alone)
+            if ratios[-1] >= 0.8:
                 break
-        print(f"speed next to a stream that nobody reads: {beside / alone:.2f} of that without, {number} times")
-        assert beside >= 0.8 * alone
+        print(f"speed next to a stream that nobody reads, as a part of that without: {ratios}")
+        assert ratios[-1] >= 0.8
         assert client.stats()["reconnects"] == 0
         assert all(one.running for one in others)
         client.close()
@@ -378,7 +436,7 @@ while True:
 def test_children_of_a_client_that_close_its_streams_disturb_none_of_them(
     server: NatsServer, subscriber: natsync.Subscriber
 ) -> None:
-    with program(FORKING_CLIENT, server.url, sized(10_000, 100_000), sized(3, 20)) as process:
+    with program(FORKING_CLIENT, server.url, sized(6_000, 100_000), sized(3, 20)) as process:
         assert process.wait(PATIENCE * 2) == 0, process.err
         assert "complete, reconnects: 0" in process.out
         assert process.err == []
@@ -388,7 +446,7 @@ def test_children_of_a_client_that_close_its_streams_disturb_none_of_them(
 
 
 def test_children_of_a_responder_that_close_its_streams_disturb_none_of_them(server: NatsServer) -> None:
-    count, forks = sized(10_000, 100_000), sized(3, 20)
+    count, forks = sized(6_000, 100_000), sized(3, 20)
     with program(FORKING_SERVER, server.url) as process, natsync.connect(server.url, **QUICK) as client:
         process.wait_for_out("serving")
         pace = Pace(0)
@@ -420,7 +478,7 @@ def test_children_of_a_responder_that_close_its_streams_disturb_none_of_them(ser
 def test_two_clients_with_windows_of_16_and_of_100_000_are_served_exactly(
     server: NatsServer, subscriber: natsync.Subscriber, kind: str
 ) -> None:
-    count = sized(10_000, 100_000)
+    count = sized(4_000, 100_000)
     with (
         program(MANY, server.url, 3, kind, count, 16) as one,
         program(MANY, server.url, 3, kind, count, 100_000) as two,
@@ -552,10 +610,12 @@ client = natsync.connect(url, heartbeat=0.3)
 
 
 def opened(count):
-    streams = [client.stream("l.idle") for _ in range(count)]
-    for stream in streams:
-        assert stream.next(60) == b"first"
-        assert stream.mode == "framed"
+    streams = []
+    while len(streams) < count:  # a few at a time: what counts is how many there are in the end
+        streams += [client.stream("l.idle") for _ in range(10)]
+        for stream in streams[-10:]:
+            assert stream.next(60) == b"first"
+            assert stream.mode == "framed"
     return streams
 
 
@@ -591,12 +651,11 @@ def test_idle_streams_take_no_threads_little_memory_and_one_question_a_heartbeat
     with natsync.Subscriber(server.url, heartbeat=0.3, max_streams=few + many) as subscriber:
         subscriber.stream_subscribe("l.idle", idle)
         with program(IDLE, server.url, few, many) as process:
-            eventually(lambda: len(arrived) == few, PATIENCE)
             tracemalloc.start()
             try:
                 process.wait_for_out("memory")
                 gc.collect()
-                mine = tracemalloc.get_traced_memory()[0] // many
+                mine = tracemalloc.get_traced_memory()[0] // len(arrived)
             finally:
                 tracemalloc.stop()
             threads, more = map(int, re.findall(r"\d+", process.out[0]))
@@ -616,7 +675,7 @@ def test_idle_streams_take_no_threads_little_memory_and_one_question_a_heartbeat
             assert subscriber.stats()["cancelled"] == 0
 
 
-def messages_a_heartbeat(server: NatsServer, heartbeat: float, beats: int = 8) -> float:
+def messages_a_heartbeat(server: NatsServer, heartbeat: float, beats: int = 5) -> float:
     """What the inboxes of all get in a while, once what is still to be confirmed is."""
     with RawClient(server.url) as tap:
         tap.subscribe("_INBOX.>")
@@ -651,14 +710,16 @@ def test_a_thousand_streams_that_come_and_go_leave_nothing_behind(
                         assert list(stream) == [b"1", b"2", b"3"]
 
         rounds(5)
-        core, framing = client._connection(), subscriber._responder._framing
+        core, responder = client._connection(), subscriber._responder
+        assert responder is not None
+        framing = responder._framing
         rounds(sized(50, 500))
-        eventually(lambda: not len(framing) and not len(framing.peers) and not framing._waiting, PATIENCE)
+        eventually(lambda: (len(framing), len(framing.peers), len(framing._waiting)) == (0, 0, 0), PATIENCE)
         eventually(lambda: not len(core.mux), PATIENCE)
         assert client._calls is not None
         assert not client._calls._farewells
         assert (client._calls.budget._given, client._calls.budget._streams) == (0, 0)
-        assert subscriber._responder.streams == 0
+        assert responder.streams == 0
 
 
 # -- clocks ----------------------------------------------------------------------------------------------------------
@@ -683,7 +744,8 @@ def test_a_clock_that_jumps_by_an_hour_disturbs_no_stream(server: NatsServer, mo
                 one.reach(count // 3)
             monkeypatch.setattr(time, "time", jumping)
             monkeypatch.setattr(time, "time_ns", lambda: int(jumping() * 1e9))
-            assert not taking[0]._outcome._thread.join(0.5), "some heartbeats pass"
+            time.sleep(0.5)  # some heartbeats pass
+            assert all(one.running for one in taking)
             pace.allowed = 2 * count // 3
             for one in taking:
                 one.reach(2 * count // 3)

@@ -397,18 +397,6 @@ def test_a_lost_account_is_made_up_for_by_the_next(bench: Bench) -> None:
     assert fill(sender) == 4
 
 
-def test_no_more_is_kept_than_a_window_whatever_the_limits(bench: Bench) -> None:
-    asker, sender = bench.open(offer(w=4))
-    fill(sender)
-    asker.frames(4)
-    asker.say(b"+0 1000 99999999")
-    asker.ping()
-    assert fill(sender) == 0
-    asker.say(b"+1 1000 99999999")
-    asker.ping()
-    assert fill(sender) == 1
-
-
 def test_bytes_of_credit_grow_by_absolute_offsets(bench: Bench) -> None:
     asker, sender = bench.open(offer(w=1000, b=4096))
     fill(sender, b"x" * 1024)

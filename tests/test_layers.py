@@ -19,7 +19,7 @@ CORE = [
     "settling", "mux", "subscription", "dispatcher", "supervisor", "links",
     "connection",  # connection
     "reply", "retry", "streaming", "streaming.frames", "streaming.window", "streaming.peers",  # use
-    "streaming.inlet", "streaming.plain_receiver", "streaming.calls", "streaming.framed_receiver", "streaming.call",
+    "streaming.inlet", "streaming.calls", "streaming.plain_receiver", "streaming.framed_receiver", "streaming.call",
     "streaming.stream", "streaming.framing", "streaming.sender", "streaming.plain_sender", "streaming.framed_sender",
     "streaming.handlers", "streaming.watched", "streaming.work", "streaming.responder", "streaming.registration",
     "streaming.serving", "streaming.subscriber", "client", "pool",

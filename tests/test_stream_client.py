@@ -549,19 +549,6 @@ def test_a_handlers_error_comes_with_its_text_code_and_details(client: natsync.C
     assert str(error) == "quota used up"
 
 
-@plain_only
-def test_a_handlers_error_comes_with_its_text_alone_in_plain_mode(client: natsync.Client, hold: Hold) -> None:
-    stream = client.stream("sc.hold")
-    hold.sender.send(b"1")
-    hold.sender.send_error("quota used up", code=Code.RESOURCE_EXHAUSTED, details={"limit": 5})
-    assert stream.next(PATIENCE) == b"1"
-    with pytest.raises(natsync.HandlerError) as caught:
-        stream.next(PATIENCE)
-    error = caught.value
-    assert (error.code, error.message, error.details) == (Code.UNKNOWN, "quota used up", None)
-    assert error.last_seq == 1
-
-
 def test_an_error_is_raised_again_by_a_further_next(client: natsync.Client, hold: Hold) -> None:
     stream = client.stream("sc.hold")
     hold.sender.send_error("broken")
@@ -736,16 +723,6 @@ def test_headers_come_with_the_first_chunk_and_trailers_with_the_end(client: nat
     assert list(stream) == [b"2"]
     assert dict(stream.trailers) == {"Tokens": "2"}
     assert dict(stream.headers) == {"Model": "small", "Size": "ü"}
-
-
-@plain_only
-def test_headers_come_with_the_first_chunk_and_no_trailers_in_plain_mode(client: natsync.Client, hold: Hold) -> None:
-    stream = client.stream("sc.hold")
-    hold.sender.set_header("Model", "small")
-    hold.sender.send(b"1")
-    hold.sender.end(trailers={"Tokens": "1"})
-    assert list(stream) == [b"1"]
-    assert (dict(stream.headers), dict(stream.trailers)) == ({"Model": "small"}, {})
 
 
 def test_a_header_after_the_first_chunk_is_refused(client: natsync.Client, hold: Hold) -> None:

@@ -14,17 +14,17 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from natsync import headers as _headers
 from natsync import subject as _subject
 from natsync.concurrency import Deadline, Signal
+from natsync.connection import is_own
 from natsync.context import Context
 from natsync.errors import (
     Code,
-    ConnectionClosed,
     ConnectionLost,
     DeadlineExceeded,
     IdleTimeout,
     NoRespondersError,
+    PermissionDenied,
     ServerLost,
     StreamCancelled,
     StreamEnded,
@@ -94,7 +94,7 @@ class Call(Waiter):
         self._alarm = Alarm(self._unanswered)
         self.token, self.inbox = connection.mux.address()
         connection.mux.register(self.token, self)
-        if connection.options.framed and connection.info.get("headers") is not False:
+        if connection.options.framed and calls.may_answer and connection.info.get("headers") is not False:
             self._offered = FramedReceiver(self, calls, window)
 
     # -- opening -------------------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ class Call(Waiter):
         try:
             self._connection.mux.check_allowed()
             offer = None if self._offered is None else self._offered.offer
-            block = frames.encode_opening(headers, offer, ctx.remaining(), attempt, resume)
+            block: bytes | None = frames.encode_opening(headers, offer, ctx.remaining(), attempt, resume)
             if self._connection.info.get("headers") is False:
                 block = None  # a server without headers: the stream is plain, and its cancel unheard
             to = _subject.publish_subject(self.subject)
@@ -129,27 +129,30 @@ class Call(Waiter):
     # -- the reader ------------------------------------------------------------------------------------------------
 
     def deliver(self, items: list[Item]) -> None:
-        receiver = self._receiver or self._decide(items)
-        if receiver is not None:
-            receiver.deliver(items)
+        if self._receiver is None:
+            items = self._decide(items)
+        if items and self._receiver is not None:
+            self._receiver.deliver(items)
 
-    def _decide(self, items: list[Item]) -> Receiver | None:
-        """The mode, by the first answer; None while that is not known."""
-        reply, block, payload = items[0]
+    def _decide(self, items: list[Item]) -> list[Item]:
+        """Find out the mode, by the first answer; returns what is still to be delivered then."""
         framed = self._offered
-        if framed is not None and (frames.decode_address(reply, block) is not None or framed.refusing):
-            return framed  # which decides
-        if block is not None and not payload and _headers.status_of(block) == frames.NO_RESPONDERS_STATUS:
-            self.finished(NoRespondersError(self.subject))
-            return None
-        if framed is not None:
-            framed.close(complete=False)
-        plain = PlainReceiver(self, self._connection)
-        self.decided(plain)
-        if self._lost is not None:
-            plain.link_lost(self._lost)
-            return None
-        return plain
+        for index, item in enumerate(items):
+            if self._receiver is not None:
+                return items[index:]
+            if framed is not None and frames.decode_address(item[0], item[1]) is not None:
+                framed.deliver([item])  # which decides, unless it is refused
+            elif not frames.is_unheard(item):
+                plain = PlainReceiver(self, self._calls)
+                self.decided(plain)
+                if framed is not None:
+                    framed.close(complete=False)
+                if self._lost is not None:
+                    plain.link_lost(self._lost)
+                return items[index:]
+            elif framed is None or not framed.refusing:
+                self.finished(NoRespondersError(self.subject))
+        return []
 
     def decided(self, receiver: Receiver) -> None:
         self._receiver = receiver
@@ -193,7 +196,7 @@ class Call(Waiter):
 
     def finished(self, error: Exception | None, *, item: Item | None = None, trailers: Headers | None = None) -> None:
         with self._lock:
-            if self._over:
+            if self._over or self._error is not None:
                 return
             self._error = error
             self._last = item
@@ -213,7 +216,7 @@ class Call(Waiter):
             self._receiver.link_lost(loss)
         elif self._offered is not None:
             self._lost = loss  # a framed answer may still come: nothing of it gets lost
-            self._alarm.set(time.monotonic() + OUTAGE_GRACES * self._calls.grace)
+            self._alarm.set_by(time.monotonic() + OUTAGE_GRACES * self._calls.grace)
         else:
             self.fail(ServerLost(f"the link broke in mid-stream, chunks may be missing: {loss.reason}"), tell=False)
 
@@ -221,7 +224,7 @@ class Call(Waiter):
         if self._receiver is not None:
             self._receiver.link_made()
         elif self._lost is not None and not self._over:
-            self._alarm.set(time.monotonic() + self._calls.grace)
+            self._alarm.set_by(time.monotonic() + self._calls.grace)
 
     def _unanswered(self) -> None:
         """The link that took the request was lost, and on the next one there is no answer either."""
@@ -231,14 +234,19 @@ class Call(Waiter):
     def publish_denied(self, subject: bytes, error: Exception) -> None:
         if self._receiver is None and subject == _subject.publish_subject(self.subject):
             self.fail(error, tell=False)
+        elif self._offered is not None and self._offered.speaks_to(subject):
+            prefix = self._connection.options.inbox_prefix
+            advice = f"a requester's user needs to publish to {prefix}.*.nsy1.>; without it, streams are plain"
+            self.fail(PermissionDenied(f"{error}; {advice}"), tell=False)
 
     def refused(self, error: Exception) -> None:
         self.fail(error, tell=False)
 
     def connection_closing(self) -> None:
-        """The responder is told while that can still be sent."""
-        if self._connection.linked:
-            self.fail(ConnectionClosed("the connection is closed"))
+        """The responder is told while that can still be sent; who waits here is told by connection_closed()."""
+        known = {} if self._offered is None else self._offered.known
+        if self._connection.linked and not (self._calls.leaving and any(map(is_own, known))):
+            self._part("the requester closes", behind=self)
 
     def connection_closed(self, reason: Exception) -> None:
         self.fail(reason, tell=False)
@@ -350,11 +358,14 @@ class Call(Waiter):
         """End with an error found here, behind what has come or, with at_once, instead of it."""
         with self._lock:
             over = self._over
-            if self.complete or self._at_once or (over and (self._error is not None or not at_once)):
+            if self.complete or (over and (self._error is not None or not at_once)):
                 return
-            self._error, self._at_once, self._last = error, at_once, None
-            if at_once:
+            if self._error is None:
+                self._error, self._at_once, self._last = error, at_once, None
+            if self._at_once:
                 self._put_aside_locked()
+                self._queue.clear()
+                self._waiting_chunks = self._waiting_bytes = 0
         if not over:
             self._finish(leaving=error if tell else None)
         self._signal.set()
@@ -371,7 +382,8 @@ class Call(Waiter):
             finished, self._finished = self._finished, []
         self._connection.mux.unregister(self.token)
         if leaving is not None:
-            self._part(leaving)
+            self._part(str(leaving), leaving.code if isinstance(leaving, StreamError) else Code.CANCELLED)
+        self._frame = b""
         if self._offered is not None:
             self._offered.close(complete=complete)
         self._alarm.clear()
@@ -379,16 +391,15 @@ class Call(Waiter):
         for callback in finished:
             callback()
 
-    def _part(self, error: Exception) -> None:
-        """Have the responder told that the stream is left."""
-        code = error.code if isinstance(error, StreamError) else Code.CANCELLED
+    def _part(self, why: str, code: int = Code.CANCELLED, *, behind: Waiter | None = None) -> None:
+        """Have the responder told that the stream is left. behind: who still waits here."""
         receiver = self._receiver
         if isinstance(receiver, PlainReceiver):
             if receiver.control is not None:
-                self._calls.tell(receiver.control, None, frames.encode_cancel(str(error), code))
+                self._calls.tell(receiver.control, self.inbox, frames.encode_cancel(why, code))
         elif self._mark is not None and not self._connection.withdraw(self._frame):
             known = {} if self._offered is None else self._offered.known
-            self._calls.part(self.token, self.inbox, known, str(error), code)
+            self._calls.part(self.token, self.inbox, known, why, code, behind)
 
     # -- asking ----------------------------------------------------------------------------------------------------
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import threading
 import time
 
-from natsync import headers as _headers
 from natsync.concurrency import Deadline, SafeEvent
 from natsync.connection import Connection
+from natsync.errors import Code
 from natsync.message import Item
 from natsync.mux import Waiter
 from natsync.protocol import encode_pub
@@ -33,6 +33,8 @@ FIRST_PART = 32
 ADDRESS_SECONDS = 0.25
 #: What a responder is told of a stream that is not known here. HTTP's 410.
 GONE = 410
+#: Responders that one farewell is for at most.
+_MOST_RESPONDERS = 16
 #: Ended streams that are remembered at most.
 _TOMBSTONES = 100_000
 
@@ -75,7 +77,7 @@ class Budget:
             self._streams -= 1
 
 
-class Calls:
+class Calls(Waiter):
     """The streams of one connection, from the reading side."""
 
     def __init__(self, connection: Connection) -> None:
@@ -83,16 +85,30 @@ class Calls:
         self.peers = Peers(connection, connection.mux)
         self.budget = Budget()
         self.grace = connection.options.resume_grace
+        self.may_answer = True  # the server lets us speak to responders: else only plain streams are of use
+        self.leaving = False  # the interpreter ends: responders are told, unless they end with it
         self._lock = threading.Lock()
         # token -> whose stream it was, what had come, and until when that is of interest
         self._ended: dict[bytes, tuple[bytes, int, float]] = {}
         self._farewells: set[Farewell] = set()
         connection.mux.on_late = self._late
-        connection.when_closing(self._closing)
+        connection.mux.watchers.append(self)
+        connection.when_closing(self._closing, self._leave)
 
-    def tell(self, control: bytes, inbox: bytes | None, payload: bytes) -> bool:
+    def tell(self, control: bytes, inbox: bytes, payload: bytes) -> bool:
         """Send a control message to a responder, with the stream's inbox for an answer; False if there is no link."""
         return self.connection.put_now(encode_pub(control, inbox, None, payload))
+
+    def turn_away(self, inbox: bytes, reply: bytes) -> None:
+        """Tell a responder that another one was first."""
+        self.tell(reply, inbox, frames.encode_cancel("taken by another responder", Code.ALREADY_EXISTS))
+
+    def publish_denied(self, subject: bytes, error: Exception) -> None:
+        if frames.FRAMED_MARK in subject:
+            self.may_answer = False
+
+    def link_made(self) -> None:
+        self.may_answer = True
 
     def remember(self, token: bytes, stream: bytes, received: int) -> None:
         """A stream is complete, or ended by its responder; stream: as in frames.Address."""
@@ -124,10 +140,21 @@ class Calls:
 
     # -- leaving -------------------------------------------------------------------------------------------------
 
-    def part(self, token: bytes, inbox: bytes, known: dict[bytes, bytes], reason: str, code: int) -> None:
-        """Have the responder told that its stream is left; known: the stream, and where its responder is spoken to,
-        if it has said anything yet."""
-        farewell = Farewell(self, token, inbox, known, frames.encode_cancel(reason, code))
+    def part(
+        self,
+        token: bytes,
+        inbox: bytes,
+        known: dict[bytes, bytes],
+        reason: str,
+        code: int = Code.CANCELLED,
+        behind: Waiter | None = None,
+    ) -> None:
+        """Have the responder told that its stream is left.
+
+        known: the stream, and where its responder is spoken to, if it has said anything yet. behind: who still waits
+        for the end of the connection.
+        """
+        farewell = Farewell(self, token, inbox, known, frames.encode_cancel(reason, code), behind)
         with self._lock:
             self._farewells.add(farewell)
         self.connection.mux.register(token, farewell)
@@ -150,6 +177,10 @@ class Calls:
         for farewell in farewells:
             farewell.spoken.wait(until.remaining())
 
+    def _leave(self, deadline: Deadline) -> None:
+        self.leaving = True
+        self._closing(deadline)
+
 
 class Farewell(Waiter):
     """A stream that was left: says so until the responder has heard it.
@@ -158,13 +189,23 @@ class Farewell(Waiter):
         spoken: set once the responder has been told, or need not be.
     """
 
-    def __init__(self, calls: Calls, token: bytes, inbox: bytes, known: dict[bytes, bytes], payload: bytes) -> None:
+    def __init__(
+        self,
+        calls: Calls,
+        token: bytes,
+        inbox: bytes,
+        known: dict[bytes, bytes],
+        payload: bytes,
+        behind: Waiter | None = None,
+    ) -> None:
         self.spoken = SafeEvent()
         self._calls = calls
         self._token = token
         self._inbox = inbox
         self._known = known  # stream -> where its responder is spoken to
         self._payload = payload
+        self._behind = behind
+        self._over = False
         self._until = time.monotonic() + calls.grace + LONGEST_REPEAT
         self._repeat = FIRST_REPEAT
         self._alarm = Alarm(self._look)
@@ -174,7 +215,8 @@ class Farewell(Waiter):
         for control in list(self._known.values()):
             if self._calls.tell(control, self._inbox, self._payload):
                 self.spoken.set()
-        self._alarm.set(min(time.monotonic() + self._repeat, self._until))
+        if not self._over:
+            self._alarm.set(min(time.monotonic() + self._repeat, self._until))
 
     def _look(self) -> None:
         if time.monotonic() >= self._until:
@@ -184,36 +226,41 @@ class Farewell(Waiter):
         self.speak()
 
     def deliver(self, items: list[Item]) -> None:
-        for reply, block, payload in items:
-            status = None if block is None else _headers.status_of(block)
+        for item in items:
+            reply, block, _ = item
             address = frames.decode_address(reply, block)
-            if address is None:
-                if status is None:
-                    self._calls.connection.mux.late += 1
-                    if reply is not None and frames.PLAIN_MARK in reply:
-                        self._calls.tell(reply, None, self._payload)
-                if status is None or (status == frames.NO_RESPONDERS_STATUS and not payload):
-                    self._done()  # a plain responder; or none
-                    return
-            elif address.op in (Op.ERROR, Op.REFUSED):
+            if frames.is_unheard(item):
+                self._done()
+                return
+            if address is None:  # a plain responder
+                self._calls.connection.mux.late += 1
+                if reply is not None and frames.PLAIN_MARK in reply:
+                    self._calls.tell(reply, self._inbox, self._payload)
+                self._done()
+                return
+            if address.op in (Op.ERROR, Op.REFUSED):
                 self._known.pop(address.stream, None)
                 if not self._known:
                     self._done()
                     return
             else:
                 self._calls.connection.mux.late += address.op in (Op.DATA, Op.BATCH, Op.FRAGMENT)
-                if reply is not None and address.stream not in self._known:
+                if reply is not None and address.stream not in self._known and len(self._known) < _MOST_RESPONDERS:
                     self._known[address.stream] = reply
-                    self.speak()
+                    self._calls.tell(reply, self._inbox, self._payload)
+                    self.spoken.set()
 
     def link_made(self) -> None:
         self.speak()
 
     def connection_closed(self, reason: Exception) -> None:
         self._done()
+        if self._behind is not None:
+            self._behind.connection_closed(reason)
 
     def _done(self) -> None:
-        if self._calls.connection.mux.waiters.get(self._token) is self:
+        self._over = True
+        if self._behind is None and self._calls.connection.mux.waiters.get(self._token) is self:
             self._calls.connection.mux.unregister(self._token)
         self._alarm.clear()
         self._calls.parted(self)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 import time
 
-from natsync import headers as _headers
 from natsync.errors import Code, NoRespondersError, ProtocolError, ServerLost, StreamError
 from natsync.message import Item
 from natsync.mux import LinkLoss
@@ -17,7 +16,7 @@ from natsync.streaming import frames
 from natsync.streaming.calls import Calls
 from natsync.streaming.frames import Ack, Address, Control, Offer, Op
 from natsync.streaming.inlet import Inlet, refused, reported
-from natsync.streaming.peers import FIRST_REPEAT, LONGEST_REPEAT, Peer
+from natsync.streaming.peers import FIRST_REPEAT, LONGEST_REPEAT, Peer, PeerName
 from natsync.streaming.window import Incoming, Verdict
 from natsync.timers import Alarm
 
@@ -55,7 +54,6 @@ class FramedReceiver:
         self._over = False
         self._stream = self._prefix = b""  # of the responder that this is bound to
         self._control: bytes | None = None  # where it is spoken to: the newest reply subject
-        self._begun = False
         self._refusal: Exception | None = None  # by one responder, while another may accept
         self._refusal_due = 0.0
         self._turned_away: set[bytes] = set()
@@ -64,7 +62,7 @@ class FramedReceiver:
         self._missing_due = 0.0  # which is said again then
         self._repeat = FIRST_REPEAT
         self._peer: Peer | None = None
-        self._peer_name = b""
+        self._peer_name: PeerName = (b"", 0.0, 0.0)
         self._alarm = Alarm(self._look)
 
     @property
@@ -76,6 +74,10 @@ class FramedReceiver:
     def known(self) -> dict[bytes, bytes]:
         """The responder's stream, and where it is spoken to; empty before the first answer."""
         return {} if self._control is None else {self._stream: self._control}
+
+    def speaks_to(self, subject: bytes) -> bool:
+        """Whether this is where it speaks to its responder."""
+        return bool(self._stream) and subject.startswith(self._prefix)
 
     @property
     def gaps(self) -> int:
@@ -99,7 +101,8 @@ class FramedReceiver:
             before = self._incoming.received
             say = b""
             try:
-                for reply, block, payload in items:
+                for item in items:
+                    reply, block, payload = item
                     if block is None and self._stream and reply is not None and reply.startswith(self._prefix):
                         op, _, digits = reply[len(self._prefix) :].partition(b".")
                         seq = int(digits)
@@ -107,19 +110,21 @@ class FramedReceiver:
                     else:
                         address = self._address(reply, block, payload)
                         if address is None:
-                            unreachable = unreachable or _is_unheard(block, payload)
+                            unreachable = unreachable or frames.is_unheard(item)
                             continue
                         op, seq = address.op, address.seq
                     heard = True
                     if op == Op.DATA or op == Op.BATCH or op == Op.FRAGMENT:
-                        if block is not None and not self._begun:
+                        if block is not None and seq == 1 and not self._incoming.received:
                             self._inlet.begun(frames.decode_headers(block))
-                        self._begun = True
                         verdict = self._incoming.take(op, seq, payload, chunks)
                         if verdict is not Verdict.TAKEN:
                             say = self._out_of_order(verdict) or say
                     elif op == Op.PROBE:
-                        say = Control.MISSING if seq > self._incoming.received else say or Control.ACK
+                        if seq > self._incoming.received:
+                            say = Control.MISSING
+                        else:
+                            say, self._missing = say or Control.ACK, None
                     elif not seq:
                         if op == Op.REFUSED or op == Op.ERROR:  # turned away, or not known there any more
                             end = (op, seq, block, payload)
@@ -179,8 +184,8 @@ class FramedReceiver:
         return None
 
     def _share(self) -> int:
-        """How much credit may be out now: what the other streams leave, and never too little for one fragment."""
-        return max(self.offer.window_bytes // 4, self._calls.budget.share(self._given_bytes))
+        """How much credit may be out now: what the other streams leave, and never too little for two fragments."""
+        return max(self.offer.window_bytes // 2, self._calls.budget.share(self._given_bytes))
 
     def _account_locked(self, *, missing: bool = False) -> Ack:
         """What is here, and the credit now. Requires _lock."""
@@ -224,9 +229,9 @@ class FramedReceiver:
         self._inlet.decided(self)
         if address.op == Op.REFUSED:
             return
-        self._peer_name = address.stream.rpartition(b".")[0]
         heartbeat = self.offer.heartbeat * _LATER
-        self._calls.peers.join(self._peer_name, self, heartbeat, self.offer.grace)
+        responder = address.stream.rpartition(b".")[0]
+        self._peer_name = self._calls.peers.join(responder, self, heartbeat, self.offer.grace)
 
     def _is_final(self, address: Address, reply: bytes | None, block: bytes | None, payload: bytes) -> bool:
         """Whether a refusal is the answer: nobody else was asked. Else it is kept for a moment. Requires _lock."""
@@ -242,12 +247,15 @@ class FramedReceiver:
 
     def _turn_away(self, address: Address, reply: bytes | None, payload: bytes | None = None) -> None:
         """Tell another responder, once, that somebody else was first. Requires _lock."""
-        known = address.stream in self._turned_away or len(self._turned_away) >= _MOST_TURNED_AWAY
+        known = address.stream in self._turned_away and address.op != Op.PROBE  # it asks: so it has not heard
+        known = known or len(self._turned_away) >= _MOST_TURNED_AWAY
         if reply is None or (known and payload is None) or (address.op == Op.ERROR and not address.seq):
             return
         self._turned_away.add(address.stream)
-        taken = frames.encode_cancel("taken by another responder", Code.ALREADY_EXISTS)
-        self._calls.tell(reply, None, payload or taken)
+        if payload is None:
+            self._calls.turn_away(self._inlet.inbox, reply)
+        else:
+            self._calls.tell(reply, self._inlet.inbox, payload)
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
@@ -262,8 +270,12 @@ class FramedReceiver:
         if op == Op.REFUSED:
             error = refused(text, headers)
             self._tell(Ack(0, 0, 0).encode())
+        elif seq:
+            error = reported(text, headers)
         else:
-            error = reported(text, headers) if seq else ServerLost(text)
+            error = ServerLost(text)
+            if self._peer is not None:
+                self._peer.ask_all()
         item = (None, block, sentinels.error_prefix + text.encode("utf-8", "replace"))
         self._inlet.finished(error, item=item)
 
@@ -336,17 +348,15 @@ class FramedReceiver:
         self._tell(Control.PING)
 
     def suspend(self) -> None:
-        """The responder goes on where it was when it is heard from again."""
+        """Nothing was under way from here."""
 
     def resume(self) -> None:
+        """Heard from again; it may have given this stream up meanwhile."""
         self.resumes += 1
+        self.ask()
 
     def give_up(self, why: str) -> None:
-        self._inlet.fail(ServerLost(f"the responder is gone: {why}"), tell=False)
-
-
-def _is_unheard(block: bytes | None, payload: bytes) -> bool:
-    return block is not None and not payload and _headers.status_of(block) == frames.NO_RESPONDERS_STATUS
+        self._inlet.fail(ServerLost(f"the responder is gone: {why}"))
 
 
 def _error_text(payload: bytes) -> str:

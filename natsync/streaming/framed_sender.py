@@ -11,9 +11,7 @@ import enum
 import random
 import threading
 import time
-from dataclasses import replace
 
-from natsync import headers as _headers
 from natsync.concurrency import Deadline, Happening
 from natsync.connection import Connection
 from natsync.context import Context
@@ -27,12 +25,12 @@ from natsync.streaming import frames
 from natsync.streaming.frames import Ack, Control, Offer, Op, Status
 from natsync.streaming.framing import GUARANTEED_BYTES, Framing
 from natsync.streaming.peers import FIRST_REPEAT, LONGEST_REPEAT, Peer
-from natsync.streaming.sender import Ending, SenderCore
+from natsync.streaming.sender import Ending, SenderCore, fitting_error
 from natsync.streaming.window import Frame, Outgoing
 from natsync.timers import Alarm
 
-#: Bytes of headers that a frame may need where its number goes in a header.
-_SEQ_BYTES = 256
+#: Bytes of headers that a frame needs at most where its number goes in a header, but for the stream's name.
+_SEQ_BYTES = 64
 #: Part of a wait that is random, so that many streams do not ask at once.
 _JITTER = 0.25
 #: Frames that carry a reply subject even where that costs the server an entry (across accounts).
@@ -52,20 +50,14 @@ class Event(enum.Enum):
 
     ENDED = "ended"  # by the handler: END, an error, a refusal, a deadline, a shutdown
     ARRIVED = "arrived"  # the requester has everything, the end included
-    CANCELLED = "cancelled"  # by the requester
-    LOST = "lost"  # the requester is gone; or the stream was given up for others
-    OVER = "over"  # one's own connection is closed, or the server does not let it pass
+    GONE = "gone"  # the requester has cancelled, or is lost; or one's own connection is closed
 
 
 TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.OPEN, Event.ENDED): State.LINGER,
-    (State.OPEN, Event.CANCELLED): State.CLOSED,
-    (State.OPEN, Event.LOST): State.CLOSED,
-    (State.OPEN, Event.OVER): State.CLOSED,
+    (State.OPEN, Event.GONE): State.CLOSED,
     (State.LINGER, Event.ARRIVED): State.CLOSED,
-    (State.LINGER, Event.CANCELLED): State.CLOSED,
-    (State.LINGER, Event.LOST): State.CLOSED,
-    (State.LINGER, Event.OVER): State.CLOSED,
+    (State.LINGER, Event.GONE): State.CLOSED,
 }
 
 
@@ -77,14 +69,17 @@ class FramedSender(SenderCore):
     ) -> None:
         super().__init__(connection, framing.control, reply, ctx, subject)
         self.address = reply
+        self.name = self._inbox
         self._framing = framing
         self._imported = reply.startswith(frames.IMPORTED)
         self._state = State.OPEN
         self._out = Outgoing(offer, self._max_payload(), GUARANTEED_BYTES)
         self._chunk_bytes = offer.chunk_bytes
+        self._quarter = max(1, offer.window // 4)
         self._held_bytes = 0  # of the memory that all streams share
         self._room = threading.Condition(self._lock)
         self._waiting = 0  # threads that wait for room
+        self._starved = False  # try_send() found none
         self._wakes = 0  # how often there was news of the memory that all streams share
         self._ready = False  # the writer is to ask for frames
         self._paused = not connection.linked
@@ -98,17 +93,19 @@ class FramedSender(SenderCore):
         self._arrived = False
         options = connection.options
         self._peer: Peer
-        self._peer_name = reply if self._imported else reply.rpartition(b".")[0]
+        peer = reply if self._imported else reply.rpartition(b".")[0]
         heartbeat = max(LEAST_HEARTBEAT, min(offer.heartbeat, options.heartbeat))
         grace = min(offer.grace, options.resume_grace)
         framing.add(self)
-        framing.peers.join(self._peer_name, self, heartbeat, grace)
+        self._peer_name = framing.peers.join(peer, self, heartbeat, grace)
         self._peer.heard()  # it has just asked
         self.open()
+        if self._paused:  # a link made meanwhile told nobody here
+            self.resume()
 
     def _max_payload(self) -> int:
         limit: int = self._connection.info.get("max_payload", MAX_MESSAGE_BYTES)
-        return limit - _SEQ_BYTES if self._imported else limit
+        return limit - len(self._inbox) - _SEQ_BYTES if self._imported else limit
 
     def accept(self) -> None:
         if self._error is None:
@@ -140,6 +137,8 @@ class FramedSender(SenderCore):
             if self._error is not None:
                 raise self._closed_error()
             if not self._out.takes(size):
+                self._starved = True
+                self._alarm.set_by(time.monotonic() + self._repeat)
                 return False
             _, first, wake = self._push_locked(data, size)
         self._pushed(first, wake)
@@ -184,6 +183,8 @@ class FramedSender(SenderCore):
         """Whether the writer is to be told, which it is by whoever asks. Requires _lock."""
         if self._ready or self._paused or self._settling or not self._out.blocked:
             return False
+        # First, so that _look() makes up for a Ctrl-C that keeps the writer from being told.
+        self._alarm.set_by(time.monotonic() + self._repeat)
         self._ready = True
         return True
 
@@ -200,14 +201,15 @@ class FramedSender(SenderCore):
                 return
             self.ask()  # what has arrived need not be kept
         with self._lock:
-            self._waiting += 1
             self._alarm.set_by(time.monotonic() + self._repeat)
             try:
+                self._waiting += 1
                 while self._error is None and wakes == self._wakes and not self._out.takes(size):
                     if not has_credit and self._out.has_credit(size):
                         return
                     if not self._room.wait(deadline.remaining()) and not self._out.takes(size):
-                        raise TimedOut("the requester gave no credit in time; the chunk was not sent")
+                        short = "there was no memory for it" if has_credit else "the requester gave no credit"
+                        raise TimedOut(f"{short} in time; the chunk was not sent")
             finally:
                 self._waiting -= 1
 
@@ -255,14 +257,13 @@ class FramedSender(SenderCore):
         op, seq, block, payload, count = frame
         line = f"{frames.SEQ_HEADER}: {frames.encode_seq(self._inbox, op, seq)}\r\n".encode()
         whole = (block or Headers().encode()).replace(b"\r\n", b"\r\n" + line, 1)
-        quarter = max(1, self._out.window // 4)
+        quarter = self._quarter
         answered = op in _ANSWERED or seq == 1 or (seq - 1) // quarter != (seq + count - 1) // quarter
         address = b"%b.%b.%d" % (self._inbox, op, seq)
         return encode_pub(self._reply, address if answered else None, whole, payload)
 
-    def _put(self, op: bytes, seq: int, headers: Headers | None = None, payload: bytes = b"") -> bytes:
+    def _put(self, op: bytes, seq: int, block: bytes | None = None, payload: bytes = b"") -> bytes:
         """Send a frame that is out of order, now or never; returns it."""
-        block = None if headers is None else headers.encode()
         frame = self._encode(Frame(op, seq, block, payload, 0))
         self._connection.put_now(frame)
         return frame
@@ -279,28 +280,21 @@ class FramedSender(SenderCore):
     def _put_end(self, ending: Ending) -> None:
         self._on(Event.ENDED)  # before the requester can confirm it
         headers, payload = ending.trailers, frames.END_PAYLOAD
+        block = headers.encode() if headers else None
         if ending.op != Op.END:
-            headers, payload = self._error_parts(ending)
+            payload = frames.ERROR_PREFIX + ending.text.encode("utf-8", "replace")
+            block, payload = fitting_error(ending.status, ending.text, payload, self._max_payload())
         if ending.op == Op.REFUSED:
-            self._refusal = self._put(Op.REFUSED, 0, headers, payload)
+            self._refusal = self._put(Op.REFUSED, 0, block, payload)
             self._alarm.set_by(time.monotonic() + FIRST_REPEAT)
             return
         with self._lock:
             if self._state is State.CLOSED:
                 return
-            self._out.push_end(ending.op, headers.encode() if headers else None, payload)
+            self._out.push_end(ending.op, block, payload)
             wake = self._wants_writer_locked()
         if wake:
             self._connection.ready(self)
-
-    def _error_parts(self, ending: Ending) -> tuple[Headers, bytes]:
-        """Headers and payload of an error; what does not fit is left out: details first, then the text's end."""
-        payload = frames.ERROR_PREFIX + ending.text.encode("utf-8", "replace")
-        headers = frames.encode_status(ending.status, ending.text)
-        limit = self._max_payload()
-        if len(headers.encode()) + len(payload) > limit:
-            headers = frames.encode_status(replace(ending.status, details=None), ending.text)
-        return headers, payload[: max(0, limit - len(headers.encode()))]
 
     def _on(self, event: Event) -> None:
         with self._lock:
@@ -321,21 +315,23 @@ class FramedSender(SenderCore):
         self._done.set()
 
     def _forget(self) -> None:
-        self._on(Event.OVER)
+        self._on(Event.GONE)
 
-    def _stop(self, error: StreamClosed, event: Event) -> None:
+    def _stop(self, error: StreamClosed) -> None:
         """End at once, whatever is still to be sent."""
         self._close(error, None)
-        self._on(event)
+        self._forget()
 
     # -- what the requester says (the reader) ----------------------------------------------------------------------
 
     def deliver(self, items: list[Item]) -> None:
-        for _, block, payload in items:
-            if block is not None and not payload and _headers.status_of(block) == frames.NO_RESPONDERS_STATUS:
+        for item in items:
+            if frames.is_unheard(item):
                 self._peer.unreachable()
                 continue
-            self._peer.heard()
+            reply, _, payload = item
+            if reply != self._reply and not self._imported:
+                continue  # somebody else's
             ack = frames.decode_ack(payload)
             if ack is not None:
                 self._acknowledged(ack)
@@ -345,6 +341,7 @@ class FramedSender(SenderCore):
                 reason = frames.decode_cancel(payload)
                 if reason is not None:
                     self._cancelled(reason)
+            self._peer.heard()  # behind what it says, which a resumption starts from
 
     def _acknowledged(self, ack: Ack) -> None:
         with self._lock:
@@ -355,15 +352,20 @@ class FramedSender(SenderCore):
                 self._repeat, self._moved_at = FIRST_REPEAT, time.monotonic()
             self._heard = True
             self._settling = False
-            if news and self._waiting:
-                self._room.notify_all()
+            if news:
+                self._starved = False
+                if self._waiting:
+                    self._room.notify_all()
             arrived = self._refusal is not None or (self._out.ended and self._out.acked == self._out.last)
             wake = not arrived and self._wants_writer_locked()
+            nothing_missing = ack.missing and not self._out.blocked
             spare = self._spare_locked()
         if arrived:
             self._on(Event.ARRIVED)
         elif wake:
             self._connection.ready(self)
+        elif nothing_missing:
+            self.ask()  # which tells it so
         self._framing.give_back(spare)
 
     def _spare_locked(self) -> int:
@@ -377,28 +379,35 @@ class FramedSender(SenderCore):
     def _cancelled(self, reason: str) -> None:
         status = Status(Code.CANCELLED)
         self._connection.put_now(self._framing.encode_gone(self._reply, self._inbox, "cancelled", status))
-        self._stop(StreamCancelled(reason), Event.CANCELLED)
+        self._stop(StreamCancelled(reason))
 
     # -- signs of life (the reader, the timer) -----------------------------------------------------------------------
 
     @property
     def _outstanding(self) -> bool:
-        """Whether the requester has something to answer."""
-        return not self._heard or self._refusal is not None or self._out.acked < self._out.highest
+        """Whether the requester has something to answer: a frame, or credit to give."""
+        out = self._out
+        unheard = not self._heard or self._refusal is not None or out.acked < out.highest
+        return unheard or out.blocked or self._starved or self._waiting > 0
 
     def _look(self) -> None:
         """It has been quiet for a while: ask, if there is something to be answered."""
         now = time.monotonic()
         with self._lock:
-            if self._state is State.CLOSED or self._paused or not (self._outstanding or self._waiting):
+            if self._state is State.CLOSED or self._paused or not self._outstanding:
                 return
             due = self._moved_at + self._repeat
-            if now >= due:
-                self._moved_at, self._repeat = now, min(2 * self._repeat, LONGEST_REPEAT)
-                due = 0.0
-        if due:
-            self._alarm.set_by(due)
-            return
+            if now < due:
+                self._alarm.set_by(due)
+                return
+            self._moved_at, self._repeat = now, min(2 * self._repeat, LONGEST_REPEAT)
+            self._ready = False  # in case that the writer does not know: being told twice does it no harm
+            wake = self._wants_writer_locked()
+            if self._waiting:  # and what waits for memory tries again
+                self._wakes += 1
+                self._room.notify_all()
+        if wake:
+            self._connection.ready(self)
         self.ask()
         self._peer.asked()
         self._alarm.set_by(now + self._repeat * random.uniform(1, 1 + _JITTER))
@@ -410,7 +419,7 @@ class FramedSender(SenderCore):
         if self._refusal is not None:
             self._connection.put_now(self._refusal)
         else:
-            self._put(Op.PROBE, self._out.highest)
+            self._put(Op.PROBE, self._out.sent)
 
     def suspend(self) -> None:
         with self._lock:
@@ -422,8 +431,8 @@ class FramedSender(SenderCore):
             self._paused = self._peer.suspended or not self._connection.linked
             if self._paused or self._state is State.CLOSED:
                 return
-            ask = self._outstanding or self._waiting > 0
-            self._settling = self._out.acked < self._out.highest
+            ask = self._outstanding or not self._out.has_credit(1)
+            self._settling = self._out.acked < self._out.sent
             self._repeat, self._moved_at = FIRST_REPEAT, time.monotonic()
             wake = self._wants_writer_locked()
         if ask:
@@ -433,7 +442,7 @@ class FramedSender(SenderCore):
             self._connection.ready(self)
 
     def give_up(self, why: str) -> None:
-        self._stop(ClientLost(f"the requester is gone: {why}"), Event.LOST)
+        self._stop(ClientLost(f"the requester is gone: {why}"))
 
     def link_lost(self, loss: LinkLoss) -> None:
         with self._lock:
@@ -452,13 +461,14 @@ class FramedSender(SenderCore):
         """Give the stream up, and tell the requester."""
         frame = self._framing.encode_gone(self._reply, self._inbox, text, self._lost())
         self._connection.put_now(frame)
-        self._stop(StreamClosed(text, code=Code.UNAVAILABLE), Event.LOST)
+        self._stop(StreamClosed(text, code=Code.UNAVAILABLE))
 
     # -- shared memory -----------------------------------------------------------------------------------------------
 
     @property
     def expendable(self) -> bool:
-        return self._peer.suspended
+        silent = self._peer.suspended or (self._state is State.LINGER and self._repeat >= 4 * FIRST_REPEAT)
+        return silent and self._held_bytes > 0
 
     @property
     def lingers(self) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import struct
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from natsync import headers as _headers
 from natsync.concurrency import check_timeout
 from natsync.errors import Code, InvalidArgument, ProtocolError
 from natsync.headers import HeaderInput, Headers
+from natsync.message import Item
 
 #: Request: "<version>;<name>=<number or letters>;…": the requester understands framed mode, and these are its limits.
 STREAM_HEADER = "Natsync-Stream"
@@ -30,9 +32,9 @@ ATTEMPT_HEADER = "Natsync-Attempt"
 RESUME_HEADER = "Natsync-Resume"
 #: Error end: "<number> <name>" of the status code.
 STATUS_HEADER = "Natsync-Status"
-#: Error end: what the library itself found: LOST or DEADLINE; absent if the handler failed.
+#: Error end: what the library itself found: LOST, DEADLINE or (plain mode) REFUSED; absent if the handler failed.
 REASON_HEADER = "Natsync-Reason"
-LOST, DEADLINE = "lost", "deadline"
+LOST, DEADLINE, REFUSED = "lost", "deadline", "refused"
 #: Error end: the details, as JSON.
 DETAILS_HEADER = "Natsync-Details"
 #: Refusal: seconds after which a retry may succeed.
@@ -49,6 +51,8 @@ _SEQ_LINE = b"\r\nNatsync-Seq:"
 RESERVED = ("natsync-", "nats-")
 
 VERSION = "1"
+#: What a requester says that wants a plain stream: it is one still, to handlers that answer requests, too.
+PLAIN_VERSION = "0"
 #: How a request's reply subject begins where it crosses from one account to another.
 IMPORTED = b"_R_."
 NO_RESPONDERS_STATUS = 503
@@ -113,7 +117,9 @@ class Address:
 def decode_address(reply: bytes | None, block: bytes | None) -> Address | None:
     """The address of a frame; None if the message is none."""
     if block is not None and _SEQ_LINE in block:
-        return _address_in_headers(block)
+        # Whoever answers the frame publishes to its reply subject: it must be one that can be a responder's.
+        honest = reply is None or reply.startswith(IMPORTED) or FRAMED_MARK in reply
+        return _address_in_headers(block) if honest else None
     if reply is None or FRAMED_MARK not in reply:
         return None
     parts = reply.rsplit(b".", 2)
@@ -128,6 +134,12 @@ _SEQ_VALUE = re.compile(rb"\r\nNatsync-Seq: ?([a-z])\.(\d{1,15}) ([^ \r\n]+)\r\n
 def _address_in_headers(block: bytes) -> Address | None:
     found = _SEQ_VALUE.search(block)
     return None if found is None else Address(found[3], found[1], int(found[2]))
+
+
+def is_unheard(item: Item) -> bool:
+    """Whether the server says that nobody listens. To be asked before an empty message counts as anything else."""
+    _, block, payload = item
+    return block is not None and not payload and _headers.status_of(block) == NO_RESPONDERS_STATUS
 
 
 def encode_seq(stream: bytes, op: bytes, seq: int) -> str:
@@ -192,7 +204,7 @@ def decode_ack(payload: bytes) -> Ack | None:
 
 def encode_cancel(reason: str, code: int = Code.CANCELLED) -> bytes:
     """The payload by which a requester cancels."""
-    return f"x {int(code)} {reason}".encode("utf-8", "replace")
+    return f"x {int(code)} {reason[:ERROR_TEXT]}".encode("utf-8", "replace")
 
 
 def decode_cancel(payload: bytes) -> str | None:
@@ -232,10 +244,12 @@ class Offer:
             "hb": round(self.heartbeat * 1000),
             "m": self.chunk_bytes,
         }
-        text = ";".join(f"{key}={value}" for key, value in fields.items())
+        text = ";".join(f"{key}={min(value, _LARGEST)}" for key, value in fields.items())
         return f"{VERSION};{text};cap={'b' if self.batches else ''}"
 
 
+#: The largest number that is understood.
+_LARGEST = 10**12 - 1
 #: What an offer says that leaves a field out; a peer should leave out none.
 _UNSAID = {"w": "8192", "b": "4194304", "g": "10000", "hb": "5000", "m": str(64 << 20), "cap": ""}
 #: No stream can do with less: a fragment is a quarter of it.
@@ -267,6 +281,7 @@ class Opening:
     """What a request says about the stream it opens.
 
     Attributes:
+        natsync: the requester reads headers on the message that ends its stream.
         offer: what framed mode is offered with; None = the stream is plain.
         timeout: seconds to the deadline, or None.
         attempt: how often it was tried before.
@@ -274,6 +289,7 @@ class Opening:
         metadata: the user's headers.
     """
 
+    natsync: bool
     offer: Offer | None
     timeout: float | None
     attempt: int
@@ -301,18 +317,17 @@ def check_key(key: str) -> None:
 
 def encode_opening(
     headers: Headers, offer: Offer | None, timeout: float | None = None, attempt: int = 0, resume: int | None = None
-) -> bytes | None:
-    """The header block of a request that opens a stream; None if there is nothing to say."""
+) -> bytes:
+    """The header block of a request that opens a stream; offer=None: a plain one."""
     block = Headers(headers)
-    if offer is not None:
-        block[STREAM_HEADER] = offer.encode()
+    block[STREAM_HEADER] = PLAIN_VERSION if offer is None else offer.encode()
     if timeout is not None:
-        block[TIMEOUT_HEADER] = str(max(1, int(timeout * 1000)))
+        block[TIMEOUT_HEADER] = str(max(1, math.ceil(timeout * 1000)))  # so that the requester's runs out first
     if attempt:
         block[ATTEMPT_HEADER] = str(attempt)
     if resume is not None:
         block[RESUME_HEADER] = str(resume)
-    return block.encode() if block else None
+    return block.encode()
 
 
 def decode_opening(headers: Headers) -> Opening:
@@ -324,6 +339,7 @@ def decode_opening(headers: Headers) -> Opening:
         if not key.lower().startswith(RESERVED):
             metadata._fields.append((key, value))
     return Opening(
+        natsync=STREAM_HEADER in headers,
         offer=decode_offer(headers.get(STREAM_HEADER, "")),
         timeout=int(milliseconds) / 1000 if _is_number(milliseconds) else None,
         attempt=int(attempt) if _is_number(attempt) else 0,
@@ -342,7 +358,7 @@ class Status:
     Attributes:
         code: one of Code, or another number.
         details: anything with a JSON form.
-        reason: LOST or DEADLINE, if it is not the handler that failed.
+        reason: LOST, DEADLINE or REFUSED, if it is not the handler that failed.
         retry_after: seconds, of a refusal.
         only: a refusal by the only responder that was asked.
         sent: chunks sent before, for whoever can go on from there.

@@ -6,9 +6,8 @@ import logging
 import threading
 from typing import Protocol
 
-from natsync import headers as _headers
 from natsync.concurrency import Deadline
-from natsync.connection import Connection
+from natsync.connection import Connection, is_own
 from natsync.errors import Code
 from natsync.message import Item
 from natsync.mux import Mux
@@ -25,8 +24,12 @@ GUARANTEED_BYTES = 64 << 10
 KEPT_BYTES = 256 << 20
 #: Bytes by which a stream's share grows at a time.
 STEP_BYTES = 256 << 10
-#: Seconds for which closing waits for requesters to confirm what they have.
+#: Seconds for which closing waits for requesters to confirm what they have, at most; half of what there is, else.
 SETTLE_SECONDS = 5.0
+#: Streams of one connection, those included that have ended and linger, beyond which requests are refused unheard.
+MOST_STREAMS = 50_000
+#: What a requester says that wants an answer.
+_ANSWERED = (Control.MISSING, Control.PING, Control.CANCEL)
 
 
 class Kept(Member, Protocol):
@@ -34,7 +37,7 @@ class Kept(Member, Protocol):
 
     @property
     def expendable(self) -> bool:
-        """Whether it may be given up for others: its requester is silent."""
+        """Whether giving it up helps others, and harms nobody who is still there: its requester is silent."""
 
     @property
     def lingers(self) -> bool:
@@ -43,6 +46,10 @@ class Kept(Member, Protocol):
     @property
     def address(self) -> bytes:
         """The reply subject of its request."""
+
+    @property
+    def name(self) -> bytes:
+        """Its control subject, as in frames.Address.stream."""
 
     def allow(self, extra_bytes: int) -> None:
         """It may keep this much more."""
@@ -72,7 +79,7 @@ class Framing:
         self._room = kept_bytes
         self._waiting: dict[Kept, None] = {}
         control.on_late = self._unknown
-        connection.when_closing(self._closing)
+        connection.when_closing(self._closing, self._leaving)
 
     # -- streams -------------------------------------------------------------------------------------------------
 
@@ -97,7 +104,8 @@ class Framing:
 
     def settle(self, deadline: Deadline) -> None:
         """Block until the streams that have ended are over for good: their requesters have everything, or are gone."""
-        until = deadline.or_sooner(SETTLE_SECONDS)
+        left = deadline.remaining()
+        until = Deadline.after(SETTLE_SECONDS if left is None else min(SETTLE_SECONDS, left / 2))
         for stream in self._all():
             if not self._connection.linked:
                 return
@@ -109,6 +117,21 @@ class Framing:
             stream.connection_closing()
         self.settle(deadline)
 
+    def _leaving(self, deadline: Deadline) -> None:
+        """The interpreter ends: requesters are told, but handlers here are not woken, only to find that out."""
+        self.settle(deadline)
+        text = "the responder's process ends"
+        for stream in self._all():
+            if is_own(stream.address):
+                continue  # that end leaves with us
+            status = Status(Code.UNAVAILABLE, reason=frames.LOST)
+            self._connection.put_now(self.encode_gone(stream.address, stream.name, text, status))
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether no stream should be added, not even to say no."""
+        return len(self._streams) >= MOST_STREAMS
+
     def _all(self) -> list[Kept]:
         with self._lock:
             return list(self._streams.values())
@@ -116,12 +139,11 @@ class Framing:
     def _unknown(self, token: bytes, items: list[Item]) -> None:
         """A requester speaks to a stream that is not (or no longer) there: tell it, unless it needs no answer."""
         for reply, block, payload in items:
-            silent = reply is None or payload[:1] == Control.ACK
-            if silent or (block is not None and _headers.status_of(block) is not None):
+            # Nothing but what a requester says is answered: two responders must not come to answer each other.
+            if reply is None or block is not None or payload[:1] not in _ANSWERED:
                 continue
             status = Status(Code.UNAVAILABLE, reason=frames.LOST)
             text = "the responder does not know this stream (any more)"
-            assert reply is not None
             self._connection.put_now(self.encode_gone(reply, b"%b.%b" % (self.control.inbox, token), text, status))
 
     @staticmethod

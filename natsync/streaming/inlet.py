@@ -65,6 +65,8 @@ class Receiver(Protocol):
 def reported(text: str, headers: Headers) -> StreamError:
     """The error that a responder ended the stream with."""
     status = frames.decode_status(headers)
+    if status.reason == frames.REFUSED:
+        return refused(text, headers)
     if status.reason == frames.LOST:
         return ServerLost(text, code=status.code)
     if status.reason == frames.DEADLINE:

@@ -12,7 +12,7 @@ import enum
 import threading
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from natsync.connection import Connection
 from natsync.mux import LinkLoss, Mux, Waiter
@@ -95,6 +95,7 @@ class Peer:
         self._down_since: float | None = None  # one's own link is
         self._elapsed = 0.0  # of a suspension, when it was lost
         self._repeat = FIRST_REPEAT
+        self._asked_all_at = 0.0
         self._alarm = Alarm(self._look)
 
     @property
@@ -102,12 +103,17 @@ class Peer:
         """Whether there are signs that the other side is gone."""
         return self._state is State.SUSPENDED or self._state is State.LOST
 
-    def join(self, member: Member) -> None:
+    def join(self, member: Member) -> bool:
+        """Whether it is a member now: of a peer that is lost nobody is."""
         with self._lock:
+            if self._state is State.LOST:
+                return False
+            member.met(self)  # before it can be told of anything
             self.members[member] = None
             first = len(self.members) == 1
         if first:
             self._alarm.set_by(self._heard_at + self.heartbeat)
+        return True
 
     def leave(self, member: Member) -> bool:
         """Whether it was the last one."""
@@ -129,6 +135,17 @@ class Peer:
         if self._state is State.HEARD:
             self._on(Event.ASKED)
 
+    def ask_all(self) -> None:
+        """It does not know a stream that it should: whether it knows the others is asked, too; once in a while."""
+        now = time.monotonic()
+        with self._lock:
+            if now - self._asked_all_at < ANSWER_SECONDS:
+                return
+            self._asked_all_at = now
+            members = list(self.members)
+        for member in members:
+            member.ask()
+
     def unreachable(self) -> None:
         """The server says that nobody listens there."""
         self._on(Event.UNREACHABLE)
@@ -141,6 +158,8 @@ class Peer:
                 return
             self._state, self._since, self._repeat = after, time.monotonic(), FIRST_REPEAT
             members = list(self.members)
+        if not members:
+            return
         if after is State.ASKED:
             self._alarm.set_by(self._since + ANSWER_SECONDS)
         elif after is State.SUSPENDED:
@@ -164,8 +183,11 @@ class Peer:
         """The timer has come round: ask, or draw the conclusion."""
         now, down_since = time.monotonic(), self._down_since
         if down_since is not None:
-            if now - down_since >= OUTAGE_GRACES * self.grace:
+            until = down_since + OUTAGE_GRACES * self.grace
+            if now >= until:
                 self._on(Event.OUTAGE)
+            else:
+                self._alarm.set(until)
             return
         state, since = self._state, self._since
         if state is State.SUSPENDED:
@@ -227,29 +249,35 @@ class Peer:
             self._alarm.set(due)
 
 
+#: Name, heartbeat and grace.
+PeerName: TypeAlias = "tuple[bytes, float, float]"
+
+
 class Peers(Waiter):
     """The peers of one connection, by name."""
 
     def __init__(self, connection: Connection, mux: Mux) -> None:
         self._connection = connection
         self._lock = threading.Lock()
-        self._peers: dict[bytes, Peer] = {}
+        self._peers: dict[PeerName, Peer] = {}
+        self._down = False
         mux.watchers.append(self)
 
-    def join(self, name: bytes, member: Member, heartbeat: float, grace: float) -> Peer:
-        """Make the stream a member of the peer with this name."""
+    def join(self, name: bytes, member: Member, heartbeat: float, grace: float) -> PeerName:
+        """Make the stream a member of the peer with this name; what leave() is to be told."""
+        key = (name, heartbeat, grace)  # so that nobody decides over the patience with another's streams
         with self._lock:
-            peer = self._peers.get(name)
-            if peer is None or peer._state is State.LOST:
-                peer = self._peers[name] = Peer(heartbeat, grace, self._is_linked)
-            member.met(peer)
-            peer.join(member)
-        return peer
+            peer = self._peers.get(key)
+            while peer is None or not peer.join(member):
+                peer = self._peers[key] = Peer(heartbeat, grace, self._is_linked)
+                if self._down:
+                    peer.link_lost()
+        return key
 
-    def leave(self, name: bytes, peer: Peer, member: Member) -> None:
+    def leave(self, key: PeerName, peer: Peer, member: Member) -> None:
         with self._lock:
-            if peer.leave(member) and self._peers.get(name) is peer:
-                del self._peers[name]
+            if peer.leave(member) and self._peers.get(key) is peer:
+                del self._peers[key]
 
     def __len__(self) -> int:
         return len(self._peers)
@@ -262,9 +290,11 @@ class Peers(Waiter):
             return list(self._peers.values())
 
     def link_lost(self, loss: LinkLoss) -> None:
+        self._down = True
         for peer in self._all():
             peer.link_lost()
 
     def link_made(self) -> None:
+        self._down = False
         for peer in self._all():
             peer.link_made()

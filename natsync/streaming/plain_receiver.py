@@ -5,14 +5,13 @@ The responder cannot be slowed down, so what waits is bounded, and too much of i
 
 from __future__ import annotations
 
-from natsync import headers as _headers
-from natsync.connection import Connection
 from natsync.errors import HandlerError, NoRespondersError, ServerLost, SlowConsumerError
 from natsync.headers import Headers
 from natsync.message import Item
 from natsync.mux import LinkLoss
 from natsync.reply import ERROR_HEADER, service_code
 from natsync.streaming import frames
+from natsync.streaming.calls import Calls
 from natsync.streaming.inlet import Inlet, reported
 
 #: Chunks that may wait for the consumer. A plain responder cannot be slowed down; a Go one runs 5,000–22,000 ahead.
@@ -27,17 +26,20 @@ class PlainReceiver:
     mode = "plain"
     gaps = resent = resumes = 0
 
-    def __init__(self, inlet: Inlet, connection: Connection) -> None:
+    def __init__(self, inlet: Inlet, calls: Calls) -> None:
         self.control: bytes | None = None  # where the responder, being natsync, hears of a cancel
         self._inlet = inlet
-        self._sentinels = connection.options.sentinels
+        self._calls = calls
+        self._sentinels = calls.connection.options.sentinels
         self._special = self._sentinels.common_start
         self._begun = False
 
     def deliver(self, items: list[Item]) -> None:
         newest = items[-1][0]
-        if newest is not None and frames.PLAIN_MARK in newest:
-            self.control = newest
+        if newest is not None:
+            if frames.PLAIN_MARK in newest:
+                self.control = newest
+            items = [item for item in items if not self._is_others(item)]
         special = self._special
         for index, item in enumerate(items):
             if (item[1] is not None or item[2].startswith(special)) and self._ends(item):
@@ -45,6 +47,16 @@ class PlainReceiver:
                 self._end(item)
                 return
         self._pass_on(items)
+
+    def _is_others(self, item: Item) -> bool:
+        """Whether it is a frame, so of another responder: that one is told that it came too late."""
+        reply, block, _ = item
+        if reply is None or (frames.FRAMED_MARK not in reply and block is None):
+            return False
+        if frames.decode_address(reply, block) is None:
+            return False
+        self._calls.turn_away(self._inlet.inbox, reply)
+        return True
 
     def _pass_on(self, items: list[Item]) -> None:
         if not items:
@@ -68,16 +80,11 @@ class PlainReceiver:
             return True
         if block is None:
             return False
-        return self._is_unheard(item) or ERROR_HEADER in frames.decode_headers(block)
-
-    @staticmethod
-    def _is_unheard(item: Item) -> bool:
-        """Whether the server says that nobody listens; always to be asked before an empty message counts as an end."""
-        return item[1] is not None and not item[2] and _headers.status_of(item[1]) == frames.NO_RESPONDERS_STATUS
+        return frames.is_unheard(item) or ERROR_HEADER in frames.decode_headers(block)
 
     def _end(self, item: Item) -> None:
         _, block, payload = item
-        if self._is_unheard(item):
+        if frames.is_unheard(item):
             gone = self._begun or self.control is not None
             self._inlet.finished(
                 ServerLost("the responder is gone") if gone else NoRespondersError(self._inlet.subject)

@@ -7,8 +7,8 @@ of whose messages may have been lost ends with an error rather than with a gap.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
-from natsync import headers as _headers
 from natsync.concurrency import Deadline
 from natsync.connection import Connection
 from natsync.context import Context
@@ -24,10 +24,10 @@ from natsync.errors import (
 from natsync.message import Item
 from natsync.mux import LinkLoss, Mux
 from natsync.outbox import destination
-from natsync.protocol import encode_pub
+from natsync.protocol import MAX_MESSAGE_BYTES, encode_pub
 from natsync.streaming import frames
 from natsync.streaming.frames import Op
-from natsync.streaming.sender import Ending, SenderCore
+from natsync.streaming.sender import Ending, SenderCore, fitting_error
 
 log = logging.getLogger("natsync.streaming")
 
@@ -38,8 +38,11 @@ GROUP_BYTES = 64 << 10
 class PlainSender(SenderCore):
     """A response in plain mode."""
 
-    def __init__(self, connection: Connection, control: Mux, reply: bytes, ctx: Context, subject: str) -> None:
+    def __init__(
+        self, connection: Connection, control: Mux, reply: bytes, ctx: Context, subject: str, *, natsync_peer: bool
+    ) -> None:
         super().__init__(connection, control, reply, ctx, subject)
+        self._natsync_peer = natsync_peer  # it reads headers on the message that ends the stream
         sentinels = connection.options.sentinels
         self._sentinels = sentinels
         self._special = sentinels.common_start
@@ -130,8 +133,7 @@ class PlainSender(SenderCore):
 
     def _put_end(self, ending: Ending) -> None:
         """Queue the end; a link that is lost before the server has it must not leave the requester waiting."""
-        payload = self._sentinels.end if ending.op == Op.END else self._error_payload(ending.text)
-        frame = encode_pub(self._reply, self._inbox, None, payload)
+        frame = encode_pub(self._reply, self._inbox, *self._end_parts(ending))
         try:
             with self._lock:  # so that breaks() sees the end either not sent or with its mark
                 mark = self._end_mark = self._connection.try_put(frame, force=True)
@@ -141,10 +143,16 @@ class PlainSender(SenderCore):
             return
         self._connection.when_confirmed(mark, lambda: self._confirmed(mark))
 
-    def _error_payload(self, text: str) -> bytes:
-        """The end of a text that does not fit into max_payload is left out."""
-        payload = self._sentinels.error_prefix + text.encode("utf-8", "replace")
-        return payload[: self._connection.info.get("max_payload")]
+    def _end_parts(self, ending: Ending) -> tuple[bytes | None, bytes]:
+        """Headers and payload of the end; what does not fit into max_payload is left out."""
+        if ending.op == Op.END:
+            return ending.trailers.encode() if ending.trailers and self._natsync_peer else None, self._sentinels.end
+        payload = self._sentinels.error_prefix + ending.text.encode("utf-8", "replace")
+        limit = self._connection.info.get("max_payload", MAX_MESSAGE_BYTES)
+        if not self._natsync_peer:
+            return None, payload[:limit]
+        status = replace(ending.status, reason=frames.REFUSED) if ending.op == Op.REFUSED else ending.status
+        return fitting_error(status, ending.text, payload, limit)
 
     def _confirmed(self, mark: int) -> None:
         """The server has everything up to this position."""
@@ -155,11 +163,11 @@ class PlainSender(SenderCore):
 
     def deliver(self, items: list[Item]) -> None:
         """A message to the control subject: nobody listens (503), or the requester cancels."""
-        for _, block, payload in items:
-            if block is not None and _headers.status_of(block) == frames.NO_RESPONDERS_STATUS and not payload:
+        for item in items:
+            if frames.is_unheard(item):
                 self._close(ClientLost("the requester is gone: nobody listens to its inbox any more"), None)
                 return
-            reason = frames.decode_cancel(payload)
+            reason = frames.decode_cancel(item[2]) if item[0] == self._reply else None
             if reason is not None:
                 self._close(StreamCancelled(reason), None)
                 return

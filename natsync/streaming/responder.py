@@ -120,6 +120,10 @@ class Responder:
         if opening.offer is not None and self._framing.knows(_subject.encode(request.reply)):
             work.count("dropped")  # it came twice, by two subscriptions: one answer is enough
             return
+        if self._framing.is_crowded:
+            work.count("dropped")  # by requests that were refused, and whose senders do not listen
+            self._tell_refused("stream", request, work, "far too many streams")
+            return
         ctx = self._context(opening, work)
         core = self._sender(request, ctx, opening, work)
         if self.overdue:
@@ -149,7 +153,7 @@ class Responder:
         if offer is not None and self.connection.options.framed and self._framed.denied is None:
             core = FramedSender(self.connection, self._framing, reply, ctx, request.subject, offer)
         else:
-            core = PlainSender(self.connection, self._plain, reply, ctx, request.subject)
+            core = PlainSender(self.connection, self._plain, reply, ctx, request.subject, natsync_peer=opening.natsync)
         watch = self._watch("stream", request, work)
         if watch is not None:
             ResponseWatch(watch, core)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from natsync import headers as _headers
@@ -386,6 +386,14 @@ class ResponseSender:
     def __repr__(self) -> str:
         state = "closed" if self.is_closed() else "open"
         return f"<ResponseSender for {self._core.subject!r}: {state}, {self.send_count} sent>"
+
+
+def fitting_error(status: Status, text: str, payload: bytes, limit: int) -> tuple[bytes, bytes]:
+    """Headers and payload of an error's message; what does not fit is left out: details first, then the text's end."""
+    block = frames.encode_status(status, text).encode()
+    if len(block) + len(payload) > limit:
+        block = frames.encode_status(replace(status, details=None), text).encode()
+    return block, payload[: max(0, limit - len(block))]
 
 
 def describe(error: BaseException | str) -> str:

@@ -11,7 +11,17 @@ from typing import Any, Generic, TypeVar
 
 from natsync.concurrency import Deadline, check_timeout, fork_generation
 from natsync.context import Context
-from natsync.errors import Cancelled, DeadlineExceeded, ForkError, NatsError, StreamCancelled, StreamEnded, TimedOut
+from natsync.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    ForkError,
+    NatsError,
+    StreamCancelled,
+    StreamClosed,
+    StreamEnded,
+    StreamError,
+    TimedOut,
+)
 from natsync.headers import Headers
 from natsync.message import Message
 from natsync.retry import RetryPolicy, run, surely_not_run
@@ -98,12 +108,11 @@ class Stream(Closable[bytes]):
         self._at_end: list[Finished] = []
         self._tries = 0
         self._earlier = dict.fromkeys(_COUNTED, 0.0)  # what was counted by attempts that broke off
-        self._call = self._open()
+        self._call = self._open(0, 0)
 
-    def _open(self) -> Call:
-        got = int(self._earlier["chunks"])
+    def _open(self, tries: int, got: int) -> Call:
         call = Call(self._calls, self.subject, self._idle_timeout, self._window)
-        call.open(self._payload, self._headers, self._ctx, self._tries, got or None)
+        call.open(self._payload, self._headers, self._ctx, tries, got or None)
         return call
 
     # -- receiving -------------------------------------------------------------------------------------------------
@@ -165,8 +174,16 @@ class Stream(Closable[bytes]):
         except Cancelled as error:  # while it waited for another try
             self._settle()
             raise StreamCancelled(error.reason) from None
-        except BaseException:
+        except StreamEnded:
             self._settle()
+            raise
+        except BaseException as error:
+            reason = self._ctx.reason
+            self._settle()
+            if isinstance(error, StreamError):
+                error.last_seq += int(self._earlier["chunks"])
+            if isinstance(error, NatsError) and not isinstance(error, StreamClosed) and reason is not None:
+                raise StreamCancelled(reason) from error  # cancelled when an attempt had failed, before another
             raise
         finally:
             if scope is not self._ctx:
@@ -179,10 +196,9 @@ class Stream(Closable[bytes]):
 
     def _again(self) -> None:
         """Make another attempt; what this one has counted stays counted."""
-        for name, value in self._counters(self._call).items():
-            self._earlier[name] += value
-        self._tries += 1
-        self._call = self._open()
+        totals = self.stats
+        call = self._open(self._tries + 1, int(totals["chunks"]))
+        self._call, self._earlier, self._tries = call, totals, self._tries + 1
 
     @property
     def _delivered(self) -> bool:

@@ -24,7 +24,7 @@ BATCH_CHUNKS = 256
 BATCH_BYTES = 64 << 10
 #: The largest chunk that shares a frame: of larger ones the frame's own cost is nothing.
 BATCHED_CHUNK_BYTES = 8 << 10
-#: Windows that a responder keeps for one stream at most, whatever it is offered: chunks, and bytes.
+#: What a responder keeps unacknowledged for one stream at most, whatever it is offered: chunks, and bytes.
 MOST_WINDOW = 65_536
 MOST_WINDOW_BYTES = 32 << 20
 
@@ -53,9 +53,8 @@ class Outgoing:
     """
 
     def __init__(self, offer: Offer, max_payload: int, quota_bytes: int) -> None:
-        self.window = min(offer.window, MOST_WINDOW)
-        self.window_bytes = min(offer.window_bytes, MOST_WINDOW_BYTES)
-        self.fragment_bytes = max(1, min(max_payload, self.window_bytes // 4))
+        self._first_window_bytes = min(offer.window_bytes, MOST_WINDOW_BYTES)  # later ones are half of it at least
+        self.fragment_bytes = max(1, min(max_payload, self._first_window_bytes // 4))
         self.quota_bytes = quota_bytes
         self.last = self.acked = self.sent = self.highest = 0
         self.kept_bytes = 0
@@ -73,14 +72,17 @@ class Outgoing:
 
     def _reckon(self) -> None:
         """How far the credit and one's own window reach."""
-        self._last_seq = min(self._limit, self.acked + self.window)
-        self._last_offset = min(self._limit_bytes, self._acked_offset + self.window_bytes)
+        self._last_seq = min(self._limit, self.acked + MOST_WINDOW)
+        self._last_offset = min(self._limit_bytes, self._acked_offset + MOST_WINDOW_BYTES)
 
     # -- giving --------------------------------------------------------------------------------------------------
 
     def takes(self, size: int) -> bool:
-        """Whether a chunk of this size may be pushed: there is room for it, and credit for its first fragment."""
-        return self.kept_bytes + size <= self.quota_bytes and self.has_credit(size)
+        """Whether a chunk of this size may be pushed: there is room for it, and credit for its first fragment.
+
+        For one there is room if nothing else is kept, whatever the quota: else it could wait for ever.
+        """
+        return (self.kept_bytes + size <= self.quota_bytes or not self.kept_bytes) and self.has_credit(size)
 
     def has_credit(self, size: int) -> bool:
         """Whether nothing but the quota can keep a chunk of this size waiting."""
@@ -238,9 +240,11 @@ class Outgoing:
 
     def adapt(self, max_payload: int) -> bool:
         """Frames are to be no larger than this from now on; whether all that is kept is."""
-        self.fragment_bytes = max(1, min(max_payload, self.window_bytes // 4))
+        self.fragment_bytes = max(1, min(max_payload, self._first_window_bytes // 4))
         self._batch_bytes = min(BATCH_BYTES, max_payload)
-        return max(map(len, self._kept), default=0) <= max_payload
+        headers = {seq: len(block) for seq, (_, block) in self._special.items() if block is not None}
+        sizes = (headers.get(seq, 0) + len(payload) for seq, payload in enumerate(self._kept, self.acked + 1))
+        return max(sizes, default=0) <= max_payload
 
     def clear(self) -> None:
         """Keep nothing any more."""
