@@ -251,6 +251,8 @@ class Client:
         retry: RetryPolicy,
         ctx: Context | None,
     ) -> Message:
+        if ctx is not None and ctx.deadline is not None:
+            headers = frames.with_timeout(headers, ctx.remaining())
         block = Headers(headers).encode() if headers else None
         if retry is None:
             return _request(self._connection(), subject, data, block, timeout, ctx)

@@ -615,7 +615,7 @@ def test_a_sender_that_is_dropped_without_an_end_is_an_error_at_the_client(
     assert stream.next(PATIENCE) == b"1"
     with pytest.raises(natsync.HandlerError, match="without ending") as caught:
         stream.next(PATIENCE)
-    assert caught.value.code == (natsync.Code.INTERNAL if mode == "framed" else natsync.Code.UNKNOWN)
+    assert caught.value.code == natsync.Code.INTERNAL
     eventually(lambda: "s.drop" in caplog.text)
 
 
@@ -682,7 +682,7 @@ def test_a_request_whose_context_has_ended_already_is_closed_without_a_fault(
         offer = Offer(window=10, window_bytes=10_000, grace=0.1, heartbeat=5.0)
         core: SenderCore = FramedSender(connection, responder._framing, reply, ended, "s.x", offer)
     else:
-        core = PlainSender(connection, responder._plain, reply, ended, "s.x")
+        core = PlainSender(connection, responder._plain, reply, ended, "s.x", natsync_peer=True)
     assert core.over.happened
     eventually(lambda: not responder._plain.waiters and not responder._framed.waiters)
     assert not responder._framing

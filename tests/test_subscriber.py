@@ -41,10 +41,6 @@ def raw(nats_server: NatsServer) -> Iterator[RawClient]:
         yield raw
 
 
-#: What a stream raises that its responder breaks off; a plain one gives no reason but its text.
-BROKEN_OFF = {"framed": natsync.ServerLost, "plain": natsync.HandlerError}
-
-
 def answers(client: natsync.Client, subject: str) -> bool:
     """Whether anybody listens on the subject."""
     try:
@@ -315,7 +311,7 @@ def test_stop_cancels_what_lasts_longer_than_its_timeout(
     handle.stop(timeout=0.1)
     assert 0.09 <= time.monotonic() - begin < 2
     assert stream.next(PATIENCE) == b"first"
-    with pytest.raises(BROKEN_OFF[mode], match="stopped"):
+    with pytest.raises(natsync.ServerLost, match="stopped"):
         stream.next(PATIENCE)
     assert len(gate.reasons) == 1
 
@@ -690,7 +686,7 @@ def test_close_cancels_what_lasts_longer_than_its_timeout_and_the_requester_is_t
     assert 0.19 <= time.monotonic() - begin < 2
     assert len(gate.reasons) == 1
     assert stream.next(PATIENCE) == b"first"
-    with pytest.raises(BROKEN_OFF[mode], match="shutting down"):
+    with pytest.raises(natsync.ServerLost, match="shutting down"):
         stream.next(PATIENCE)
 
 
@@ -711,7 +707,7 @@ def test_close_returns_although_a_handler_never_does(
     subscriber.close(timeout=0.1)
     assert time.monotonic() - begin < 4
     assert "u.stuck" in caplog.text
-    with pytest.raises(BROKEN_OFF[mode]):
+    with pytest.raises(natsync.ServerLost):
         stream.next(PATIENCE)
     stuck.set()
 
@@ -796,7 +792,7 @@ def test_close_from_a_stream_handler_does_not_deadlock_and_leaves_no_requester_w
     closer = client.stream("u.closer", timeout=4)
     assert closer.next() == b"closing"
     assert closed.wait(5)
-    assert [type(end_of(stream)) for stream in (closer, other)] == [BROKEN_OFF[mode]] * 2
+    assert [type(end_of(stream)) for stream in (closer, other)] == [natsync.ServerLost] * 2
     eventually(lambda: subscriber.status == "closed")
 
 
@@ -904,7 +900,7 @@ def test_a_second_signal_cancels_what_is_under_way(client: natsync.Client, worke
     worker.wait_for_out("draining")
     begin = time.monotonic()
     worker.send(signal.SIGTERM)
-    with pytest.raises(BROKEN_OFF[mode], match="at once"):
+    with pytest.raises(natsync.ServerLost, match="at once"):
         next(stream)
     assert worker.wait() == 0
     assert time.monotonic() - begin < 5
@@ -919,7 +915,7 @@ def test_the_shutdown_timeout_cancels_what_is_under_way(
         stream = client.stream("u.worker", b"stubborn", timeout=30)
         assert stream.next() == b"first"
         worker.send(signal.SIGTERM)
-        with pytest.raises(BROKEN_OFF[mode]):
+        with pytest.raises(natsync.ServerLost):
             next(stream)
         assert worker.wait() == 0
 

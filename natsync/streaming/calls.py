@@ -25,12 +25,15 @@ from natsync.timers import Alarm
 WINDOW_BYTES = 4 << 20
 #: The same for all streams of a connection: half of what nats-server holds for a client, max_pending.
 ALL_WINDOWS_BYTES = 32 << 20
-#: What every stream gets in any case.
+#: What streams share out beyond the least; the other half is for the least of up to 256 streams.
+SHARED_WINDOWS_BYTES = ALL_WINDOWS_BYTES // 2
+#: What every stream gets, and what it gets when there are so many that all of it is given.
 LEAST_WINDOW_BYTES = 64 << 10
-#: A new stream begins with this part of what the others have left.
-FIRST_PART = 32
-#: Seconds that closing waits for responders to tell where they can be cancelled: a round trip, and some.
-ADDRESS_SECONDS = 0.25
+TINY_WINDOW_BYTES = 4 << 10
+#: A new stream begins with this part of what the others have left to share.
+FIRST_PART = 16
+#: Seconds that closing waits at most for responders to tell where they can be cancelled, which takes a round trip.
+ADDRESS_SECONDS = 1.0
 #: What a responder is told of a stream that is not known here. HTTP's 410.
 GONE = 410
 #: Responders that one farewell is for at most.
@@ -51,7 +54,8 @@ class Budget:
         """Credit for a new stream: a part of what is left, so that something is left for the next ones."""
         with self._lock:
             self._streams += 1
-            given = min(self._share_locked(0), max(LEAST_WINDOW_BYTES, (ALL_WINDOWS_BYTES - self._given) // FIRST_PART))
+            first = (SHARED_WINDOWS_BYTES - self._given) // FIRST_PART
+            given = max(self._least_locked(0), min(WINDOW_BYTES, first))
             self._given += given
             return given
 
@@ -63,7 +67,11 @@ class Budget:
     def _share_locked(self, given: int) -> int:
         others = self._given - given
         fair = ALL_WINDOWS_BYTES // max(1, self._streams)
-        return max(LEAST_WINDOW_BYTES, min(WINDOW_BYTES, fair, ALL_WINDOWS_BYTES - others))
+        return max(self._least_locked(given), min(WINDOW_BYTES, fair, SHARED_WINDOWS_BYTES - others))
+
+    def _least_locked(self, given: int) -> int:
+        others = self._given - given
+        return LEAST_WINDOW_BYTES if others + LEAST_WINDOW_BYTES <= ALL_WINDOWS_BYTES else TINY_WINDOW_BYTES
 
     def change(self, before: int, after: int) -> None:
         """A stream's credit is another one now."""

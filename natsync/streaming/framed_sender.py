@@ -15,7 +15,7 @@ import time
 from natsync.concurrency import Deadline, Happening
 from natsync.connection import Connection
 from natsync.context import Context
-from natsync.errors import ClientLost, Code, MaxPayloadExceeded, StreamCancelled, StreamClosed, TimedOut
+from natsync.errors import ClientLost, Code, MaxPayloadExceeded, StreamClosed, TimedOut
 from natsync.headers import Headers
 from natsync.message import Item
 from natsync.mux import LinkLoss
@@ -277,8 +277,10 @@ class FramedSender(SenderCore):
                 raise MaxPayloadExceeded(size, limit)
         return super().end(trailers)
 
+    def _end_is_due_locked(self) -> None:
+        self._state = TRANSITIONS.get((self._state, Event.ENDED), self._state)
+
     def _put_end(self, ending: Ending) -> None:
-        self._on(Event.ENDED)  # before the requester can confirm it
         headers, payload = ending.trailers, frames.END_PAYLOAD
         block = headers.encode() if headers else None
         if ending.op != Op.END:
@@ -338,9 +340,9 @@ class FramedSender(SenderCore):
             elif payload[:1] == Control.PING:
                 self.ask()
             else:
-                reason = frames.decode_cancel(payload)
-                if reason is not None:
-                    self._cancelled(reason)
+                cancelled = self._cancelled_by(payload)
+                if cancelled is not None:
+                    self._cancelled(cancelled)
             self._peer.heard()  # behind what it says, which a resumption starts from
 
     def _acknowledged(self, ack: Ack) -> None:
@@ -376,10 +378,10 @@ class FramedSender(SenderCore):
         self._out.quota_bytes -= spare
         return spare
 
-    def _cancelled(self, reason: str) -> None:
+    def _cancelled(self, error: StreamClosed) -> None:
         status = Status(Code.CANCELLED)
         self._connection.put_now(self._framing.encode_gone(self._reply, self._inbox, "cancelled", status))
-        self._stop(StreamCancelled(reason))
+        self._stop(error)
 
     # -- signs of life (the reader, the timer) -----------------------------------------------------------------------
 

@@ -120,14 +120,11 @@ def decode_address(reply: bytes | None, block: bytes | None) -> Address | None:
         # Whoever answers the frame publishes to its reply subject: it must be one that can be a responder's.
         honest = reply is None or reply.startswith(IMPORTED) or FRAMED_MARK in reply
         return _address_in_headers(block) if honest else None
-    if reply is None or FRAMED_MARK not in reply:
-        return None
-    parts = reply.rsplit(b".", 2)
-    if len(parts) != 3 or not _is_digits(parts[2]):
-        return None
-    return Address(parts[0], parts[1], int(parts[2]))
+    found = None if reply is None else _REPLY.fullmatch(reply)
+    return None if found is None else Address(found[1], found[2], int(found[3]))
 
 
+_REPLY = re.compile(rb"(.+\.nsy1\.[^.]+)\.([^.]+)\.(\d{1,15})")
 _SEQ_VALUE = re.compile(rb"\r\nNatsync-Seq: ?([a-z])\.(\d{1,15}) ([^ \r\n]+)\r\n")
 
 
@@ -215,6 +212,12 @@ def decode_cancel(payload: bytes) -> str | None:
 
 
 # -- the request -----------------------------------------------------------------------------------------------------
+
+
+def cancel_code(payload: bytes) -> int:
+    """The code of a cancel; 0 if it is malformed."""
+    digits = payload[2:].partition(b" ")[0]
+    return int(digits) if digits.isdigit() and len(digits) <= 9 else 0
 
 
 @dataclass(frozen=True)
@@ -315,14 +318,21 @@ def check_key(key: str) -> None:
         raise InvalidArgument(f"header {key!r}: names with Natsync- and Nats- are reserved")
 
 
+def with_timeout(headers: HeaderInput, timeout: float | None) -> Headers:
+    """The headers, and how much time is left."""
+    block = Headers(headers)
+    if timeout is not None:
+        block[TIMEOUT_HEADER] = str(max(1, math.ceil(timeout * 1000)))  # rounded up: the requester's runs out first
+    return block
+
+
 def encode_opening(
     headers: Headers, offer: Offer | None, timeout: float | None = None, attempt: int = 0, resume: int | None = None
 ) -> bytes:
     """The header block of a request that opens a stream; offer=None: a plain one."""
     block = Headers(headers)
     block[STREAM_HEADER] = PLAIN_VERSION if offer is None else offer.encode()
-    if timeout is not None:
-        block[TIMEOUT_HEADER] = str(max(1, math.ceil(timeout * 1000)))  # so that the requester's runs out first
+    block = with_timeout(block, timeout)
     if attempt:
         block[ATTEMPT_HEADER] = str(attempt)
     if resume is not None:
@@ -412,7 +422,7 @@ def _as_json(details: Any) -> str:
     """Details as JSON; what has no JSON form goes as text: an error must not get lost over its details."""
     try:
         return json.dumps(details, default=str)
-    except (TypeError, ValueError, RecursionError):
+    except Exception:  # whatever the details' own __str__ raises
         return json.dumps(f"<{type(details).__name__} without a JSON form>")
 
 
@@ -440,7 +450,3 @@ def decode_status(headers: Headers) -> Status:
 
 def _is_number(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) <= 12
-
-
-def _is_digits(raw: bytes) -> bool:
-    return raw.isdigit() and len(raw) <= 15

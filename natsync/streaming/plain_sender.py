@@ -18,7 +18,6 @@ from natsync.errors import (
     InvalidArgument,
     MaxPayloadExceeded,
     NatsError,
-    StreamCancelled,
     StreamClosed,
 )
 from natsync.message import Item
@@ -167,9 +166,9 @@ class PlainSender(SenderCore):
             if frames.is_unheard(item):
                 self._close(ClientLost("the requester is gone: nobody listens to its inbox any more"), None)
                 return
-            reason = frames.decode_cancel(item[2]) if item[0] == self._reply else None
-            if reason is not None:
-                self._close(StreamCancelled(reason), None)
+            cancelled = self._cancelled_by(item[2]) if item[0] == self._reply else None
+            if cancelled is not None:
+                self._close(cancelled, None)
                 return
 
     def breaks(self, loss: LinkLoss) -> bytes | None:

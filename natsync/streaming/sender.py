@@ -186,6 +186,8 @@ class SenderCore(Waiter):
                 return False
             self._error = error
             self._ended = isinstance(error, StreamError) and error.code == Code.OK
+            if ending is not None:
+                self._end_is_due_locked()
         # From here on nobody sends: every chunk that was sent is queued, and the end goes behind it.
         self._finish(ending)
         return True
@@ -198,7 +200,8 @@ class SenderCore(Waiter):
         self.over.set()
         self._stop_watching()
         if not self._ended:
-            self.ctx.cancel_soon(Cancelled(str(self._error)))
+            kind = DeadlineExceeded if isinstance(self._error, DeadlineExceeded) else Cancelled
+            self.ctx.cancel_soon(kind(str(self._error)))
         for callback in internal:
             callback()
         if ending is None:
@@ -208,6 +211,9 @@ class SenderCore(Waiter):
         self._wake_senders()
         for callback in users:
             self._run_user(callback)
+
+    def _end_is_due_locked(self) -> None:
+        """Something is still to be sent: closing must wait for it. Requires _lock."""
 
     def _put_end(self, ending: Ending) -> None:
         """Send what ends the stream, behind everything that was sent."""
@@ -255,6 +261,16 @@ class SenderCore(Waiter):
     def connection_closed(self, reason: Exception) -> None:
         self._close(StreamClosed(str(reason), code=Code.UNAVAILABLE), None)
         self._forget()
+
+    @staticmethod
+    def _cancelled_by(payload: bytes) -> StreamClosed | None:
+        """The error that a requester's cancel means here; None if the control payload is no cancel."""
+        reason = frames.decode_cancel(payload)
+        if reason is None:
+            return None
+        if frames.cancel_code(payload) == Code.DEADLINE_EXCEEDED:
+            return DeadlineExceeded("the request's deadline has passed")
+        return StreamCancelled(reason)
 
     def _context_ended(self) -> None:
         error = self.ctx.error()

@@ -58,7 +58,7 @@ class Outgoing:
         self.quota_bytes = quota_bytes
         self.last = self.acked = self.sent = self.highest = 0
         self.kept_bytes = 0
-        self.ended = False
+        self.ended = self._cleared = False
         self._batches = offer.batches
         self._batch_bytes = min(BATCH_BYTES, max_payload)
         self._limit, self._limit_bytes = offer.window, offer.window_bytes
@@ -142,7 +142,7 @@ class Outgoing:
     def next(self) -> Frame | None:
         """The next frame to be sent; None if all is sent, or its credit is still to come."""
         seq = self.sent + 1
-        if seq > self.last:
+        if seq > self.last or self._cleared:
             return None
         special = self._special.get(seq) if self._special else None
         if special is None:
@@ -199,7 +199,7 @@ class Outgoing:
 
     def acknowledge(self, ack: Ack) -> bool:
         """Take a requester's account; whether it brings anything new. What it has is let go."""
-        if ack.received > self.highest:
+        if ack.received > self.highest or self._cleared:
             return False  # of what was never sent: not of this stream, or nonsense
         news = False
         if ack.received > self.acked:
@@ -247,7 +247,8 @@ class Outgoing:
         return max(sizes, default=0) <= max_payload
 
     def clear(self) -> None:
-        """Keep nothing any more."""
+        """Keep nothing any more, and send nothing."""
+        self._cleared = True
         self._kept, self._special = [], {}
         self.kept_bytes = 0
 
