@@ -37,7 +37,8 @@ def test_numbers() -> None:
     units = {"KiB": 1 << 10, "MiB": 1 << 20, "ms": 0.001, "s": 1}
     told = re.findall(r"\| (?:1/)?([\d,]+)(?: (\w+))? \|$", PAGE.split("## Numbers")[1], re.MULTILINE)
     assert [int(number.replace(",", "")) * units.get(unit, 1) for number, unit in told] == [
-        client.STREAM_WINDOW, calls.WINDOW_BYTES, calls.ALL_WINDOWS_BYTES, calls.LEAST_WINDOW_BYTES, calls.FIRST_PART,
+        client.STREAM_WINDOW, calls.WINDOW_BYTES, calls.ALL_WINDOWS_BYTES, calls.SHARED_WINDOWS_BYTES,
+        calls.LEAST_WINDOW_BYTES, calls.TINY_WINDOW_BYTES, calls.FIRST_PART,
         frames.LEAST_WINDOW_BYTES, win.MOST_WINDOW, win.MOST_WINDOW_BYTES, win.BATCH_CHUNKS, win.BATCH_BYTES,
         win.BATCHED_CHUNK_BYTES, framing.GUARANTEED_BYTES, framing.KEPT_BYTES, options.RESUME_GRACE, options.HEARTBEAT,
         peers.ANSWER_SECONDS, peers.FIRST_REPEAT, peers.LONGEST_REPEAT, framed_receiver.ACK_SECONDS,
