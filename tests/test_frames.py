@@ -22,6 +22,7 @@ from natsync.streaming.frames import (
     Op,
     Opening,
     Status,
+    cancel_code,
     check_key,
     control_inbox,
     decode_ack,
@@ -40,6 +41,7 @@ from natsync.streaming.frames import (
     header_text,
     is_unheard,
     user_headers,
+    with_timeout,
 )
 
 STREAM = b"_INBOX.abc.nsy1.7"
@@ -397,6 +399,18 @@ def test_a_cancel_carries_its_reason(reason: str) -> None:
     assert decode_cancel(encode_cancel(reason)) == reason
 
 
+@pytest.mark.parametrize("code", Code)
+def test_the_code_of_a_cancel_comes_out_of_it(code: Code) -> None:
+    assert cancel_code(encode_cancel("late", code)) == code
+
+
+@pytest.mark.parametrize(
+    "payload", [b"", b"x", b"x ", b"x  4", b"x what", b"x -1 a", b"x 4a b", b"x \xd9\xa3 a", b"x " + b"9" * 10]
+)
+def test_a_malformed_code_of_a_cancel_is_none(payload: bytes) -> None:
+    assert cancel_code(payload) == 0
+
+
 def test_a_long_reason_is_cut_to_what_fits() -> None:
     assert decode_cancel(encode_cancel("é" * (frames.ERROR_TEXT + 1))) == "é" * frames.ERROR_TEXT
 
@@ -556,6 +570,14 @@ def test_a_requester_that_has_no_chunk_yet_says_so() -> None:
 )
 def test_a_deadline_travels_in_whole_milliseconds_and_never_as_none(timeout: float, told: float) -> None:
     assert opening(timeout=timeout).timeout == told
+
+
+def test_a_request_that_is_no_stream_may_tell_its_deadline_too() -> None:
+    given_headers = Headers({"A": "1"})
+    assert with_timeout(given_headers, 1.5) == {"A": "1", "Natsync-Timeout": "1500"}
+    assert with_timeout(given_headers, None) == {"A": "1"}
+    assert with_timeout(None, 0) == {"Natsync-Timeout": "1"}
+    assert given_headers == {"A": "1"}
 
 
 def test_an_opening_leaves_the_users_headers_as_they_are() -> None:
