@@ -304,7 +304,7 @@ class Bench:
         for asker in self._askers:
             self._find_control(asker)
             if asker.control is not None:
-                asker.say(b"x 1 the test is over", reply=False)
+                asker.say(b"x 1 the test is over")
         self.raw.flush()
         for held in self._helds:
             for _, _, sender in held.arrived:

@@ -942,6 +942,7 @@ def test_sentinels_empty_refuse_an_empty_chunk(empty: Pair) -> None:
     hold = Hold(subscriber, "sc.empty.guard")
     with client.stream("sc.empty.guard"), pytest.raises(natsync.InvalidArgument):
         hold.sender.send(b"")
+    hold.end_all()
 
 
 def test_sentinels_empty_do_not_take_no_responders_for_an_end(empty: Pair) -> None:

@@ -32,8 +32,8 @@ LEAST_WINDOW_BYTES = 64 << 10
 TINY_WINDOW_BYTES = 4 << 10
 #: A new stream begins with this part of what the others have left to share.
 FIRST_PART = 16
-#: Seconds that closing waits at most for responders to tell where they can be cancelled, which takes a round trip.
-ADDRESS_SECONDS = 1.0
+#: Seconds that closing waits for a responder to tell where it can be cancelled, which takes a round trip.
+ADDRESS_SECONDS = 0.25
 #: What a responder is told of a stream that is not known here. HTTP's 410.
 GONE = 410
 #: Responders that one farewell is for at most.
@@ -179,11 +179,11 @@ class Calls(Waiter):
             return
         for waiter in list(self.connection.mux.waiters.values()):
             waiter.connection_closing()
-        until = deadline.or_sooner(ADDRESS_SECONDS)
         with self._lock:
             farewells = list(self._farewells)
         for farewell in farewells:
-            farewell.spoken.wait(until.remaining())
+            if not farewell.spoken.wait(deadline.or_sooner(ADDRESS_SECONDS).remaining()):
+                break  # one that says nothing; the others had as much time
 
     def _leave(self, deadline: Deadline) -> None:
         self.leaving = True
