@@ -25,7 +25,7 @@ from natsync.message import MISSING, Message, Payload, payload_of
 from natsync.options import Servers, connect_settings
 from natsync.reply import request as _request
 from natsync.retry import RetryPolicy, check_policy, run
-from natsync.streaming import frames
+from natsync.streaming import terms
 from natsync.streaming.calls import Calls
 from natsync.streaming.stream import Stream, process
 from natsync.streaming.watched import WatchedProcessor, WatchedStream, open_stream, stream_done, watched_callback
@@ -252,7 +252,7 @@ class Client:
         ctx: Context | None,
     ) -> Message:
         if ctx is not None and ctx.deadline is not None:
-            headers = frames.with_timeout(headers, ctx.remaining())
+            headers = terms.with_timeout(headers, ctx.remaining())
         block = Headers(headers).encode() if headers else None
         if retry is None:
             return _request(self._connection(), subject, data, block, timeout, ctx)
@@ -371,7 +371,7 @@ class Client:
         _subject.publish_subject(subject)
         data = payload_of(payload, json)
         ctx = ctx or current()
-        given = frames.user_headers(traced(headers, ctx))
+        given = terms.user_headers(traced(headers, ctx))
         make: Callable[..., Stream] = Stream
         watch = None
         if self._hooks is not None:
@@ -425,7 +425,7 @@ class Client:
         _subject.publish_subject(subject)
         data = payload_of(payload, json)
         ctx = ctx or current()
-        given = frames.user_headers(traced(headers, ctx))
+        given = terms.user_headers(traced(headers, ctx))
         if client_id is not None:
             given[CONNECT_ID_HEADER] = client_id
         told = None

@@ -5,7 +5,17 @@ from __future__ import annotations
 import re
 
 from natsync import client, options
-from natsync.streaming import calls, framed_receiver, framed_sender, frames, framing, peers, plain_receiver, responder
+from natsync.streaming import (
+    calls,
+    framed_receiver,
+    framed_sender,
+    frames,
+    framing,
+    peers,
+    plain_receiver,
+    responder,
+    terms,
+)
 from natsync.streaming import window as win
 from support import ROOT
 
@@ -21,9 +31,9 @@ def first_cells(head: str) -> set[str]:
 def test_letters_and_names() -> None:
     assert first_cells("op | seq") == {value.decode() for key, value in vars(frames.Op).items() if key.isupper()}
     assert first_cells("first byte") == {value.decode() for key, value in vars(frames.Control).items() if key.isupper()}
-    names = {value for key, value in vars(frames).items() if key.endswith("_HEADER")}
+    names = {value for key, value in vars(terms).items() if key.endswith("_HEADER")}
     assert set(re.findall(r"\b(?:Natsync|Nats-Service)-[A-Z][\w-]*\w", PAGE)) == names
-    unsaid = {key: value or "none" for key, value in frames._UNSAID.items()}
+    unsaid = {key: value or "none" for key, value in terms._UNSAID.items()}
     assert dict(re.findall(r"^\| `(\w+)` \|[^|]*\| (\w+) \|[^|]*\|$", PAGE, re.MULTILINE)) == unsaid
 
 
@@ -39,10 +49,10 @@ def test_numbers() -> None:
     assert [int(number.replace(",", "")) * units.get(unit, 1) for number, unit in told] == [
         client.STREAM_WINDOW, calls.WINDOW_BYTES, calls.ALL_WINDOWS_BYTES, calls.SHARED_WINDOWS_BYTES,
         calls.LEAST_WINDOW_BYTES, calls.TINY_WINDOW_BYTES, calls.FIRST_PART,
-        frames.LEAST_WINDOW_BYTES, win.MOST_WINDOW, win.MOST_WINDOW_BYTES, win.BATCH_CHUNKS, win.BATCH_BYTES,
+        terms.LEAST_WINDOW_BYTES, win.MOST_WINDOW, win.MOST_WINDOW_BYTES, win.BATCH_CHUNKS, win.BATCH_BYTES,
         win.BATCHED_CHUNK_BYTES, framing.GUARANTEED_BYTES, framing.KEPT_BYTES, options.RESUME_GRACE, options.HEARTBEAT,
         peers.ANSWER_SECONDS, peers.FIRST_REPEAT, peers.LONGEST_REPEAT, framed_receiver.ACK_SECONDS,
-        framed_receiver.SECOND_OPINION_SECONDS, peers.OUTAGE_GRACES, calls._TOMBSTONES, frames.ERROR_TEXT,
+        framed_receiver.SECOND_OPINION_SECONDS, peers.OUTAGE_GRACES, calls._TOMBSTONES, terms.ERROR_TEXT,
         responder.RETRY_AFTER, plain_receiver.PENDING_CHUNKS, plain_receiver.PENDING_BYTES,
     ]  # fmt: skip
 

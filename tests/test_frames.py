@@ -11,35 +11,37 @@ from hypothesis import strategies as st
 from natsync import headers as wire
 from natsync.errors import Code, InvalidArgument, ProtocolError
 from natsync.headers import Headers
-from natsync.streaming import frames
+from natsync.streaming import terms
 from natsync.streaming.frames import (
     FRAMED_MARK,
-    LEAST_WINDOW_BYTES,
     PLAIN_MARK,
     Ack,
     Address,
-    Offer,
     Op,
-    Opening,
-    Status,
     cancel_code,
-    check_key,
     control_inbox,
     decode_ack,
     decode_address,
     decode_batch,
     decode_cancel,
+    encode_batch,
+    encode_cancel,
+    encode_seq,
+    is_unheard,
+)
+from natsync.streaming.terms import (
+    LEAST_WINDOW_BYTES,
+    Offer,
+    Opening,
+    Status,
+    check_key,
     decode_headers,
     decode_offer,
     decode_opening,
     decode_status,
-    encode_batch,
-    encode_cancel,
     encode_opening,
-    encode_seq,
     encode_status,
     header_text,
-    is_unheard,
     user_headers,
     with_timeout,
 )
@@ -129,7 +131,7 @@ def test_another_reply_subject_is_no_address(reply: bytes | None) -> None:
 
 def test_the_header_that_says_what_a_frame_is() -> None:
     assert encode_seq(STREAM, Op.DATA, 42) == "d.42 _INBOX.abc.nsy1.7"
-    block = Headers({frames.SEQ_HEADER: encode_seq(STREAM, Op.DATA, 42)}).encode()
+    block = Headers({terms.SEQ_HEADER: encode_seq(STREAM, Op.DATA, 42)}).encode()
     assert block == b"NATS/1.0\r\nNatsync-Seq: d.42 _INBOX.abc.nsy1.7\r\n\r\n"
 
 
@@ -224,7 +226,7 @@ def test_what_is_put_into_a_reply_subject_comes_out_of_it(address: Address) -> N
 @given(addresses, st.dictionaries(st.sampled_from(["A", "Z"]), st.text("abc :.", max_size=5)))
 def test_what_is_put_into_the_header_comes_out_of_it(address: Address, others: dict[str, str]) -> None:
     value = encode_seq(address.stream, address.op, address.seq)
-    assert decode_address(None, Headers({**others, frames.SEQ_HEADER: value, "End": "1"}).encode()) == address
+    assert decode_address(None, Headers({**others, terms.SEQ_HEADER: value, "End": "1"}).encode()) == address
 
 
 #: What the decoders look for, in any order: closer to what is valid than random bytes are.
@@ -262,7 +264,7 @@ def test_no_headers_and_malformed_ones_count_as_none(block: bytes | None) -> Non
 @some
 @given(st.none() | garbage | garbage.map(lambda some: b"NATS/1.0\r\n" + some))
 def test_no_block_makes_the_headers_of_a_frame_fail(block: bytes | None) -> None:
-    assert frames.SEQ_HEADER not in decode_headers(block)
+    assert terms.SEQ_HEADER not in decode_headers(block)
 
 
 # -- batches ---------------------------------------------------------------------------------------------------------
@@ -412,7 +414,7 @@ def test_a_malformed_code_of_a_cancel_is_none(payload: bytes) -> None:
 
 
 def test_a_long_reason_is_cut_to_what_fits() -> None:
-    assert decode_cancel(encode_cancel("é" * (frames.ERROR_TEXT + 1))) == "é" * frames.ERROR_TEXT
+    assert decode_cancel(encode_cancel("é" * (terms.ERROR_TEXT + 1))) == "é" * terms.ERROR_TEXT
 
 
 @pytest.mark.parametrize("payload", [encode_cancel(""), b"x ", b"x 1", b"x 1 ", b"x what"])
@@ -605,13 +607,13 @@ def test_a_request_of_another_client_opens_a_stream_too() -> None:
 
 @pytest.mark.parametrize("value", MALFORMED_NUMBERS)
 def test_malformed_numbers_count_as_not_said(value: str) -> None:
-    keys = (frames.TIMEOUT_HEADER, frames.ATTEMPT_HEADER, frames.RESUME_HEADER)
-    told = decode_opening(Headers({frames.STREAM_HEADER: OFFERED, **dict.fromkeys(keys, value)}))
+    keys = (terms.TIMEOUT_HEADER, terms.ATTEMPT_HEADER, terms.RESUME_HEADER)
+    told = decode_opening(Headers({terms.STREAM_HEADER: OFFERED, **dict.fromkeys(keys, value)}))
     assert told == Opening(True, OFFER, None, 0, None, Headers())
 
 
 def test_an_offer_of_another_version_leaves_the_stream_plain() -> None:
-    assert decode_opening(Headers({frames.STREAM_HEADER: "2;w=1", frames.TIMEOUT_HEADER: "1000"})) == Opening(
+    assert decode_opening(Headers({terms.STREAM_HEADER: "2;w=1", terms.TIMEOUT_HEADER: "1000"})) == Opening(
         True, None, 1.0, 0, None, Headers()
     )
 
@@ -676,7 +678,7 @@ def test_headers_of_users_are_copied() -> None:
 
 
 def test_the_headers_of_an_error_end_that_says_everything() -> None:
-    given_status = Status(Code.RESOURCE_EXHAUSTED, {"free": 0}, frames.LOST, 1.5, only=True, sent=42)
+    given_status = Status(Code.RESOURCE_EXHAUSTED, {"free": 0}, terms.LOST, 1.5, only=True, sent=42)
     assert encode_status(given_status, "all busy").encode() == (
         b"NATS/1.0\r\nNatsync-Status: 8 RESOURCE_EXHAUSTED\r\nNatsync-Reason: lost\r\n"
         b'Natsync-Details: {"free": 0}\r\nNatsync-Retry-After: 1.5\r\nNatsync-Only: 1\r\nNatsync-Resume: 42\r\n'
@@ -694,11 +696,11 @@ def test_the_headers_of_an_error_end_that_says_nothing() -> None:
 @pytest.mark.parametrize(
     "given_status",
     [
-        Status(Code.RESOURCE_EXHAUSTED, None, frames.REFUSED, 1.5),
+        Status(Code.RESOURCE_EXHAUSTED, None, terms.REFUSED, 1.5),
         Status(Code.RESOURCE_EXHAUSTED, None, None, 0.0, only=True),
         Status(Code.INVALID_ARGUMENT, {"field": "é", "max": [1, None]}),
-        Status(Code.UNAVAILABLE, None, frames.LOST),
-        Status(Code.DEADLINE_EXCEEDED, None, frames.DEADLINE),
+        Status(Code.UNAVAILABLE, None, terms.LOST),
+        Status(Code.DEADLINE_EXCEEDED, None, terms.DEADLINE),
         Status(Code.ABORTED, sent=0),
         Status(77),
         Status(Code.UNKNOWN, "just text"),
@@ -713,12 +715,12 @@ def test_a_status_says_what_it_was_given(given_status: Status) -> None:
 
 @pytest.mark.parametrize("code", [code for code in Code if code is not Code.OK])
 def test_a_status_names_its_code(code: Code) -> None:
-    assert encode_status(Status(code))[frames.STATUS_HEADER] == f"{int(code)} {code.name}"
-    assert encode_status(Status(int(code)))[frames.STATUS_HEADER] == f"{int(code)} {code.name}"
+    assert encode_status(Status(code))[terms.STATUS_HEADER] == f"{int(code)} {code.name}"
+    assert encode_status(Status(int(code)))[terms.STATUS_HEADER] == f"{int(code)} {code.name}"
 
 
 def test_a_code_without_a_name_travels_as_a_number() -> None:
-    assert encode_status(Status(77))[frames.STATUS_HEADER] == "77 CODE"
+    assert encode_status(Status(77))[terms.STATUS_HEADER] == "77 CODE"
 
 
 @pytest.mark.parametrize("code", [None, 0])
@@ -779,12 +781,12 @@ def test_details_nested_too_deep_do_not_keep_the_error_from_being_told() -> None
         ("  much \t space\u2028here\x85", "much space here"),
         ("nul\0l", "null"),
         ("\ud800", "?"),
-        ("é" * 2000, "é" * frames.ERROR_TEXT),
+        ("é" * 2000, "é" * terms.ERROR_TEXT),
     ],
 )
 def test_a_text_becomes_one_line_that_fits_a_header(text: str, told: str) -> None:
     assert header_text(text) == told
-    assert encode_status(Status(), text)[frames.SERVICE_ERROR_HEADER] == told
+    assert encode_status(Status(), text)[terms.SERVICE_ERROR_HEADER] == told
 
 
 @some
@@ -807,7 +809,7 @@ jsons = st.recursive(
         Status,
         st.integers(1, 10**12 - 1),
         jsons,
-        st.sampled_from([None, frames.LOST, frames.DEADLINE, frames.REFUSED]),
+        st.sampled_from([None, terms.LOST, terms.DEADLINE, terms.REFUSED]),
         st.none() | st.integers(0, 99_999).map(lambda number: number / 10),
         st.booleans(),
         st.none() | counts,
@@ -819,12 +821,12 @@ def test_what_is_put_into_a_status_comes_out_of_it(given_status: Status) -> None
 
 @pytest.mark.parametrize("value", ["", "x 8", "-1 X", "eight", "²", "9" * 13])
 def test_a_malformed_code_counts_as_not_said(value: str) -> None:
-    assert decode_status(Headers({frames.STATUS_HEADER: value})).code is None
+    assert decode_status(Headers({terms.STATUS_HEADER: value})).code is None
 
 
 @pytest.mark.parametrize("value", MALFORMED_NUMBERS)
 def test_a_malformed_number_of_chunks_counts_as_not_said(value: str) -> None:
-    assert decode_status(Headers({frames.RESUME_HEADER: value})).sent is None
+    assert decode_status(Headers({terms.RESUME_HEADER: value})).sent is None
 
 
 def test_no_status_at_all_says_nothing() -> None:
@@ -833,17 +835,17 @@ def test_no_status_at_all_says_nothing() -> None:
 
 @pytest.mark.parametrize("text", ["", "{oops", "1" * 5000 + "x"])
 def test_details_that_are_no_json_are_text(text: str) -> None:
-    assert decode_status(Headers({frames.DETAILS_HEADER: text})).details == text
+    assert decode_status(Headers({terms.DETAILS_HEADER: text})).details == text
 
 
 def test_received_details_nested_too_deep_are_text() -> None:
     text = "[" * 200_000
-    assert decode_status(Headers({frames.DETAILS_HEADER: text})).details == text
+    assert decode_status(Headers({terms.DETAILS_HEADER: text})).details == text
 
 
 @pytest.mark.parametrize("value", ["", "soon", "nan", "inf", "-inf", "-1", "1 2"])
 def test_a_malformed_wait_counts_as_not_said(value: str) -> None:
-    assert decode_status(Headers({frames.RETRY_AFTER_HEADER: value})).retry_after is None
+    assert decode_status(Headers({terms.RETRY_AFTER_HEADER: value})).retry_after is None
 
 
 @some
@@ -851,11 +853,11 @@ def test_a_malformed_wait_counts_as_not_said(value: str) -> None:
     st.dictionaries(
         st.sampled_from(
             [
-                frames.STATUS_HEADER,
-                frames.DETAILS_HEADER,
-                frames.RETRY_AFTER_HEADER,
-                frames.RESUME_HEADER,
-                frames.ONLY_HEADER,
+                terms.STATUS_HEADER,
+                terms.DETAILS_HEADER,
+                terms.RETRY_AFTER_HEADER,
+                terms.RESUME_HEADER,
+                terms.ONLY_HEADER,
             ]
         ),
         st.text(max_size=8) | st.lists(st.sampled_from(["1", "-", "e", "9" * 400, "[", '"', " ", "nan"])).map("".join),

@@ -22,9 +22,9 @@ import requests
 
 import natsync
 from natsync.streaming.framed_sender import FramedSender
-from natsync.streaming.frames import Offer
 from natsync.streaming.plain_sender import PlainSender
 from natsync.streaming.sender import SenderCore
+from natsync.streaming.terms import Offer
 from natsync.testing import NatsServer, eventually
 from rawclient import END, ERROR, PATIENCE, RawClient
 from support import framed_only, plain_only

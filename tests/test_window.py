@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from natsync.errors import MaxPayloadExceeded, ProtocolError
 from natsync.streaming import window
-from natsync.streaming.frames import END_PAYLOAD, ERROR_PREFIX, Ack, Offer, Op, encode_batch
+from natsync.streaming.frames import END_PAYLOAD, ERROR_PREFIX, Ack, Op, encode_batch
+from natsync.streaming.terms import Offer
 from natsync.streaming.window import BATCH_BYTES, BATCH_CHUNKS, BATCHED_CHUNK_BYTES, Frame, Incoming, Outgoing, Verdict
 
 BLOCK = b"NATS/1.0\r\nA: 1\r\n\r\n"

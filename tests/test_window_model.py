@@ -13,7 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from natsync.streaming.frames import END_PAYLOAD, ERROR_PREFIX, Ack, Offer, Op, decode_batch
+from natsync.streaming.frames import END_PAYLOAD, ERROR_PREFIX, Ack, Op, decode_batch
+from natsync.streaming.terms import Offer
 from natsync.streaming.window import Frame, Incoming, Outgoing, Verdict
 
 BLOCK = b"NATS/1.0\r\nA: %b\r\n\r\n" % (b"1" * 260)

@@ -34,7 +34,7 @@ from natsync.errors import (
 from natsync.headers import Headers
 from natsync.message import Item, Message
 from natsync.mux import LinkLoss, Waiter
-from natsync.streaming import frames
+from natsync.streaming import frames, terms
 from natsync.streaming.calls import Calls
 from natsync.streaming.framed_receiver import FramedReceiver
 from natsync.streaming.inlet import Receiver
@@ -104,7 +104,7 @@ class Call(Waiter):
         try:
             self._connection.mux.check_allowed()
             offer = None if self._offered is None else self._offered.offer
-            block: bytes | None = frames.encode_opening(headers, offer, ctx.remaining(), attempt, resume)
+            block: bytes | None = terms.encode_opening(headers, offer, ctx.remaining(), attempt, resume)
             if self._connection.info.get("headers") is False:
                 block = None  # a server without headers: the stream is plain, and its cancel unheard
             to = _subject.publish_subject(self.subject)

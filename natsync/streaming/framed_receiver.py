@@ -12,11 +12,12 @@ import time
 from natsync.errors import Code, NoRespondersError, ProtocolError, ServerLost, StreamError
 from natsync.message import Item
 from natsync.mux import LinkLoss
-from natsync.streaming import frames
+from natsync.streaming import frames, terms
 from natsync.streaming.calls import Calls
-from natsync.streaming.frames import Ack, Address, Control, Offer, Op
+from natsync.streaming.frames import Ack, Address, Control, Op
 from natsync.streaming.inlet import Inlet, refused, reported
 from natsync.streaming.peers import FIRST_REPEAT, LONGEST_REPEAT, Peer, PeerName
+from natsync.streaming.terms import Offer
 from natsync.streaming.window import Incoming, Verdict
 from natsync.timers import Alarm
 
@@ -116,7 +117,7 @@ class FramedReceiver:
                     heard = True
                     if op == Op.DATA or op == Op.BATCH or op == Op.FRAGMENT:
                         if block is not None and seq == 1 and not self._incoming.received:
-                            self._inlet.begun(frames.decode_headers(block))
+                            self._inlet.begun(terms.decode_headers(block))
                         verdict = self._incoming.take(op, seq, payload, chunks)
                         if verdict is not Verdict.TAKEN:
                             say = self._out_of_order(verdict) or say
@@ -235,8 +236,8 @@ class FramedReceiver:
 
     def _is_final(self, address: Address, reply: bytes | None, block: bytes | None, payload: bytes) -> bool:
         """Whether a refusal is the answer: nobody else was asked. Else it is kept for a moment. Requires _lock."""
-        headers = frames.decode_headers(block)
-        if frames.ONLY_HEADER in headers:
+        headers = terms.decode_headers(block)
+        if terms.ONLY_HEADER in headers:
             return True
         self._turn_away(address, reply, Ack(0, 0, 0).encode())  # so that it need not be repeated
         if self._refusal is None:
@@ -260,7 +261,7 @@ class FramedReceiver:
     # -- the end ---------------------------------------------------------------------------------------------------
 
     def _ended(self, op: bytes, seq: int, block: bytes | None, payload: bytes) -> None:
-        headers = frames.decode_headers(block)
+        headers = terms.decode_headers(block)
         sentinels = self._calls.connection.options.sentinels
         if op == Op.END:
             self._inlet.finished(None, item=(None, block, sentinels.end), trailers=headers)

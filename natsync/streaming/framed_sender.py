@@ -21,11 +21,12 @@ from natsync.message import Item
 from natsync.mux import LinkLoss
 from natsync.options import LEAST_HEARTBEAT
 from natsync.protocol import MAX_MESSAGE_BYTES, encode_pub
-from natsync.streaming import frames
-from natsync.streaming.frames import Ack, Control, Offer, Op, Status
+from natsync.streaming import frames, terms
+from natsync.streaming.frames import Ack, Control, Op
 from natsync.streaming.framing import GUARANTEED_BYTES, Framing
 from natsync.streaming.peers import FIRST_REPEAT, LONGEST_REPEAT, Peer
 from natsync.streaming.sender import Ending, SenderCore, fitting_error
+from natsync.streaming.terms import Offer, Status
 from natsync.streaming.window import Frame, Outgoing
 from natsync.timers import Alarm
 
@@ -255,7 +256,7 @@ class FramedSender(SenderCore):
     def _encode_imported(self, frame: Frame) -> bytes:
         """A frame whose number goes in a header, because its reply subject arrives as another one."""
         op, seq, block, payload, count = frame
-        line = f"{frames.SEQ_HEADER}: {frames.encode_seq(self._inbox, op, seq)}\r\n".encode()
+        line = f"{terms.SEQ_HEADER}: {frames.encode_seq(self._inbox, op, seq)}\r\n".encode()
         whole = (block or Headers().encode()).replace(b"\r\n", b"\r\n" + line, 1)
         quarter = self._quarter
         answered = op in _ANSWERED or seq == 1 or (seq - 1) // quarter != (seq + count - 1) // quarter

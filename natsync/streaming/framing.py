@@ -12,9 +12,10 @@ from natsync.errors import Code
 from natsync.message import Item
 from natsync.mux import Mux
 from natsync.protocol import encode_pub
-from natsync.streaming import frames
-from natsync.streaming.frames import Control, Op, Status
+from natsync.streaming import frames, terms
+from natsync.streaming.frames import Control, Op
 from natsync.streaming.peers import Member, Peers
+from natsync.streaming.terms import Status
 
 log = logging.getLogger("natsync.streaming")
 
@@ -124,7 +125,7 @@ class Framing:
         for stream in self._all():
             if is_own(stream.address):
                 continue  # that end leaves with us
-            status = Status(Code.UNAVAILABLE, reason=frames.LOST)
+            status = Status(Code.UNAVAILABLE, reason=terms.LOST)
             self._connection.put_now(self.encode_gone(stream.address, stream.name, text, status))
 
     @property
@@ -142,16 +143,16 @@ class Framing:
             # Nothing but what a requester says is answered: two responders must not come to answer each other.
             if reply is None or block is not None or payload[:1] not in _ANSWERED:
                 continue
-            status = Status(Code.UNAVAILABLE, reason=frames.LOST)
+            status = Status(Code.UNAVAILABLE, reason=terms.LOST)
             text = "the responder does not know this stream (any more)"
             self._connection.put_now(self.encode_gone(reply, b"%b.%b" % (self.control.inbox, token), text, status))
 
     @staticmethod
     def encode_gone(reply: bytes, stream: bytes, text: str, status: Status) -> bytes:
         """The frame that says, out of order, that there is no such stream."""
-        headers = frames.encode_status(status, text)
-        headers[frames.SEQ_HEADER] = frames.encode_seq(stream, Op.ERROR, 0)
-        payload = frames.ERROR_PREFIX + text.encode("utf-8", "replace")[: frames.ERROR_TEXT]
+        headers = terms.encode_status(status, text)
+        headers[terms.SEQ_HEADER] = frames.encode_seq(stream, Op.ERROR, 0)
+        payload = frames.ERROR_PREFIX + text.encode("utf-8", "replace")[: terms.ERROR_TEXT]
         return encode_pub(reply, b"%b.%b.0" % (stream, Op.ERROR), headers.encode(), payload)
 
     # -- memory --------------------------------------------------------------------------------------------------

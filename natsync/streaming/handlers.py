@@ -18,8 +18,8 @@ from natsync.context import TRACE_HEADERS, Context
 from natsync.errors import Cancelled, Code, DeadlineExceeded, StreamClosed, StreamError
 from natsync.headers import Headers
 from natsync.message import Message, to_bytes
-from natsync.streaming.frames import Status
 from natsync.streaming.sender import ResponseSender, SenderCore, describe
+from natsync.streaming.terms import Status
 
 log = logging.getLogger("natsync.streaming")
 

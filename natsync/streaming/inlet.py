@@ -8,7 +8,7 @@ from natsync.errors import DeadlineExceeded, HandlerError, ServerLost, StreamErr
 from natsync.headers import Headers
 from natsync.message import Item
 from natsync.mux import LinkLoss
-from natsync.streaming import frames
+from natsync.streaming import terms
 
 
 class Inlet(Protocol):
@@ -64,17 +64,17 @@ class Receiver(Protocol):
 
 def reported(text: str, headers: Headers) -> StreamError:
     """The error that a responder ended the stream with."""
-    status = frames.decode_status(headers)
-    if status.reason == frames.REFUSED:
+    status = terms.decode_status(headers)
+    if status.reason == terms.REFUSED:
         return refused(text, headers)
-    if status.reason == frames.LOST:
+    if status.reason == terms.LOST:
         return ServerLost(text, code=status.code)
-    if status.reason == frames.DEADLINE:
+    if status.reason == terms.DEADLINE:
         return DeadlineExceeded(text)
     return HandlerError(text, code=status.code, details=status.details)
 
 
 def refused(text: str, headers: Headers) -> StreamRefused:
     """The error that a responder turned the request away with."""
-    status = frames.decode_status(headers)
+    status = terms.decode_status(headers)
     return StreamRefused(text, retry_after=status.retry_after, code=status.code)

@@ -10,7 +10,7 @@ from natsync.headers import Headers
 from natsync.message import Item
 from natsync.mux import LinkLoss
 from natsync.reply import ERROR_HEADER, service_code
-from natsync.streaming import frames
+from natsync.streaming import frames, terms
 from natsync.streaming.calls import Calls
 from natsync.streaming.inlet import Inlet, reported
 
@@ -63,7 +63,7 @@ class PlainReceiver:
             return
         if not self._begun:
             self._begun = True
-            self._inlet.begun(frames.decode_headers(items[0][1]))
+            self._inlet.begun(terms.decode_headers(items[0][1]))
         chunks, size = self._inlet.arrived_items(items)
         if chunks > PENDING_CHUNKS or size > PENDING_BYTES:
             self._inlet.fail(
@@ -80,7 +80,7 @@ class PlainReceiver:
             return True
         if block is None:
             return False
-        return frames.is_unheard(item) or ERROR_HEADER in frames.decode_headers(block)
+        return frames.is_unheard(item) or ERROR_HEADER in terms.decode_headers(block)
 
     def _end(self, item: Item) -> None:
         _, block, payload = item
@@ -90,7 +90,7 @@ class PlainReceiver:
                 ServerLost("the responder is gone") if gone else NoRespondersError(self._inlet.subject)
             )
             return
-        headers = frames.decode_headers(block)
+        headers = terms.decode_headers(block)
         text = headers.get(ERROR_HEADER)
         prefix = self._sentinels.error_prefix
         if payload.startswith(prefix):

@@ -24,7 +24,7 @@ from natsync.message import Item
 from natsync.mux import LinkLoss, Mux
 from natsync.outbox import destination
 from natsync.protocol import MAX_MESSAGE_BYTES, encode_pub
-from natsync.streaming import frames
+from natsync.streaming import frames, terms
 from natsync.streaming.frames import Op
 from natsync.streaming.sender import Ending, SenderCore, fitting_error
 
@@ -150,7 +150,7 @@ class PlainSender(SenderCore):
         limit = self._connection.info.get("max_payload", MAX_MESSAGE_BYTES)
         if not self._natsync_peer:
             return None, payload[:limit]
-        status = replace(ending.status, reason=frames.REFUSED) if ending.op == Op.REFUSED else ending.status
+        status = replace(ending.status, reason=terms.REFUSED) if ending.op == Op.REFUSED else ending.status
         return fitting_error(status, ending.text, payload, limit)
 
     def _confirmed(self, mark: int) -> None:

@@ -24,7 +24,7 @@ from natsync.message import Message
 from natsync.mux import DeepMux, Mux
 from natsync.protocol import Batch
 from natsync.reply import ERROR_CODE_HEADER, ERROR_HEADER
-from natsync.streaming import frames, handlers
+from natsync.streaming import frames, handlers, terms
 from natsync.streaming.framed_sender import FramedSender
 from natsync.streaming.framing import Framing
 from natsync.streaming.handlers import Handler, HandlerContext, Runner
@@ -115,7 +115,7 @@ class Responder:
         work.count("received")
         if not self._wants_answer("stream", request, work):
             return
-        opening = frames.decode_opening(request.headers)
+        opening = terms.decode_opening(request.headers)
         assert request.reply is not None
         if opening.offer is not None and self._framing.knows(_subject.encode(request.reply)):
             work.count("dropped")  # it came twice, by two subscriptions: one answer is enough
@@ -143,10 +143,10 @@ class Responder:
 
     def _refuse(self, core: SenderCore, request: Message, work: Work, reason: str) -> None:
         only = work.queue is not None
-        core.refuse(reason, frames.Status(Code.RESOURCE_EXHAUSTED, retry_after=RETRY_AFTER, only=only))
+        core.refuse(reason, terms.Status(Code.RESOURCE_EXHAUSTED, retry_after=RETRY_AFTER, only=only))
         self._tell_refused("stream", request, work, reason)
 
-    def _sender(self, request: Message, ctx: HandlerContext, opening: frames.Opening, work: Work) -> SenderCore:
+    def _sender(self, request: Message, ctx: HandlerContext, opening: terms.Opening, work: Work) -> SenderCore:
         assert request.reply is not None
         reply, offer = _subject.encode(request.reply), opening.offer
         core: SenderCore
@@ -174,13 +174,13 @@ class Responder:
 
     def answer(self, request: Message, run: Answering, single: Runner, work: Work) -> None:
         """Have a request/reply handler answer; as a stream, if one is asked for."""
-        if frames.STREAM_HEADER in request.headers:
+        if terms.STREAM_HEADER in request.headers:
             self.start_stream(request, single, work)
             return
         work.count("received")
         if not self._wants_answer("request", request, work):
             return
-        ctx = self._context(frames.decode_opening(request.headers), work)
+        ctx = self._context(terms.decode_opening(request.headers), work)
         work.begin(ctx)
         watch = self._watch("request", request, work)
         outcome = "failed"
@@ -191,7 +191,7 @@ class Responder:
         finally:
             work.end(ctx, outcome)
 
-    def _context(self, opening: frames.Opening, work: Work) -> HandlerContext:
+    def _context(self, opening: terms.Opening, work: Work) -> HandlerContext:
         return HandlerContext(
             work.ctx,
             deadline=None if opening.timeout is None else time.monotonic() + opening.timeout,
@@ -250,7 +250,7 @@ def _run_stream(request: Message, runner: Runner, ctx: HandlerContext, core: Sen
 
 def _respond_error(request: Message, error: BaseException) -> None:
     code = getattr(error, "code", None)
-    text = frames.header_text(describe(error))
+    text = terms.header_text(describe(error))
     number = code if isinstance(code, int) else _HANDLER_FAILED
     try:
         request.respond(b"", headers=Headers({ERROR_HEADER: text, ERROR_CODE_HEADER: str(int(number))}))

@@ -31,8 +31,9 @@ from natsync.errors import (
 from natsync.headers import Headers
 from natsync.message import Payload, to_bytes
 from natsync.mux import Mux, Waiter
-from natsync.streaming import frames
-from natsync.streaming.frames import Op, Status
+from natsync.streaming import frames, terms
+from natsync.streaming.frames import Op
+from natsync.streaming.terms import Status
 
 log = logging.getLogger("natsync.streaming")
 
@@ -136,7 +137,7 @@ class SenderCore(Waiter):
         raise NotImplementedError
 
     def set_header(self, key: str, value: str) -> None:
-        frames.check_key(key)
+        terms.check_key(key)
         with self._lock:
             if self.count:
                 raise InvalidArgument("headers go with the first chunk, which has been sent")
@@ -275,14 +276,14 @@ class SenderCore(Waiter):
     def _context_ended(self) -> None:
         error = self.ctx.error()
         if isinstance(error, DeadlineExceeded):
-            status = Status(Code.DEADLINE_EXCEEDED, reason=frames.DEADLINE)
+            status = Status(Code.DEADLINE_EXCEEDED, reason=terms.DEADLINE)
             self.fail("deadline exceeded", status, DeadlineExceeded("the request's deadline has passed"))
         else:
             self.fail(str(error), self._lost(), StreamCancelled(str(error)))
 
     def _lost(self) -> Status:
         """The stream breaks off here, and may be taken up again elsewhere."""
-        return Status(Code.UNAVAILABLE, reason=frames.LOST, sent=self.count)
+        return Status(Code.UNAVAILABLE, reason=terms.LOST, sent=self.count)
 
     def dropped(self) -> None:
         """The handler let go of its sender without ending the stream."""
@@ -357,7 +358,7 @@ class ResponseSender:
         """
         self._check_process()
         check_timeout(wait, "wait")
-        complete = self._core.end(None if trailers is None else frames.user_headers(trailers))
+        complete = self._core.end(None if trailers is None else terms.user_headers(trailers))
         return complete and (not wait or self._core.settle(Deadline.after(wait)))
 
     def set_header(self, key: str, value: str) -> None:
@@ -406,9 +407,9 @@ class ResponseSender:
 
 def fitting_error(status: Status, text: str, payload: bytes, limit: int) -> tuple[bytes, bytes]:
     """Headers and payload of an error's message; what does not fit is left out: details first, then the text's end."""
-    block = frames.encode_status(status, text).encode()
+    block = terms.encode_status(status, text).encode()
     if len(block) + len(payload) > limit:
-        block = frames.encode_status(replace(status, details=None), text).encode()
+        block = terms.encode_status(replace(status, details=None), text).encode()
     return block, payload[: max(0, limit - len(block))]
 
 

@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 from natsync.errors import MaxPayloadExceeded, ProtocolError
 from natsync.streaming import frames
-from natsync.streaming.frames import Ack, Offer, Op
+from natsync.streaming.frames import Ack, Op
+from natsync.streaming.terms import Offer
 
 #: Chunks in one batch at most: more gain nothing.
 BATCH_CHUNKS = 256
