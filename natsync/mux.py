@@ -45,7 +45,13 @@ class LinkLoss:
 
 
 class Waiter:
-    """Who waits for answers, or answers. None of this may block or run user code."""
+    """Who waits for answers, or answers. None of this may block or run user code.
+
+    Attributes:
+        waits: whether it counts as waiting; what only sees to it that the other side stops does not.
+    """
+
+    waits = True
 
     def deliver(self, items: list[Item]) -> None:
         """Take the messages of one read, in order."""
@@ -113,7 +119,8 @@ class Mux:
         self.waiters.pop(token, None)
 
     def __len__(self) -> int:
-        return len(self.waiters)
+        """How many wait."""
+        return sum(waiter.waits for waiter in self.waiters.copy().values())
 
     def deliver(self, batch: Batch) -> None:
         """Give a batch to its waiter; one that nobody waits for any more is counted as late."""

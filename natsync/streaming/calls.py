@@ -197,6 +197,8 @@ class Farewell(Waiter):
         spoken: set once the responder has been told, or need not be.
     """
 
+    waits = False
+
     def __init__(
         self,
         calls: Calls,
