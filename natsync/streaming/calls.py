@@ -135,6 +135,8 @@ class Calls(Waiter):
         newest: dict[bytes, bytes] = {}  # of each responder's stream: where it is spoken to
         for reply, block, _ in items:
             address = frames.decode_address(reply, block)
+            if address is not None and address.op not in (Op.DATA, Op.BATCH, Op.FRAGMENT):
+                self.connection.mux.late -= 1  # a question, or an end that is told again: no reply that came late
             if reply is not None and address is not None and (address.seq or address.op != Op.ERROR):
                 newest[address.stream] = reply
             elif reply is not None and frames.PLAIN_MARK in reply:
