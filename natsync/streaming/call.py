@@ -93,7 +93,6 @@ class Call(Waiter):
         self._offered: FramedReceiver | None = None
         self._alarm = Alarm(self._unanswered)
         self.token, self.inbox = connection.mux.address()
-        connection.mux.register(self.token, self)
         if connection.options.framed and calls.may_answer and connection.info.get("headers") is not False:
             self._offered = FramedReceiver(self, calls, window)
 
@@ -102,6 +101,7 @@ class Call(Waiter):
     def open(self, payload: bytes, headers: Headers, ctx: Context, attempt: int, resume: int | None = None) -> None:
         """Publish the request. On failure the call is over and the error is the caller's."""
         try:
+            self._connection.mux.register(self.token, self)
             self._connection.mux.check_allowed()
             offer = None if self._offered is None else self._offered.offer
             block: bytes | None = terms.encode_opening(headers, offer, ctx.remaining(), attempt, resume)
@@ -375,21 +375,24 @@ class Call(Waiter):
 
         complete: the responder ended the stream; leaving: it is still to be told that it is left, and why.
         """
+        if self._connection.mux.waiters.get(self.token) is self:
+            self._connection.mux.unregister(self.token)  # first: who is cut short by a Ctrl-C here can be called again
         with self._lock:
             if self._over:
                 return
             self._over = True
             finished, self._finished = self._finished, []
-        self._connection.mux.unregister(self.token)
-        if leaving is not None:
-            self._part(str(leaving), leaving.code if isinstance(leaving, StreamError) else Code.CANCELLED)
-        self._frame = b""
-        if self._offered is not None:
-            self._offered.close(complete=complete)
-        self._alarm.clear()
-        self._signal.set()
-        for callback in finished:
-            callback()
+        try:
+            if leaving is not None:
+                self._part(str(leaving), leaving.code if isinstance(leaving, StreamError) else Code.CANCELLED)
+            self._frame = b""
+        finally:
+            if self._offered is not None:
+                self._offered.close(complete=complete)
+            self._alarm.clear()
+            self._signal.set()
+            for callback in finished:
+                callback()
 
     def _part(self, why: str, code: int = Code.CANCELLED, *, behind: Waiter | None = None) -> None:
         """Have the responder told that the stream is left. behind: who still waits here."""

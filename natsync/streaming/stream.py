@@ -179,6 +179,8 @@ class Stream(Closable[bytes]):
             raise
         except BaseException as error:
             reason = self._ctx.reason
+            if deadline.expired and reason is None and surely_not_run(error):
+                raise TimedOut(f"no chunk of {self.subject!r} in time; the stream goes on") from None
             self._settle()
             if isinstance(error, StreamError):
                 error.last_seq += int(self._earlier["chunks"])
