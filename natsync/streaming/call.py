@@ -216,7 +216,7 @@ class Call(Waiter):
             self._receiver.link_lost(loss)
         elif self._offered is not None:
             self._lost = loss  # a framed answer may still come: nothing of it gets lost
-            self._alarm.set_by(time.monotonic() + OUTAGE_GRACES * self._calls.grace)
+            self._wait_for_an_answer(OUTAGE_GRACES * self._calls.grace)
         else:
             self.fail(ServerLost(f"the link broke in mid-stream, chunks may be missing: {loss.reason}"), tell=False)
 
@@ -224,7 +224,12 @@ class Call(Waiter):
         if self._receiver is not None:
             self._receiver.link_made()
         elif self._lost is not None and not self._over:
-            self._alarm.set_by(time.monotonic() + self._calls.grace)
+            self._wait_for_an_answer(self._calls.grace)
+
+    def _wait_for_an_answer(self, seconds: float) -> None:
+        self._alarm.set_by(time.monotonic() + seconds)
+        if self._over:  # meanwhile
+            self._alarm.clear()
 
     def _unanswered(self) -> None:
         """The link that took the request was lost, and on the next one there is no answer either."""

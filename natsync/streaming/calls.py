@@ -229,9 +229,11 @@ class Farewell(Waiter):
                 self.spoken.set()
         if not self._over:
             self._alarm.set(min(time.monotonic() + self._repeat, self._until))
+        if self._over:  # meanwhile, maybe
+            self._alarm.clear()
 
     def _look(self) -> None:
-        if time.monotonic() >= self._until:
+        if self._over or time.monotonic() >= self._until:
             self._done()
             return
         self._repeat = min(2 * self._repeat, LONGEST_REPEAT)

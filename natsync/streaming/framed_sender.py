@@ -312,10 +312,10 @@ class FramedSender(SenderCore):
             held, self._held_bytes = self._held_bytes, 0
             self._room.notify_all()
         super()._forget()
-        self._alarm.clear()
         self._framing.peers.leave(self._peer_name, self._peer, self)
         self._framing.remove(self, held)
         self._done.set()
+        self._alarm.clear()  # behind _done, which _look() looks at when it has set it
 
     def _forget(self) -> None:
         self._on(Event.GONE)
@@ -414,6 +414,8 @@ class FramedSender(SenderCore):
         self.ask()
         self._peer.asked()
         self._alarm.set_by(now + self._repeat * random.uniform(1, 1 + _JITTER))
+        if self._done.happened:  # it was closed meanwhile
+            self._alarm.clear()
 
     def met(self, peer: Peer) -> None:
         self._peer = peer

@@ -112,7 +112,7 @@ class Peer:
             self.members[member] = None
             first = len(self.members) == 1
         if first:
-            self._alarm.set_by(self._heard_at + self.heartbeat)
+            self._ring_by(self._heard_at + self.heartbeat)
         return True
 
     def leave(self, member: Member) -> bool:
@@ -161,11 +161,11 @@ class Peer:
         if not members:
             return
         if after is State.ASKED:
-            self._alarm.set_by(self._since + ANSWER_SECONDS)
+            self._ring_by(self._since + ANSWER_SECONDS)
         elif after is State.SUSPENDED:
-            self._alarm.set(self._since + min(self._repeat, self.grace))
+            self._ring(self._since + min(self._repeat, self.grace))
         elif after is State.HEARD:
-            self._alarm.set(self._heard_at + self.heartbeat)
+            self._ring(self._heard_at + self.heartbeat)
         for member in members:
             if after is State.SUSPENDED:
                 member.suspend()
@@ -173,6 +173,18 @@ class Peer:
                 member.give_up(self._silence(event))
             elif before is State.SUSPENDED:
                 member.resume()
+
+    def _ring(self, when: float) -> None:
+        self._alarm.set(when)
+        self._hush()
+
+    def _ring_by(self, when: float) -> None:
+        self._alarm.set_by(when)
+        self._hush()
+
+    def _hush(self) -> None:
+        if not self.members:  # the last one has left meanwhile
+            self._alarm.clear()
 
     def _silence(self, event: Event) -> str:
         if event is Event.OUTAGE:
@@ -187,7 +199,7 @@ class Peer:
             if now >= until:
                 self._on(Event.OUTAGE)
             else:
-                self._alarm.set(until)
+                self._ring(until)
             return
         state, since = self._state, self._since
         if state is State.SUSPENDED:
@@ -203,7 +215,7 @@ class Peer:
         elif state is State.HEARD:
             due = self._heard_at + self.heartbeat
             if now < due:
-                self._alarm.set(due)
+                self._ring(due)
                 return
             self._on(Event.ASKED)
             self._ask_next(now, now + ANSWER_SECONDS)
@@ -217,7 +229,7 @@ class Peer:
             del self.members[member]  # to the end of the line
             self.members[member] = None
             wait, self._repeat = self._repeat, min(2 * self._repeat, LONGEST_REPEAT)
-        self._alarm.set(min(now + wait, until))
+        self._ring(min(now + wait, until))
         member.ask()
 
     def link_lost(self) -> None:
@@ -226,7 +238,7 @@ class Peer:
             if self._down_since is None:
                 self._down_since = time.monotonic()
                 self._elapsed = self._down_since - self._since
-        self._alarm.set(self._down_since + OUTAGE_GRACES * self.grace)
+        self._ring(self._down_since + OUTAGE_GRACES * self.grace)
 
     def link_made(self) -> None:
         if not self._is_linked():
@@ -246,7 +258,7 @@ class Peer:
             self._repeat = FIRST_REPEAT
             empty = not self.members
         if not empty:
-            self._alarm.set(due)
+            self._ring(due)
 
 
 #: Name, heartbeat and grace.
