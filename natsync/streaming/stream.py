@@ -178,15 +178,18 @@ class Stream(Closable[bytes]):
             self._settle()
             raise
         except BaseException as error:
-            reason = self._ctx.reason
-            if deadline.expired and reason is None and surely_not_run(error):
+            ended = self._ctx.error() if self._ctx.cancelled else None
+            if deadline.expired and ended is None and surely_not_run(error):
                 raise TimedOut(f"no chunk of {self.subject!r} in time; the stream goes on") from None
             self._settle()
             if isinstance(error, StreamError):
                 error.last_seq += int(self._earlier["chunks"])
-            if isinstance(error, NatsError) and not isinstance(error, StreamClosed) and reason is not None:
-                raise StreamCancelled(reason) from error  # cancelled when an attempt had failed, before another
-            raise
+            if ended is None or isinstance(error, StreamClosed) or not isinstance(error, NatsError):
+                raise
+            # The stream was ended here when an attempt had failed, before another.
+            if isinstance(ended, DeadlineExceeded):
+                raise DeadlineExceeded(f"stream {self.subject!r}: deadline exceeded") from error
+            raise StreamCancelled(str(ended)) from error
         finally:
             if scope is not self._ctx:
                 scope.cancel("the wait is over")
