@@ -30,9 +30,11 @@ MODULES = [
 RAISES = "gevent: a read of a socket that is shut down raises instead of returning b''"
 ANY_GREENLET = "gevent: a signal that a test raises comes to the greenlet that raises it, not to the main one"
 NEVER_SWITCHES = "gevent: it sends in a tight loop of one process, whose other greenlets do not run meanwhile"
+NO_THREADS = "gevent: it looks at what a thread is doing, and a greenlet is none"
 #: What is left out: the end of a test's id, without parameters, and why.
 LEFT_OUT = {
     "test_lifecycle.py::test_ctrl_c_in_force_reconnect_leaves_a_client_that_works": ANY_GREENLET,
+    "test_stream_client.py::test_close_during_a_retrys_wait_wakes_the_waiting_next": NO_THREADS,
     "test_tls.py::test_shutdown_wakes_a_reader": RAISES,
     "test_sender.py::test_closing_wakes_a_blocked_read_from_a_third_party_on_cancel": RAISES,
     "test_sender.py::test_an_end_from_one_thread_comes_behind_every_send_that_had_returned": NEVER_SWITCHES,
