@@ -634,6 +634,20 @@ def test_a_stream_whose_end_was_there_before_the_link_was_lost_is_complete(make_
             stream.next(0)
 
 
+def test_a_request_that_still_waits_for_a_link_is_taken_back_by_a_cancel(make_nats_server: Make, mode: str) -> None:
+    server = make_nats_server()
+    with natsync.connect(server.url, framed=mode == "framed") as client:
+        server.kill()
+        eventually(lambda: client.status == "reconnecting")
+        stream = client.stream("sc.taken.back", b"payload")
+        assert client.stats()["out_pending_bytes"] > 0
+        stream.cancel()
+        assert client.stats()["out_pending_bytes"] == 0
+        assert not client._core.mux.waiters
+        with pytest.raises(natsync.StreamCancelled):
+            stream.next(0)
+
+
 def test_a_new_stream_works_after_the_link_was_made_again(make_nats_server: Make) -> None:
     server = make_nats_server()
     with (
