@@ -56,6 +56,9 @@ DOCUMENTED = {
     "ConnectionPool": "Pool", "SenderCore": "Sender", "SubscriptionCore": "Subscription", "_Timers": "timers",
 }  # fmt: skip
 
+#: Under which name a worker of pytest-xdist sends its book.
+BOOK = "natsync lock order"
+
 Stack = tuple[tuple[str, int, str], ...]
 _make_lock, _make_rlock = threading.Lock, threading.RLock
 _START = threading.Thread.start.__code__
@@ -415,11 +418,16 @@ def recording() -> Iterator[Recorder]:
 
 
 class Plugin:
-    """The run under --lock-order: locks are instrumented from here on, faults fail the run at its end."""
+    """The run under --lock-order: locks are instrumented from here on, faults fail the run at its end.
+
+    With pytest-xdist each worker keeps a book of its own, looks for faults in it, and sends it to the run's end: pairs
+    against the documented order are found in any one book, and a cycle that no such pair is part of cannot be.
+    """
 
     def __init__(self) -> None:
         self.recorder = Recorder()
         self._faults: list[str] = []
+        self._pairs: set[tuple[str, str]] = set()
         instrument(self.recorder, pytest.MonkeyPatch())
         natsync.concurrency._forked()  # makes the locks of modules anew, which were made before
 
@@ -431,14 +439,27 @@ class Plugin:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        self._faults = self.recorder.faults(documented_order())
+        self._faults += self.recorder.faults(documented_order())
+        self._pairs |= self.recorder.nestings.keys()
+        if hasattr(session.config, "workeroutput"):
+            session.config.workeroutput[BOOK] = (
+                list(self._faults), [list(pair) for pair in self._pairs], list(self.recorder.locks)
+            )  # fmt: skip
         if self._faults and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """A worker of pytest-xdist has ended; before this process' own session does."""
+        faults, pairs, locks = node.workeroutput[BOOK]
+        self._faults += [fault for fault in faults if fault not in self._faults]
+        self._pairs |= {(held, taken) for held, taken in pairs}
+        self.recorder.locks |= set(locks)
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("lock order")
         groups = defaultdict[str, list[str]](list)
-        for held, taken in sorted(self.recorder.nestings):
+        for held, taken in sorted(self._pairs):
             groups[held].append(taken)
         for held, taken in groups.items():
             terminalreporter.line(f"{held} → {', '.join(taken)}")
@@ -446,5 +467,5 @@ class Plugin:
             terminalreporter.line("")
             terminalreporter.line(fault, red=True)
         terminalreporter.line(
-            f"{len(self.recorder.locks)} locks, {len(self.recorder.nestings)} pairs, {len(self._faults)} faults"
+            f"{len(self.recorder.locks)} locks, {len(self._pairs)} pairs, {len(self._faults)} faults"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import subprocess
 import sys
 import threading
@@ -16,6 +17,11 @@ framed_only = pytest.mark.parametrize("mode", ["framed"])
 plain_only = pytest.mark.parametrize("mode", ["plain"])
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def shown(value: object) -> str:
+    """A parameter in the name of its test, which must be the same in every process: its repr without an address."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
 def natsync_threads() -> set[threading.Thread]:

@@ -18,7 +18,7 @@ import natsync
 from natsync.protocol import Pub, Request, Sub, Unsub
 from natsync.testing import NatsServer, PeerConnection, ScriptedPeer, eventually
 from rawclient import PATIENCE, RawClient, RecordingServer
-from support import run_python
+from support import run_python, shown
 
 Make = Callable[..., NatsServer]
 
@@ -71,7 +71,7 @@ class Events:
 @pytest.mark.parametrize(
     ("payload", "data"),
     [(b"b", b"b"), ("tëxt", "tëxt".encode()), (bytearray(b"ba"), b"ba"), (memoryview(b"mv"), b"mv"), (b"", b"")],
-    ids=repr,
+    ids=shown,
 )
 def test_publish_sends_bytes_like_and_text(client: natsync.Client, raw: RawClient, payload: Any, data: bytes) -> None:
     raw.subscribe("c.publish")

@@ -401,7 +401,8 @@ def test_natsync_under_the_instrument_works_and_keeps_the_order(nats_server: nat
     assert "\n".join(recorder.faults(lock_order.documented_order())) == ""
 
 
-def test_a_run_with_a_broken_order_fails_and_shows_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [[], ["-n", "2"]], ids=["one process", "workers"])
+def test_a_run_with_a_broken_order_fails_and_shows_it(tmp_path: Path, options: list[str]) -> None:
     (tmp_path / "test_planted.py").write_text(
         textwrap.dedent("""
             from natsync.concurrency import Deadline
@@ -414,7 +415,7 @@ def test_a_run_with_a_broken_order_fails_and_shows_it(tmp_path: Path) -> None:
                     pool.close(Deadline())
         """)
     )
-    out = pytest_run(tmp_path, "--lock-order")
+    out = pytest_run(tmp_path, "--lock-order", *options)
     assert "1 passed" in out
     assert "not in the documented order: Outbox._lock → WorkerPool._lock" in out
     assert "1 faults" in out

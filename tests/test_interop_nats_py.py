@@ -85,6 +85,7 @@ def respond(loop: Loop, subject: str, callback: Callable[[Msg], Awaitable[None]]
 
     async def subscribe() -> None:
         await loop.nats.subscribe(subject, queue=queue, cb=callback)
+        await loop.nats.flush()  # its PING may overtake the SUB, which still waits to be written; the next one not
         await loop.nats.flush()
 
     loop.run(subscribe())

@@ -53,6 +53,7 @@ def test_a_users_seed_is_taken_whatever_white_space_is_around(around: str) -> No
         "SÜ" + KEY.seed[2:],
         "=" * 58,
     ],
+    ids=["empty", "S", "SU", "word", "lower", "short", "long", "public", "umlaut", "signs"],
 )
 def test_what_is_no_seed_is_refused(seed: str) -> None:
     assert "not an nkey seed" in refused(check_seed, seed)
@@ -84,12 +85,13 @@ def test_every_seed_of_the_library_is_taken(raw: bytes) -> None:
 @pytest.mark.parametrize(
     "text",
     [KEY.seed, f"\n{KEY.seed}\n", f"# Secret Seed:\n{KEY.seed}\n", TEXT, TEXT.replace("\n", "\r\n")],
+    ids=["bare", "lines", "comment", "creds", "crlf"],
 )
 def test_a_seed_is_found_in_a_file(text: str) -> None:
     assert find_seed(text) == KEY.seed
 
 
-@pytest.mark.parametrize("text", ["", "nothing here", JWT])
+@pytest.mark.parametrize("text", ["", "nothing here", JWT], ids=["empty", "words", "JWT"])
 def test_a_file_without_a_seed_is_refused(text: str) -> None:
     refused(find_seed, text)
 
@@ -110,6 +112,7 @@ def test_a_file_without_a_seed_is_refused(text: str) -> None:
         CREDS.partition("-----BEGIN USER")[0].format(jwt=JWT)
         + f"---BEGIN USER NKEY SEED---{KEY.seed}---END USER NKEY SEED---",
     ],
+    ids=range(8),
 )
 def test_jwt_and_seed_are_found_in_creds(text: str) -> None:
     creds = parse_creds(text)
@@ -130,6 +133,7 @@ def test_jwt_and_seed_are_found_in_creds(text: str) -> None:
         (TEXT.replace(KEY.seed, ""), "seed"),
         (TEXT.replace(KEY.seed, KEY.seed[:-1]), "seed"),
     ],
+    ids=range(10),
 )
 def test_creds_that_lack_something_say_what(text: str, missing: str) -> None:
     assert missing in refused(parse_creds, text)

@@ -27,7 +27,7 @@ from natsync.options import (
     parse_servers,
 )
 from secrecy import MARKER, secret
-from support import run_python
+from support import run_python, shown
 
 # -- URLs ------------------------------------------------------------------------------------------------------------
 
@@ -137,7 +137,7 @@ def test_any_text_is_a_server_or_refused(text: str) -> None:
 @pytest.mark.parametrize(
     "servers",
     ["nats://a:1,nats://b:2", " nats://a:1 , nats://b:2 ,", ["nats://a:1", "b:2"], ("a:1,b:2",), iter(["a:1", "b:2"])],
-    ids=repr,
+    ids=shown,
 )
 def test_servers_are_a_url_or_several(servers: Any) -> None:
     assert parse_servers(servers) == [Server("a", 1), Server("b", 2)]

@@ -27,7 +27,7 @@ from natsync.streaming.sender import SenderCore
 from natsync.streaming.terms import Offer
 from natsync.testing import NatsServer, eventually
 from rawclient import END, ERROR, PATIENCE, RawClient
-from support import framed_only, plain_only
+from support import framed_only, plain_only, shown
 from thirdparty import ThirdParty
 
 Handler = Callable[[natsync.HandlerContext, natsync.Message, natsync.ResponseSender], object]
@@ -184,7 +184,7 @@ def test_send_takes_bytes_like_and_text(opened: Open, data: natsync.message.Payl
     assert opened.stream.next(PATIENCE) == chunk
 
 
-@pytest.mark.parametrize("data", [None, 5, 1.5, ["a"], {"a": 1}, object()], ids=repr)
+@pytest.mark.parametrize("data", [None, 5, 1.5, ["a"], {"a": 1}, object()], ids=shown)
 def test_send_refuses_what_is_no_payload(opened: Open, data: object) -> None:
     with pytest.raises(TypeError):
         opened.sender.send(data)  # type: ignore[arg-type]

@@ -274,8 +274,8 @@ class Farewell(Waiter):
 
     def _done(self) -> None:
         self._over = True
-        if self._behind is None and self._calls.connection.mux.waiters.get(self._token) is self:
-            self._calls.connection.mux.unregister(self._token)
         self._alarm.clear()
         self._calls.parted(self)
+        if self._behind is None and self._calls.connection.mux.waiters.get(self._token) is self:
+            self._calls.connection.mux.unregister(self._token)
         self.spoken.set()
