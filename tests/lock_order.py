@@ -466,6 +466,4 @@ class Plugin:
         for fault in self._faults:
             terminalreporter.line("")
             terminalreporter.line(fault, red=True)
-        terminalreporter.line(
-            f"{len(self.recorder.locks)} locks, {len(self._pairs)} pairs, {len(self._faults)} faults"
-        )
+        terminalreporter.line(f"{len(self.recorder.locks)} locks, {len(self._pairs)} pairs, {len(self._faults)} faults")
