@@ -399,11 +399,14 @@ class Storm:
 
 
 def work_until(over: threading.Event, verb: Callable[[], object]) -> Outcome:
-    """Do it again and again on a thread, whatever natsync's errors; only a wrong answer ends it early."""
+    """Do it again and again on a thread, whatever natsync's errors, until it is over and it has succeeded once.
+
+    Only a wrong answer ends it early.
+    """
 
     def work() -> int:
         done = 0
-        while not over.is_set():
+        while not (over.is_set() and done):
             try:
                 assert verb()
                 done += 1
