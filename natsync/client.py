@@ -22,9 +22,10 @@ from natsync.errors import ConnectionClosed, InvalidArgument
 from natsync.headers import HeaderInput, Headers
 from natsync.hooks import Exchange, Watch, fire
 from natsync.message import MISSING, Message, Payload, payload_of
-from natsync.options import Servers, connect_settings
+from natsync.mux import Waiter
+from natsync.options import ConnectOptions, Server, Servers, connect_settings
 from natsync.reply import request as _request
-from natsync.retry import RetryPolicy, check_policy, run
+from natsync.retry import Retrying, RetryPolicy, bucket_for, check_policy, run
 from natsync.streaming import terms
 from natsync.streaming.calls import Calls
 from natsync.streaming.stream import Stream, process
@@ -66,8 +67,19 @@ class Client:
     """
 
     def __init__(self, servers: Servers = None, **options: Any) -> None:
-        self._servers, self._options = connect_settings(servers, options)
-        self._hooks = self._options.hooks
+        self._prepare(*connect_settings(servers, options))
+
+    @classmethod
+    def of(cls, servers: list[Server], options: ConnectOptions) -> Client:
+        """A client from settings that have been checked already; for the pool, which makes many."""
+        client = cls.__new__(cls)
+        client._prepare(servers, options)
+        return client
+
+    def _prepare(self, servers: list[Server], options: ConnectOptions) -> None:
+        self._servers, self._options = servers, options
+        self._hooks = options.hooks
+        self._loan: Any = None  # for the pool that has lent this client
         self._lock = threading.Lock()
         self._closed = False
         self._core: Connection | None = None
@@ -89,6 +101,12 @@ class Client:
         """
         self._connection().ensure_open(Deadline.after(check_timeout(timeout)))
         return self
+
+    def watched(self, watcher: Waiter) -> Connection:
+        """Have the watcher told of this client's links; before it is opened. For the pool."""
+        core = self._connection()
+        core.mux.watchers.append(watcher)
+        return core
 
     def _connection(self) -> Connection:
         fork_generation()  # finds out about a fork that Python was not told of
@@ -230,12 +248,12 @@ class Client:
         ctx = ctx or current()
         headers = traced(headers, ctx)
         if self._hooks is None:
-            return self._ask(subject, data, headers, timeout, retry, ctx)
+            return self._ask(subject, data, headers, timeout, retry, ctx, None)
         headers = Headers(headers)
         watch = Watch(self._hooks, "request", subject, headers)
         watch.tell("request_started")
         try:
-            reply = self._ask(subject, data, headers, timeout, retry, ctx)
+            reply = self._ask(subject, data, headers, timeout, retry, ctx, partial(watch.tell, "retrying"))
         except BaseException as error:
             watch.tell("request_done", watch.seconds, error)
             raise
@@ -250,6 +268,7 @@ class Client:
         timeout: float | None,
         retry: RetryPolicy,
         ctx: Context | None,
+        retrying: Retrying | None,
     ) -> Message:
         if ctx is not None and ctx.deadline is not None:
             headers = terms.with_timeout(headers, ctx.remaining())
@@ -258,7 +277,11 @@ class Client:
             return _request(self._connection(), subject, data, block, timeout, ctx)
         with (ctx or Context()).with_timeout(timeout) as scope:
             return run(
-                lambda attempt: _request(self._connection(), subject, data, block, scope.remaining(), ctx), retry, scope
+                lambda attempt: _request(self._connection(), subject, data, block, scope.remaining(), ctx),
+                retry,
+                scope,
+                bucket=bucket_for(retry, subject),
+                retrying=retrying,
             )
 
     def subscribe(
@@ -440,7 +463,9 @@ class Client:
                 lambda attempt: self._process(subject, data, given, take, scope, idle_timeout, attempt),
                 retry,
                 scope,
+                bucket=bucket_for(retry, subject),
                 rerun_errors=True,
+                retrying=None if told is None else told.retrying,
             )
         except BaseException as error:
             if told is not None:

@@ -20,6 +20,8 @@ from natsync.mux import LinkLoss, Waiter
 #: Headers by which a responder says that it failed; those of the NATS services convention (ADR-32).
 ERROR_HEADER = "Nats-Service-Error"
 ERROR_CODE_HEADER = "Nats-Service-Error-Code"
+#: The code, HTTP's, of a request that was turned away because too many wait: nothing ran.
+TOO_MANY_REQUESTS = 429
 _NO_RESPONDERS = 503
 _MOST_DIGITS = 9
 

@@ -20,10 +20,10 @@ from natsync.context import running
 from natsync.errors import Code, NatsError
 from natsync.headers import Headers
 from natsync.hooks import Kind, Watch
-from natsync.message import Message
+from natsync.message import Item, Message
 from natsync.mux import DeepMux, Mux
-from natsync.protocol import Batch
-from natsync.reply import ERROR_CODE_HEADER, ERROR_HEADER
+from natsync.protocol import Batch, encode_pub
+from natsync.reply import ERROR_CODE_HEADER, ERROR_HEADER, TOO_MANY_REQUESTS
 from natsync.streaming import frames, handlers, terms
 from natsync.streaming.framed_sender import FramedSender
 from natsync.streaming.framing import Framing
@@ -60,6 +60,19 @@ class StreamIntake(SubscriptionCore):
                 self.start(Message.received(batch.subject, item, self._link.publish_answer))
             except Exception:  # a fault with one request must not end the link of all
                 log.exception("a request on %r could not be started", _subject.decode(batch.subject))
+
+
+class RequestIntake(SubscriptionCore):
+    """A subscription to requests: those for which there is no room are turned away, not forgotten."""
+
+    turn_away: Callable[[Message], None]
+
+    def refused(self, subject: bytes, items: list[Item]) -> None:
+        for item in items:
+            try:
+                self.turn_away(Message.received(subject, item, self._link.publish_answer))
+            except Exception:
+                log.exception("a request on %r could not be turned away", _subject.decode(subject))
 
 
 class Responder:
@@ -130,6 +143,10 @@ class Responder:
             work.count("dropped")
             self._refuse(core, request, work, "the responder is shutting down")
             return
+        if work.full:  # only the reader's thread adds to them
+            work.count("dropped")
+            self._refuse(core, request, work, f"too many streams on {work.subject!r}: all {work.limit} are in use")
+            return
         if not self._take_slot():
             work.count("dropped")
             self._refuse(core, request, work, f"too many streams: all {self._max_streams} are in use")
@@ -190,6 +207,19 @@ class Responder:
             outcome = "processed" if error is None else "failed"
         finally:
             work.end(ctx, outcome)
+
+    def turn_away(self, request: Message, work: Work) -> None:
+        """A request/reply handler has too many requests waiting: say so, instead of nothing. Never waits."""
+        reason = f"too many requests wait on {work.subject!r}"
+        if request.reply is None:
+            return
+        if terms.STREAM_HEADER in request.headers:
+            opening = terms.decode_opening(request.headers)
+            self._refuse(self._sender(request, self._context(opening, work), opening, work), request, work, reason)
+            return
+        headers = Headers({ERROR_HEADER: reason, ERROR_CODE_HEADER: str(TOO_MANY_REQUESTS)})
+        self.connection.put_now(encode_pub(_subject.encode(request.reply), None, headers.encode(), b""))
+        self._tell_refused("request", request, work, reason)
 
     def _context(self, opening: terms.Opening, work: Work) -> HandlerContext:
         return HandlerContext(

@@ -18,13 +18,15 @@ class Work:
     Attributes:
         ctx: the parent of every request's context.
         subject, queue: as registered, wildcards included.
+        limit: how many requests may be under way at once; None = as many as the subscriber's limits allow.
         warned: whether a request without a reply subject was logged; one is enough.
     """
 
-    def __init__(self, ctx: Context, subject: str, queue: str | None = None) -> None:
+    def __init__(self, ctx: Context, subject: str, queue: str | None = None, limit: int | None = None) -> None:
         self.ctx = ctx
         self.subject = subject
         self.queue = queue
+        self.limit = limit
         self.warned = False
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
@@ -50,6 +52,11 @@ class Work:
 
     def __len__(self) -> int:
         return len(self._under_way)
+
+    @property
+    def full(self) -> bool:
+        """Whether no more may be under way."""
+        return self.limit is not None and len(self._under_way) >= self.limit
 
     def numbers(self) -> dict[str, int]:
         """The counters, and active: how many are under way."""
