@@ -51,6 +51,7 @@ from natsync.hooks import Exchange, Hooks
 from natsync.message import Message
 from natsync.options import ConnectOptions, Sentinels
 from natsync.pool import ConnectionPool
+from natsync.replies import Replies
 from natsync.retry import Retry
 from natsync.streaming.handlers import HandlerContext
 from natsync.streaming.registration import Handle
@@ -93,6 +94,7 @@ __all__ = [
     "PoolTimeout",
     "ProtocolError",
     "ReconnectBufferFull",
+    "Replies",
     "RequestTimeout",
     "ResponseSender",
     "Retry",

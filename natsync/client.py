@@ -23,6 +23,7 @@ from natsync.headers import HeaderInput, Headers
 from natsync.hooks import Exchange, Watch, fire
 from natsync.message import MISSING, Message, Payload, payload_of
 from natsync.options import Servers, connect_settings
+from natsync.replies import Replies, Sentinel, check_many
 from natsync.reply import request as _request
 from natsync.retry import RetryPolicy, check_policy, run
 from natsync.streaming import terms
@@ -251,15 +252,76 @@ class Client:
         retry: RetryPolicy,
         ctx: Context | None,
     ) -> Message:
-        if ctx is not None and ctx.deadline is not None:
-            headers = terms.with_timeout(headers, ctx.remaining())
-        block = Headers(headers).encode() if headers else None
+        block = _request_block(headers, ctx)
         if retry is None:
             return _request(self._connection(), subject, data, block, timeout, ctx)
         with (ctx or Context()).with_timeout(timeout) as scope:
             return run(
                 lambda attempt: _request(self._connection(), subject, data, block, scope.remaining(), ctx), retry, scope
             )
+
+    def request_many(
+        self,
+        subject: str,
+        payload: Payload = b"",
+        *,
+        json: Any = MISSING,
+        headers: HeaderInput = None,
+        timeout: float | None = REQUEST_SECONDS,
+        stall: float | None = None,
+        max_messages: int | None = None,
+        sentinel: Sentinel = None,
+        ctx: Context | None = None,
+    ) -> Replies:
+        """Publish a request and return the replies of everybody who answers, to be iterated as they come (ADR-47).
+
+        Does not wait for a reply; iterating does. The replies end, without an error, when timeout seconds have passed
+        since the request (None = no limit), when after the first one none has come for stall seconds (None or 0 = no
+        such limit), behind max_messages of them, or at the sentinel: a payload (b"" is the usual one), or a function
+        (message) that returns False to end; the message that ends them is not among them. The time that the caller
+        takes for a reply does not count as stall, and what came before the timeout is given out after it too.
+        A handler's error is a reply with the headers Nats-Service-Error. At most 65,536 replies or 64 MiB wait.
+        Iterating raises:
+
+        Raises:
+            NoRespondersError: nothing subscribes to the subject.
+            ConnectionLost: the link broke, so that replies may be missing.
+            SlowConsumerError: replies came much faster than they were taken.
+            PermissionDenied: the server does not let the request, or the replies, pass.
+            Cancelled, DeadlineExceeded: ctx ended; as at once, from request_many(), if it had before.
+            InvalidArgument, TypeError, MaxPayloadExceeded, RequestTimeout, NoServersError, ConnectionClosed: at once,
+                from request_many(); nothing was sent.
+        """
+        check_timeout(timeout)
+        check_timeout(stall, "stall")
+        check_many(max_messages, sentinel)
+        _subject.publish_subject(subject)
+        data = payload_of(payload, json)
+        ctx = ctx or current()
+        headers = traced(headers, ctx)
+        watch = None
+        if self._hooks is not None:
+            headers = Headers(headers)
+            watch = Watch(self._hooks, "request", subject, headers)
+            watch.tell("request_started")
+        try:
+            return Replies(
+                self._connection(),
+                self,
+                subject,
+                data,
+                _request_block(headers, ctx),
+                timeout=timeout,
+                stall=stall,
+                max_messages=max_messages,
+                sentinel=sentinel,
+                ctx=ctx,
+                watch=watch,
+            )
+        except BaseException as error:
+            if watch is not None:
+                watch.tell_once("request_done", watch.seconds, error)
+            raise
 
     def subscribe(
         self,
@@ -515,6 +577,13 @@ after_fork_in_child(_renew_in_child)
 def connect(servers: Servers = None, **options: Any) -> Client:
     """A Client that is open already; see Client and Client.open()."""
     return Client(servers, **options).open()
+
+
+def _request_block(headers: HeaderInput, ctx: Context | None) -> bytes | None:
+    """The header block of a request, which tells how much time there is."""
+    if ctx is not None and ctx.deadline is not None:
+        headers = terms.with_timeout(headers, ctx.remaining())
+    return Headers(headers).encode() if headers else None
 
 
 def _check_window(window: int) -> None:

@@ -18,8 +18,9 @@ CORE = [
     "auth", "servers", "workers", "resolver", "transport", "outbox", "session", "handover",  # link
     "settling", "mux", "subscription", "dispatcher", "supervisor", "links",
     "connection",  # connection
-    "reply", "retry", "streaming", "streaming.terms", "streaming.frames", "streaming.window", "streaming.peers",  # use
-    "streaming.inlet", "streaming.calls", "streaming.plain_receiver", "streaming.framed_receiver", "streaming.call",
+    "reply", "replies", "retry",  # use
+    "streaming", "streaming.terms", "streaming.frames", "streaming.window", "streaming.peers", "streaming.inlet",
+    "streaming.calls", "streaming.plain_receiver", "streaming.framed_receiver", "streaming.call",
     "streaming.stream", "streaming.framing", "streaming.sender", "streaming.plain_sender", "streaming.framed_sender",
     "streaming.handlers", "streaming.watched", "streaming.work", "streaming.responder", "streaming.registration",
     "streaming.serving", "streaming.subscriber", "client", "pool",
