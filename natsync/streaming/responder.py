@@ -183,13 +183,13 @@ class Responder:
         ctx = self._context(terms.decode_opening(request.headers), work)
         work.begin(ctx)
         watch = self._watch("request", request, work)
-        outcome = "failed"
+        outcome, error = "failed", None
         try:
             with running(ctx):
                 error = run(ctx, request) if watch is None else run_watched(watch, lambda: run(ctx, request))
             outcome = "processed" if error is None else "failed"
         finally:
-            work.end(ctx, outcome)
+            work.end(ctx, outcome, error)
 
     def _context(self, opening: terms.Opening, work: Work) -> HandlerContext:
         return HandlerContext(
@@ -240,12 +240,18 @@ def answering(function: Handler) -> Answering:
 
 def _run_stream(request: Message, runner: Runner, ctx: HandlerContext, core: SenderCore, work: Work) -> None:
     """The whole of a stream's handler; the request is over when it has returned and the stream is closed."""
+    error: BaseException | None = None
+
+    def over() -> None:
+        outcome = core.outcome
+        work.end(ctx, outcome, (error or core.error) if outcome == "failed" else None)
+
     try:
         core.accept()
         with running(ctx):
-            runner(ctx, request, core)
+            error = runner(ctx, request, core)
     finally:
-        core.when_closed(lambda: work.end(ctx, core.outcome))
+        core.when_closed(over)
 
 
 def _respond_error(request: Message, error: BaseException) -> None:

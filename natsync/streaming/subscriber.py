@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from types import TracebackType
@@ -148,13 +149,19 @@ class Subscriber:
         "drop_new" or "drop_old"; every loss is counted. Raises as stream_subscribe() does.
         """
         handlers.arguments(handler, (1,), "(message)")
-        work = Work((ctx or Context()).with_cancel(), subject)
+        work = Work((ctx or Context()).with_cancel(), "message", subject)
         hooks = self._options.hooks
         run = handler if hooks is None else watched_callback(hooks, subject, handler)
 
         def take(message: Message) -> None:
             work.count("received")
-            run(message)
+            began = time.perf_counter_ns()
+            try:
+                run(message)
+            except BaseException as error:
+                work.took(began, error)
+                raise
+            work.took(began)
             work.count("processed")
 
         self.open()
@@ -209,7 +216,7 @@ class Subscriber:
 
     def _register_stream(self, subject: str, runner: Runner, queue: str | None, ctx: Context | None) -> Handle:
         queue = queue or self.default_queue
-        work = Work((ctx or Context()).with_cancel(), subject, queue)
+        work = Work((ctx or Context()).with_cancel(), "stream", subject, queue)
         run = self._watched(runner)
         responder = self._opened()
 
@@ -220,7 +227,7 @@ class Subscriber:
 
     def _register_reply(self, subject: str, function: Handler, queue: str | None) -> Handle:
         queue = queue or self.default_queue
-        work = Work(Context(), subject, queue)
+        work = Work(Context(), "request", subject, queue)
         run = answering(function)
         single = self._watched(handlers.single_runner(function))
         responder = self._opened()
