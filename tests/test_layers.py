@@ -26,7 +26,7 @@ CORE = [
     "streaming.serving", "streaming.subscriber", "client", "pool",
 ]  # fmt: skip
 #: What the core never imports: these may import all of it.
-EDGES = ("__init__", "__main__", "testing", "cli", "contrib")
+EDGES = ("__init__", "__main__", "testing", "cli", "contrib", "services")
 
 PACKAGE = ROOT / "natsync"
 FILES = {
