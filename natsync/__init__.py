@@ -49,6 +49,7 @@ from natsync.errors import (
 from natsync.headers import Headers
 from natsync.hooks import Exchange, Hooks
 from natsync.message import Message
+from natsync.middleware import Middleware, Passage
 from natsync.options import ConnectOptions, Sentinels
 from natsync.pool import ConnectionPool
 from natsync.replies import Replies
@@ -86,9 +87,11 @@ __all__ = [
     "InvalidURL",
     "MaxPayloadExceeded",
     "Message",
+    "Middleware",
     "NatsError",
     "NoRespondersError",
     "NoServersError",
+    "Passage",
     "PermissionDenied",
     "PoolClosed",
     "PoolTimeout",

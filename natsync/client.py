@@ -10,7 +10,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -22,14 +21,16 @@ from natsync.errors import ConnectionClosed, InvalidArgument
 from natsync.headers import HeaderInput, Headers
 from natsync.hooks import Exchange, Watch, fire
 from natsync.message import MISSING, Message, Payload, payload_of
+from natsync.middleware import chain_of
 from natsync.options import Servers, connect_settings
 from natsync.replies import Replies, Sentinel, check_many
 from natsync.reply import request as _request
 from natsync.retry import RetryPolicy, check_policy, run
 from natsync.streaming import terms
 from natsync.streaming.calls import Calls
+from natsync.streaming.passing import PassingSubscription, passing_callback, passing_processor, stream_maker
 from natsync.streaming.stream import Stream, process
-from natsync.streaming.watched import WatchedProcessor, WatchedStream, open_stream, stream_done, watched_callback
+from natsync.streaming.watched import WatchedProcessor, open_stream, stream_done, watched_callback
 from natsync.subscription import (
     PENDING_BYTES,
     PENDING_MESSAGES,
@@ -69,6 +70,7 @@ class Client:
     def __init__(self, servers: Servers = None, **options: Any) -> None:
         self._servers, self._options = connect_settings(servers, options)
         self._hooks = self._options.hooks
+        self._chain = chain_of(self._options.middleware)
         self._lock = threading.Lock()
         self._closed = False
         self._core: Connection | None = None
@@ -194,6 +196,9 @@ class Client:
         if self._hooks is not None:
             headers = Headers(headers)
             fire(self._hooks, "publishing", Exchange("message", subject, headers), len(data))
+        if self._chain is not None:
+            passage = self._chain.requester("message", subject, headers)
+            data, headers = passage.send(data), passage.headers
         block = Headers(headers).encode() if headers else None
         core = self._connection()
         core.ensure_open()
@@ -252,13 +257,21 @@ class Client:
         retry: RetryPolicy,
         ctx: Context | None,
     ) -> Message:
+        passage = None
+        if self._chain is not None:
+            passage = self._chain.requester("request", subject, headers)
+            data, headers = passage.send(data), passage.headers
         block = _request_block(headers, ctx)
         if retry is None:
-            return _request(self._connection(), subject, data, block, timeout, ctx)
-        with (ctx or Context()).with_timeout(timeout) as scope:
-            return run(
-                lambda attempt: _request(self._connection(), subject, data, block, scope.remaining(), ctx), retry, scope
-            )
+            reply = _request(self._connection(), subject, data, block, timeout, ctx)
+        else:
+            with (ctx or Context()).with_timeout(timeout) as scope:
+                reply = run(
+                    lambda attempt: _request(self._connection(), subject, data, block, scope.remaining(), ctx),
+                    retry,
+                    scope,
+                )
+        return reply if passage is None else passage.received(reply)
 
     def request_many(
         self,
@@ -304,7 +317,11 @@ class Client:
             headers = Headers(headers)
             watch = Watch(self._hooks, "request", subject, headers)
             watch.tell("request_started")
+        passage = None
         try:
+            if self._chain is not None:
+                passage = self._chain.requester("request", subject, headers)
+                data, headers = passage.send(data), passage.headers
             return Replies(
                 self._connection(),
                 self,
@@ -317,6 +334,7 @@ class Client:
                 sentinel=sentinel,
                 ctx=ctx,
                 watch=watch,
+                passage=passage,
             )
         except BaseException as error:
             if watch is not None:
@@ -350,6 +368,8 @@ class Client:
         group = None if queue is None else _subject.queue_name(queue)
         if callback is not None and not callable(callback):
             raise TypeError(f"a callback is a function (message), not {type(callback).__name__}")
+        if callback is not None and self._chain is not None:
+            callback = passing_callback(self._chain, subject, callback)
         if callback is not None and self._hooks is not None:
             callback = watched_callback(self._hooks, subject, callback)
         connection = self._connection()
@@ -367,6 +387,8 @@ class Client:
         )
         connection.ensure_open()
         connection.subscribe(core)
+        if callback is None and self._chain is not None:
+            return PassingSubscription(self._chain, core, connection, self)
         return Subscription(core, connection, self)
 
     def flush(self, timeout: float | None = FLUSH_SECONDS) -> None:
@@ -434,14 +456,15 @@ class Client:
         data = payload_of(payload, json)
         ctx = ctx or current()
         given = terms.user_headers(traced(headers, ctx))
-        make: Callable[..., Stream] = Stream
-        watch = None
-        if self._hooks is not None:
-            watch = open_stream(self._hooks, subject, given)
-            make = partial(WatchedStream, watch)
+        watch = None if self._hooks is None else open_stream(self._hooks, subject, given)
+        passage = None
         scope = (ctx or Context()).with_timeout(timeout)
         try:
             scope.check()
+            if self._chain is not None:
+                passage = self._chain.requester("stream", subject, given)
+                data, given = passage.send(data), passage.headers
+            make = stream_maker(watch, passage)
             core = self._connection()
             core.ensure_open(Deadline(scope.deadline))
             assert self._calls is not None
@@ -493,11 +516,15 @@ class Client:
         told = None
         if self._hooks is not None:
             told = WatchedProcessor(open_stream(self._hooks, subject, given), processor)
-        take = told or processor
+        take: Callable[[Message], object] = told or processor
         scope = (ctx or Context()).with_timeout(timeout)
         if client_id is not None:
             remove = scope.on_end(lambda: self._tell_offline(client_id))
         try:
+            if self._chain is not None:
+                passage = self._chain.requester("stream", subject, given)
+                data, given = passage.send(data), passage.headers
+                take = passing_processor(passage, take)
             run(
                 lambda attempt: self._process(subject, data, given, take, scope, idle_timeout, attempt),
                 retry,

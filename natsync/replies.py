@@ -17,8 +17,10 @@ from natsync.concurrency import Deadline, fork_generation
 from natsync.connection import Connection
 from natsync.context import Context
 from natsync.errors import ForkError, InvalidArgument, NoRespondersError, SlowConsumerError
+from natsync.headers import Headers
 from natsync.hooks import Watch
 from natsync.message import Item, Message, to_bytes
+from natsync.middleware import Passage
 from natsync.reply import ERROR_HEADER, Asking, is_no_responders, open_for
 from natsync.subscription import PENDING_BYTES, PENDING_MESSAGES
 
@@ -82,6 +84,7 @@ class Replies:
         sentinel: Sentinel = None,
         ctx: Context | None = None,
         watch: Watch | None = None,
+        passage: Passage | None = None,
     ) -> None:
         self.subject = subject
         self._connection = connection
@@ -92,6 +95,7 @@ class Replies:
         self._goes_on = _going_on(sentinel)
         self._ctx = ctx or Context()
         self._watch = watch
+        self._passage = passage
         self._given = 0
         self._over = False
         self._generation = fork_generation()
@@ -135,6 +139,9 @@ class Replies:
         if item is None:
             return None
         message = Message.received(self._inbox, item, self._connection.publish_answer)
+        if self._passage is not None:
+            self._passage.reply_headers = Headers()
+            message = self._passage.received(message)
         if not self._goes_on(message):
             return None
         self._given += 1

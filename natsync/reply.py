@@ -18,7 +18,7 @@ from natsync.message import Item, Message
 from natsync.mux import LinkLoss, Waiter
 
 #: Headers by which a responder says that it failed; those of the NATS services convention (ADR-32).
-ERROR_HEADER = "Nats-Service-Error"
+ERROR_HEADER = _headers.SERVICE_ERROR
 ERROR_CODE_HEADER = "Nats-Service-Error-Code"
 _NO_RESPONDERS = 503
 _MOST_DIGITS = 9

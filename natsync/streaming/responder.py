@@ -21,6 +21,7 @@ from natsync.errors import Code, NatsError
 from natsync.headers import Headers
 from natsync.hooks import Kind, Watch
 from natsync.message import Message
+from natsync.middleware import chain_of
 from natsync.mux import DeepMux, Mux
 from natsync.protocol import Batch
 from natsync.reply import ERROR_CODE_HEADER, ERROR_HEADER
@@ -28,6 +29,7 @@ from natsync.streaming import frames, handlers, terms
 from natsync.streaming.framed_sender import FramedSender
 from natsync.streaming.framing import Framing
 from natsync.streaming.handlers import Handler, HandlerContext, Runner
+from natsync.streaming.passing import Passing, PassingFramedSender, PassingPlainSender
 from natsync.streaming.plain_sender import PlainSender
 from natsync.streaming.sender import SenderCore, describe
 from natsync.streaming.watched import ResponseWatch, run_watched
@@ -78,6 +80,10 @@ class Responder:
         self._plain = connection.add_mux(Mux(frames.control_inbox(prefix, unique, frames.PLAIN_MARK)))
         self._framed = connection.add_mux(DeepMux(frames.control_inbox(prefix, unique, frames.FRAMED_MARK)))
         self._framing = Framing(connection, self._framed)
+        self._chain = chain_of(connection.options.middleware)
+        self._classes: tuple[type[FramedSender], type[PlainSender]] = (FramedSender, PlainSender)
+        if self._chain is not None:
+            self._classes = (PassingFramedSender, PassingPlainSender)
         # Threads of streams that have ended, and freed their slot, may take a moment to leave.
         self._pool = WorkerPool(f"{connection.name}-stream-worker", 2 * max_streams)
         self._lock = threading.Lock()
@@ -150,10 +156,14 @@ class Responder:
         assert request.reply is not None
         reply, offer = _subject.encode(request.reply), opening.offer
         core: SenderCore
+        framed, plain = self._classes
         if offer is not None and self.connection.options.framed and self._framed.denied is None:
-            core = FramedSender(self.connection, self._framing, reply, ctx, request.subject, offer)
+            core = framed(self.connection, self._framing, reply, ctx, request.subject, offer)
         else:
-            core = PlainSender(self.connection, self._plain, reply, ctx, request.subject, natsync_peer=opening.natsync)
+            core = plain(self.connection, self._plain, reply, ctx, request.subject, natsync_peer=opening.natsync)
+        if self._chain is not None:
+            assert isinstance(core, Passing)
+            core.pass_through(self._chain, work.kind, work.subject, request)
         watch = self._watch("stream", request, work)
         if watch is not None:
             ResponseWatch(watch, core)

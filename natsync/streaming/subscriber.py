@@ -22,9 +22,11 @@ from natsync.context import Context
 from natsync.errors import ConnectionClosed, DrainTimeout, ForkError, InvalidArgument, TimedOut
 from natsync.links import Status
 from natsync.message import Message
+from natsync.middleware import chain_of
 from natsync.options import Servers, connect_settings
 from natsync.streaming import handlers
-from natsync.streaming.handlers import Handler, Runner
+from natsync.streaming.handlers import Handler, Runner, Sending
+from natsync.streaming.passing import passing_callback, passing_function, passing_runner
 from natsync.streaming.registration import LEAVE_SECONDS, Handle
 from natsync.streaming.responder import Responder, StreamIntake, answering
 from natsync.streaming.serving import Serving
@@ -78,6 +80,7 @@ class Subscriber:
                 raise InvalidArgument(f"{name}={value!r}: a whole number from 1 up")
         check_limits(None, pending_messages, pending_bytes, "drop_new", 1)
         self._servers, self._options = connect_settings(servers, options)
+        self._chain = chain_of(self._options.middleware)
         self._max_workers = max_workers
         self._max_streams = max_streams
         self._limits: dict[str, Any] = {"pending_messages": pending_messages, "pending_bytes": pending_bytes}
@@ -151,7 +154,9 @@ class Subscriber:
         handlers.arguments(handler, (1,), "(message)")
         work = Work((ctx or Context()).with_cancel(), "message", subject)
         hooks = self._options.hooks
-        run = handler if hooks is None else watched_callback(hooks, subject, handler)
+        run = handler if self._chain is None else passing_callback(self._chain, subject, handler)
+        if hooks is not None:
+            run = watched_callback(hooks, subject, run)
 
         def take(message: Message) -> None:
             work.count("received")
@@ -209,15 +214,15 @@ class Subscriber:
         if is_open:
             register()
 
-    def _stream_now(self, subject: str, runner: Runner, queue: str | None, ctx: Context | None) -> Handle:
+    def _stream_now(self, subject: str, runner: Sending, queue: str | None, ctx: Context | None) -> Handle:
         _subject.subscribe_subject(subject)
         self.open()
         return self._register_stream(subject, runner, queue, ctx)
 
-    def _register_stream(self, subject: str, runner: Runner, queue: str | None, ctx: Context | None) -> Handle:
+    def _register_stream(self, subject: str, runner: Sending, queue: str | None, ctx: Context | None) -> Handle:
         queue = queue or self.default_queue
         work = Work((ctx or Context()).with_cancel(), "stream", subject, queue)
-        run = self._watched(runner)
+        run = self._runner(runner)
         responder = self._opened()
 
         def take(message: Message) -> None:
@@ -228,8 +233,8 @@ class Subscriber:
     def _register_reply(self, subject: str, function: Handler, queue: str | None) -> Handle:
         queue = queue or self.default_queue
         work = Work(Context(), "request", subject, queue)
-        run = answering(function)
-        single = self._watched(handlers.single_runner(function))
+        run = answering(function if self._chain is None else passing_function(self._chain, subject, function))
+        single = self._runner(handlers.single_runner(function))
         responder = self._opened()
 
         def take(message: Message) -> None:
@@ -237,7 +242,9 @@ class Subscriber:
 
         return self._register(subject, queue, take, work, concurrency=self._max_workers)
 
-    def _watched(self, runner: Runner) -> Runner:
+    def _runner(self, run: Sending) -> Runner:
+        """What runs a stream's handler: behind the middleware if there is some, and told of to hooks if there are."""
+        runner = handlers.guarded(run if self._chain is None else passing_runner(run))
         return runner if self._options.hooks is None else watched_runner(runner)
 
     def _register(
