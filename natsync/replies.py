@@ -54,9 +54,10 @@ class _Many(Asking):
         self.signal.set()
 
     def take(self) -> Item | None:
-        if not self.queue:
+        try:
+            item = self.queue.popleft()
+        except IndexError:  # perhaps close() has just thrown away what there was
             return None
-        item = self.queue.popleft()
         self.bytes_out += len(item[2])
         return item
 
@@ -106,9 +107,11 @@ class Replies:
         open_for(connection, many.subject, start)
         connection.mux.check_allowed()
         self._token, self._inbox = connection.mux.address()
-        connection.mux.register(self._token, many)
-        self._stop_watching = self._ctx.on_end(many.signal.set)
+        self._stop_watching: Callable[[], None] = lambda: None
+        self._at_end: list[Callable[[], object]] = []
         try:
+            connection.mux.register(self._token, many)
+            self._stop_watching = self._ctx.on_end(many.signal.set)
             many.send(connection, self._inbox, block, payload, start)
         except BaseException:
             self._stop_listening()
@@ -172,6 +175,20 @@ class Replies:
             self._finish(None)
             self._many.signal.set()
 
+    def when_finished(self, callback: Callable[[], object]) -> None:
+        """Have callback() called once when nothing more comes; brief and non-blocking, in any thread."""
+        self._at_end.append(callback)
+        if self._over:
+            self._tell_end()
+
+    def _tell_end(self) -> None:
+        while self._at_end:
+            try:
+                callback = self._at_end.pop()
+            except IndexError:  # another thread ends it, too
+                return
+            callback()
+
     def _finish(self, error: Exception | None) -> None:
         self._over = True
         self._stop_listening()
@@ -180,6 +197,7 @@ class Replies:
         many.queue.clear()
         if self._watch is not None:
             self._watch.tell_once("request_done", self._watch.seconds, error)
+        self._tell_end()
 
     def _stop_listening(self) -> None:
         self._connection.mux.waiters.pop(self._token, None)
@@ -201,10 +219,12 @@ class Replies:
         self._over = True
         mux, stop_watching = self._connection.mux, self._stop_watching
         mux.waiters.pop(token, None)
-        watch, workers = self._watch, self._connection.dispatcher.workers
+        watch, workers, at_end = self._watch, self._connection.dispatcher.workers, self._at_end
 
         def let_go() -> None:
             stop_watching()
+            for callback in at_end:
+                callback()
             if watch is not None:
                 workers.submit(lambda: watch.tell_once("request_done", watch.seconds, None))
 

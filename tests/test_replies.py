@@ -282,6 +282,26 @@ def test_dropped_replies_are_forgotten(client: natsync.Client, responders: natsy
     assert left(client) == 0
 
 
+def test_who_wants_to_know_is_told_once_that_they_are_over(client: natsync.Client, responders: natsync.Client) -> None:
+    answering(responders, "many.over", sending("1"))
+    told: list[str] = []
+    taken = client.request_many("many.over", timeout=PATIENCE, max_messages=1)
+    closed = client.request_many("many.over", timeout=PATIENCE)
+    dropped = client.request_many("many.over", timeout=PATIENCE)
+    for name, found in (("taken", taken), ("closed", closed), ("dropped", dropped)):
+        found.when_finished(lambda name=name: told.append(name))  # type: ignore[misc]
+    assert texts(taken) == ["1"]
+    assert told == ["taken"]
+    taken.close()
+    closed.close()
+    assert told == ["taken", "closed"]
+    del found, dropped
+    gc.collect()
+    eventually(lambda: told == ["taken", "closed", "dropped"], PATIENCE)
+    closed.when_finished(lambda: told.append("late"))
+    assert told[-1] == "late"
+
+
 def test_replies_keep_their_client(nats_server: NatsServer, responders: natsync.Client) -> None:
     answering(responders, "many.keep", sending("1"))
     found = natsync.connect(nats_server.url).request_many("many.keep", timeout=PATIENCE, max_messages=1)
