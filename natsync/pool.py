@@ -12,7 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from natsync.client import REQUEST_SECONDS, Client
 from natsync.concurrency import Deadline, after_fork_in_child, check_timeout, fork_generation, run_soon
@@ -30,9 +30,13 @@ from natsync.message import Message, Payload
 from natsync.options import Servers, connect_settings
 from natsync.pooling.keeper import Keeper
 from natsync.pooling.store import Store, Turn
+from natsync.replies import Replies
 from natsync.streaming.stream import Stream
 
 log = logging.getLogger("natsync.pool")
+
+#: An answer that comes in parts, and that is over some time.
+A = TypeVar("A", Stream, Replies)
 
 #: Connections that there are from the first use on. Default of the Go system (MinIdlePerServer).
 MIN_SIZE = 4
@@ -257,17 +261,25 @@ class ConnectionPool:
         with self._within({"timeout": REQUEST_SECONDS, **arguments}) as (client, rest):
             return client.request(subject, payload, **rest)
 
+    def request_many(self, subject: str, payload: Payload = b"", **arguments: Any) -> Replies:
+        """Client.request_many() on a borrowed connection, which is held until the replies are over."""
+        return self._held(Client.request_many, subject, payload, {"timeout": REQUEST_SECONDS, **arguments})
+
     def stream(self, subject: str, payload: Payload = b"", **arguments: Any) -> Stream:
         """Client.stream() on a borrowed connection, which is held until the stream is over."""
+        return self._held(Client.stream, subject, payload, arguments)
+
+    def _held(self, verb: Callable[..., A], subject: str, payload: Payload, arguments: dict[str, Any]) -> A:
+        """What the verb returns, on a connection that goes back when that is over."""
         turn = _lasting(self._keeper.store)
         try:
             client, rest = self._borrow_within(turn, arguments)
-            stream = client.stream(subject, payload, **rest)
-            stream.when_finished(lambda: self._leave_soon(turn))
+            answer = verb(client, subject, payload, **rest)
+            answer.when_finished(lambda: self._leave_soon(turn))
         except BaseException:
             self._leave(turn)
             raise
-        return stream
+        return answer
 
     def _leave_soon(self, turn: Turn) -> None:
         """Leave from whichever thread ended a stream: closing is for one that may block."""

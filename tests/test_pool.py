@@ -312,6 +312,31 @@ def test_a_stream_that_fails_gives_its_connection_back(pool: natsync.ConnectionP
     assert pool.stats()["leased"] == 0
 
 
+@pytest.mark.parametrize("how", ["close", "timeout", "max_messages", "garbage"])
+def test_the_replies_of_request_many_hold_a_connection_until_they_are_over(
+    pool: natsync.ConnectionPool, raw: RawClient, how: str
+) -> None:
+    raw.subscribe("p.many")
+    replies: natsync.Replies | None = pool.request_many(
+        "p.many", timeout=0.2 if how == "timeout" else 30, max_messages=2
+    )
+    assert replies is not None
+    request = raw.next()
+    assert pool.stats()["leased"] == 1
+    raw.answer(request, b"1")
+    assert next(iter(replies)).data == b"1"
+    if how == "close":
+        replies.close()
+    elif how == "max_messages":
+        raw.answer(request, b"2")
+    if how == "garbage":
+        del replies
+        gc.collect()
+    elif how != "close":
+        assert len(list(replies)) == (how == "max_messages")
+    eventually(lambda: (pool.stats()["leased"], pool.stats()["idle"]) == (0, 1), PATIENCE)
+
+
 def test_stream_request_holds_a_connection_until_it_returns(pool: natsync.ConnectionPool, raw: RawClient) -> None:
     raw.subscribe("p.request")
     with ThreadPoolExecutor() as callers:

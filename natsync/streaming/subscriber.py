@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from types import TracebackType
@@ -21,9 +22,11 @@ from natsync.context import Context
 from natsync.errors import ConnectionClosed, DrainTimeout, ForkError, InvalidArgument, TimedOut
 from natsync.links import Status
 from natsync.message import Message
+from natsync.middleware import chain_of
 from natsync.options import Servers, connect_settings
 from natsync.streaming import handlers
-from natsync.streaming.handlers import Handler, Runner
+from natsync.streaming.handlers import Handler, Runner, Sending
+from natsync.streaming.passing import passing_callback, passing_function, passing_runner
 from natsync.streaming.registration import LEAVE_SECONDS, Handle
 from natsync.streaming.responder import RequestIntake, Responder, StreamIntake, answering
 from natsync.streaming.serving import Serving
@@ -76,6 +79,7 @@ class Subscriber:
             _check_limit(name, value)
         check_limits(None, pending_messages, pending_bytes, "drop_new", 1)
         self._servers, self._options = connect_settings(servers, options)
+        self._chain = chain_of(self._options.middleware)
         self._max_workers = max_workers
         self._max_streams = max_streams
         self._limits: dict[str, Any] = {"pending_messages": pending_messages, "pending_bytes": pending_bytes}
@@ -167,13 +171,21 @@ class Subscriber:
         "drop_new" or "drop_old"; every loss is counted. Raises as stream_subscribe() does.
         """
         handlers.arguments(handler, (1,), "(message)")
-        work = Work((ctx or Context()).with_cancel(), subject)
+        work = Work((ctx or Context()).with_cancel(), "message", subject)
         hooks = self._options.hooks
-        run = handler if hooks is None else watched_callback(hooks, subject, handler)
+        run = handler if self._chain is None else passing_callback(self._chain, subject, handler)
+        if hooks is not None:
+            run = watched_callback(hooks, subject, run)
 
         def take(message: Message) -> None:
             work.count("received")
-            run(message)
+            began = time.perf_counter_ns()
+            try:
+                run(message)
+            except BaseException as error:
+                work.took(began, error)
+                raise
+            work.took(began)
             work.count("processed")
 
         self.open()
@@ -237,7 +249,7 @@ class Subscriber:
             register()
 
     def _stream_now(
-        self, subject: str, runner: Runner, queue: str | None, ctx: Context | None, max_streams: int | None
+        self, subject: str, runner: Sending, queue: str | None, ctx: Context | None, max_streams: int | None
     ) -> Handle:
         _check_limit("max_streams", max_streams)
         _subject.subscribe_subject(subject)
@@ -245,11 +257,11 @@ class Subscriber:
         return self._register_stream(subject, runner, queue, ctx, max_streams)
 
     def _register_stream(
-        self, subject: str, runner: Runner, queue: str | None, ctx: Context | None, limit: int | None
+        self, subject: str, runner: Sending, queue: str | None, ctx: Context | None, limit: int | None
     ) -> Handle:
         queue = queue or self.default_queue
-        work = Work((ctx or Context()).with_cancel(), subject, queue, limit)
-        run = self._watched(runner)
+        work = Work((ctx or Context()).with_cancel(), "stream", subject, queue, limit)
+        run = self._runner(runner)
         responder = self._opened()
 
         def take(message: Message) -> None:
@@ -261,9 +273,9 @@ class Subscriber:
         self, subject: str, function: Handler, queue: str | None, workers: int, limits: dict[str, int]
     ) -> Handle:
         queue = queue or self.default_queue
-        work = Work(Context(), subject, queue)
-        run = answering(function)
-        single = self._watched(handlers.single_runner(function))
+        work = Work(Context(), "request", subject, queue)
+        run = answering(function if self._chain is None else passing_function(self._chain, subject, function))
+        single = self._runner(handlers.single_runner(function))
         responder = self._opened()
 
         def take(message: Message) -> None:
@@ -271,7 +283,9 @@ class Subscriber:
 
         return self._register(subject, queue, take, work, intake=RequestIntake, concurrency=workers, **limits)
 
-    def _watched(self, runner: Runner) -> Runner:
+    def _runner(self, run: Sending) -> Runner:
+        """What runs a stream's handler: behind the middleware if there is some, and told of to hooks if there are."""
+        runner = handlers.guarded(run if self._chain is None else passing_runner(run))
         return runner if self._options.hooks is None else watched_runner(runner)
 
     def _register(

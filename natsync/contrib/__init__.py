@@ -1,0 +1,1 @@
+"""Integrations with other packages: each module needs its own extra, and nothing in natsync imports them."""
