@@ -79,6 +79,7 @@ class Metrics(Hooks):
         self._published_bytes = counter("published_bytes", "Bytes of their payloads.", "subject")
         self._requests = counter("requests", "Requests made, by how they ended.", "subject", "outcome")
         self._request_seconds = seconds("request", "From request() to its return.", "subject")
+        self._retries = counter("retries", "Attempts that failed and were repeated.", "subject", "kind", "error")
         self._streams = counter("streams", "Streams consumed, by how they ended.", "subject", "outcome")
         self._streams_active = gauge("streams_active", "Streams being consumed now.", "subject")
         self._stream_first = seconds("stream_first_chunk", "From stream() to the first chunk.", "subject")
@@ -109,6 +110,9 @@ class Metrics(Hooks):
         subject = self._subjects.label(exchange)
         self._requests.labels(subject, outcome(error)).inc()
         self._request_seconds.labels(subject).observe(seconds)
+
+    def retrying(self, exchange: Exchange, attempt: int, wait_seconds: float, error: BaseException) -> None:
+        self._retries.labels(self._subjects.label(exchange), exchange.kind, type(error).__name__).inc()
 
     def stream_opened(self, exchange: Exchange) -> None:
         self._streams_active.labels(self._subjects.label(exchange)).inc()
@@ -230,7 +234,9 @@ class HasStats(Protocol):
 
 
 #: What a pool counts up, for as long as it lives; all other numbers are those of the moment.
-_COUNTED_UP = re.compile(r"(leases|dials|dials_failed|timeouts)|.*_total")
+_COUNTED_UP = re.compile(
+    r"leases|waits|wait_seconds|timeouts|leaks|dials|dials_failed|dial_seconds|lost|retired|shrunk|.*_total"
+)
 
 
 class PoolCollector(Collector):
