@@ -57,6 +57,11 @@ def write_json(value: Any) -> None:
         sys.stdout.flush()
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things: 1 chunk, 2 chunks."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def in_bytes(count: float) -> str:
     """A number of bytes for people: 999 B, 1.5 KiB, 3.0 MiB."""
     if count < 1024:

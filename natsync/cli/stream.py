@@ -10,7 +10,7 @@ import click
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from natsync.cli.connection import connected, connection_options
-from natsync.cli.output import PayloadPrinter, Screen, in_bytes
+from natsync.cli.output import PayloadPrinter, Screen, counted, in_bytes
 from natsync.cli.parameters import duration, group_headers, header, read_payload
 
 
@@ -74,7 +74,7 @@ def stream(
             printer.write(chunk)
             meter.count(chunk)
     if output is not None:
-        click.echo(f"wrote {meter.chunks} chunks ({in_bytes(meter.bytes)}) to {output}", err=True)
+        click.echo(f"wrote {counted(meter.chunks, 'chunk')} ({in_bytes(meter.bytes)}) to {output}", err=True)
 
 
 @contextmanager
@@ -102,7 +102,9 @@ class Meter:
         if self._progress is not None:
             seconds = max(time.monotonic() - self._began, 1e-6)
             rate = f"{in_bytes(self.bytes / seconds)}/s"
-            self._progress.update(self._task, numbers=f"{self.chunks} chunks, {in_bytes(self.bytes)}, {rate}")
+            self._progress.update(
+                self._task, numbers=f"{counted(self.chunks, 'chunk')}, {in_bytes(self.bytes)}, {rate}"
+            )
 
     def __enter__(self) -> "Meter":
         if self._progress is not None:

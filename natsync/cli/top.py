@@ -13,7 +13,7 @@ import natsync
 from natsync import monitor
 from natsync.cli.connection import connected, connection_options
 from natsync.cli.gather import ask_all
-from natsync.cli.output import Screen, in_bytes, plain_table, write_json
+from natsync.cli.output import Screen, counted, in_bytes, plain_table, write_json
 from natsync.cli.parameters import duration
 from natsync.cli.rates import Rounds
 
@@ -90,7 +90,7 @@ def picture(rounds: Rounds, client: natsync.Client, interval: float) -> Renderab
     server = client.stats()["server"] or "no server: connecting again"
     head = Text.assemble(
         ("natsync top", "bold"),
-        f"   {server}   {len(subscribers)} subscribers   {streams} streams   every {interval:g} s",
+        f"   {server}   {counted(len(subscribers), 'subscriber')}   {counted(streams, 'stream')}   every {interval:g} s",
     )
     if not subscribers:
         return Group(head, Text(), Text(_NOBODY, style="yellow"))
