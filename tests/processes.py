@@ -14,7 +14,7 @@ import natsync
 from natsync.testing import eventually
 
 #: Seconds for a child to do what is waited for. A loaded machine needs a second for starting Python alone.
-PATIENCE = 20.0
+PATIENCE = 30.0
 
 NATSYNC = (sys.executable, "-m", "natsync")
 

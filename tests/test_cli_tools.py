@@ -201,7 +201,7 @@ def test_bench_in_json_gives_the_figures(url: str, kind: str) -> None:
 
 def test_without_plotext_bench_says_what_to_install(url: str) -> None:
     code = "import sys; sys.modules['plotext'] = None; from natsync.cli.__main__ import main; main()"
-    result = run(sys.executable, "-c", code, "bench", "pub", "--messages", "300000", url=url)
+    result = run(sys.executable, "-c", code, "bench", "request", "--messages", "2000", url=url)
     assert result.process.returncode == 0, result
     assert result.out[-1] == 'for a plot: pip install "natsync[cli]" (plotext 5)'
 

@@ -90,7 +90,8 @@ def picture(rounds: Rounds, client: natsync.Client, interval: float) -> Renderab
     server = client.stats()["server"] or "no server: connecting again"
     head = Text.assemble(
         ("natsync top", "bold"),
-        f"   {server}   {counted(len(subscribers), 'subscriber')}   {counted(streams, 'stream')}   every {interval:g} s",
+        f"   {server}   {counted(len(subscribers), 'subscriber')}   {counted(streams, 'stream')}",
+        f"   every {interval:g} s",
     )
     if not subscribers:
         return Group(head, Text(), Text(_NOBODY, style="yellow"))
