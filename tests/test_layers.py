@@ -27,7 +27,7 @@ CORE = [
     "pooling", "pooling.health", "pooling.store", "pooling.keeper", "pool",
 ]  # fmt: skip
 #: What the core never imports: these may import all of it.
-EDGES = ("__init__", "__main__", "testing", "cli", "contrib", "services")
+EDGES = ("__init__", "__main__", "testing", "monitor", "cli", "contrib", "services")
 
 PACKAGE = ROOT / "natsync"
 FILES = {

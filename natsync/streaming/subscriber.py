@@ -23,7 +23,7 @@ from natsync.errors import ConnectionClosed, DrainTimeout, ForkError, InvalidArg
 from natsync.links import Status
 from natsync.message import Message
 from natsync.middleware import chain_of
-from natsync.options import Servers, connect_settings
+from natsync.options import Servers, connect_options, connect_settings
 from natsync.streaming import handlers
 from natsync.streaming.handlers import Handler, Runner, Sending
 from natsync.streaming.passing import passing_callback, passing_function, passing_runner
@@ -95,6 +95,21 @@ class Subscriber:
         self._closing = False
         self._close_done = SafeEvent()
         _subscribers.add(self)
+
+    def default_options(self, **options: Any) -> None:
+        """Give connection options for what this subscriber was made without; what it was made with stays.
+
+        For programs that run other people's subscribers, such as `natsync serve`. Before the first use only.
+
+        Raises:
+            RuntimeError: it is open, or was.
+            TypeError, InvalidArgument: an option cannot be used.
+        """
+        connect_options(options)
+        with self._lock:
+            if self._responder is not None or self._closed:
+                raise RuntimeError("default_options() comes before open()")
+            self._options = self._options.filled(options)
 
     # -- registering ---------------------------------------------------------------------------------------------
 
