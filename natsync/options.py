@@ -10,7 +10,7 @@ import itertools
 import os
 import ssl
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, TypeAlias
 from urllib.parse import SplitResult, unquote, urlsplit
 
@@ -28,6 +28,9 @@ Secret: TypeAlias = "str | Callable[[], str]"
 
 #: What the text of a .creds file contains and no path does.
 CREDS_MARK = "-----BEGIN NATS"
+
+#: The options that say who connects, of which only one may be given; a password goes with its user.
+CREDENTIALS = ("user", "token", "credentials", "nkey_seed")
 
 #: The port of a URL that names none. IANA's port for NATS.
 DEFAULT_PORT = 4222
@@ -228,6 +231,17 @@ class ConnectOptions:
             raise InvalidArgument("tls_first=True and tls=False contradict each other")
         self._check_credentials()
 
+    def filled(self, given: dict[str, Any]) -> ConnectOptions:
+        """These options, with those given where these are at their defaults; credentials only where there are none.
+
+        Raises:
+            What ConnectOptions() raises.
+        """
+        has_credentials = any(getattr(self, name) is not None for name in CREDENTIALS)
+        open_ones = {one.name for one in fields(self) if getattr(self, one.name) == one.default}
+        skipped = {*CREDENTIALS, "password"} if has_credentials else set()
+        return replace(self, **{name: value for name, value in given.items() if name in open_ones - skipped})
+
     def _check_credentials(self) -> None:
         for name in ("user", "password", "token", "nkey_seed"):
             value = getattr(self, name)
@@ -235,7 +249,7 @@ class ConnectOptions:
                 raise TypeError(f"{name} is a str, a function that returns one, or None, not {type(value).__name__}")
         if not isinstance(self.credentials, str | os.PathLike | None):
             raise TypeError(f"credentials is the path of a .creds file, not {type(self.credentials).__name__}")
-        given = [name for name in ("user", "token", "credentials", "nkey_seed") if getattr(self, name) is not None]
+        given = [name for name in CREDENTIALS if getattr(self, name) is not None]
         if len(given) > 1:
             raise InvalidArgument(f"{' and '.join(given)} are credentials of different kinds: give one")
         if self.password is not None and self.user is None:

@@ -470,3 +470,17 @@ def test_everything_that_ends_a_stream_begins_with_the_common_start(end: bytes, 
 def test_an_empty_error_prefix_is_refused() -> None:
     with pytest.raises(InvalidArgument):
         Sentinels(error_prefix=b"")
+
+
+def test_options_are_filled_where_they_are_at_their_defaults() -> None:
+    options = connect_options({"name": "mine", "ping_interval": 5.0})
+    filled = options.filled({"name": "other", "inbox_prefix": "_MINE", "user": "ada", "password": "S3CRET"})
+    assert (filled.name, filled.inbox_prefix, filled.ping_interval) == ("mine", "_MINE", 5.0)
+    assert (filled.user, filled.password) == ("ada", "S3CRET")
+    assert (options.inbox_prefix, options.user) == ("_INBOX", None)  # and not changed themselves
+
+
+def test_credentials_are_filled_only_where_there_are_none() -> None:
+    given = {"user": "ada", "password": "S3CRET"}
+    assert connect_options({"token": "S3CRET-token"}).filled(given).user is None
+    assert connect_options({"user": "bob"}).filled(given).password is None

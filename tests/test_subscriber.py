@@ -957,3 +957,14 @@ def test_in_a_child_a_handle_waits_for_no_lock_that_the_parent_held(nats_server:
         finally:
             for lock in held:
                 lock.release()
+
+
+def test_default_options_are_for_what_a_subscriber_leaves_open(nats_server: NatsServer) -> None:
+    subscriber = natsync.Subscriber(nats_server.url, inbox_prefix="_MINE")
+    subscriber.default_options(inbox_prefix="_OTHER", name="filled")
+    with pytest.raises(TypeError, match="unknown option"):
+        subscriber.default_options(nonsense=1)
+    with subscriber:
+        assert any(thread.name.startswith("natsync-filled-") for thread in threading.enumerate())
+        with pytest.raises(RuntimeError, match="before open"):
+            subscriber.default_options(name="late")

@@ -21,7 +21,7 @@ from natsync.context import Context
 from natsync.errors import ConnectionClosed, DrainTimeout, ForkError, InvalidArgument, TimedOut
 from natsync.links import Status
 from natsync.message import Message
-from natsync.options import Servers, connect_settings
+from natsync.options import Servers, connect_options, connect_settings
 from natsync.streaming import handlers
 from natsync.streaming.handlers import Handler, Runner
 from natsync.streaming.registration import LEAVE_SECONDS, Handle
@@ -92,6 +92,21 @@ class Subscriber:
         self._closing = False
         self._close_done = SafeEvent()
         _subscribers.add(self)
+
+    def default_options(self, **options: Any) -> None:
+        """Give connection options for what this subscriber was made without; what it was made with stays.
+
+        For programs that run other people's subscribers, such as `natsync serve`. Before the first use only.
+
+        Raises:
+            RuntimeError: it is open, or was.
+            TypeError, InvalidArgument: an option cannot be used.
+        """
+        connect_options(options)
+        with self._lock:
+            if self._responder is not None or self._closed:
+                raise RuntimeError("default_options() comes before open()")
+            self._options = self._options.filled(options)
 
     # -- registering ---------------------------------------------------------------------------------------------
 
