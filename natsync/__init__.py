@@ -114,7 +114,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """natsync.testing without an import of its own; the core never loads it."""
-    if name == "testing":
-        return importlib.import_module("natsync.testing")
+    """natsync.testing and natsync.monitor without an import of their own; the core never loads them."""
+    if name in ("testing", "monitor"):
+        return importlib.import_module(f"natsync.{name}")
     raise AttributeError(f"module 'natsync' has no attribute {name!r}")

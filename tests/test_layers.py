@@ -25,7 +25,7 @@ CORE = [
     "streaming.serving", "streaming.subscriber", "client", "pool",
 ]  # fmt: skip
 #: What the core never imports: these may import all of it.
-EDGES = ("__init__", "__main__", "testing", "cli", "contrib")
+EDGES = ("__init__", "__main__", "testing", "monitor", "cli", "contrib")
 
 PACKAGE = ROOT / "natsync"
 FILES = {

@@ -10,6 +10,8 @@ from importlib.util import find_spec
 
 #: Exit status of a command that cannot start because an optional dependency is missing; that of usage errors.
 MISSING_EXTRA = 2
+#: 128 + SIGINT, as a shell reports it.
+INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -18,9 +20,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if missing:
         print(f'natsync: {" and ".join(missing)} missing; install "natsync[cli]"', file=sys.stderr)
         sys.exit(MISSING_EXTRA)
-    from natsync.cli.app import app
+    try:
+        from natsync.cli.app import app
 
-    app.main(arguments, prog_name="natsync")
+        app.main(arguments, prog_name="natsync")
+    except KeyboardInterrupt:  # before a command has begun, or behind its end
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,18 @@
 import click
 
 import natsync
+from natsync.cli.bench import bench
+from natsync.cli.check import check
+from natsync.cli.completion import completion
 from natsync.cli.connection import connection_options
 from natsync.cli.failures import reported
 from natsync.cli.messages import pub, request, sub
 from natsync.cli.serve import serve
 from natsync.cli.server import server
+from natsync.cli.services import services
 from natsync.cli.showcase import demo
 from natsync.cli.stream import stream
+from natsync.cli.top import top
 
 
 class App(click.Group):
@@ -30,5 +35,5 @@ def app() -> None:
     """
 
 
-for command in (demo, server, serve, stream, request, pub, sub):
+for command in (demo, server, serve, request, stream, pub, sub, bench, check, services, top, completion):
     app.add_command(command)

@@ -26,6 +26,22 @@ Notice = Callable[[str, dict[str, Any]], None]
 #: What the server says, in lower case, to something asked of it while it keeps the connection.
 _REFUSALS = ("permissions violation", "maximum subscriptions exceeded", "invalid subject")
 
+#: The environment variables of the options, by the option's name: those of the nats command.
+ENVIRONMENT = {
+    "server": "NATS_URL",
+    "user": "NATS_USER",
+    "password": "NATS_PASSWORD",
+    "token": "NATS_TOKEN",
+    "creds": "NATS_CREDS",
+    "nkey": "NATS_NKEY",
+    "tlsca": "NATS_CA",
+    "tlscert": "NATS_CERT",
+    "tlskey": "NATS_KEY",
+}
+
+#: The options that say who connects.
+_KINDS = ("user", "creds", "nkey", "token")
+
 _KEY = "natsync.cli.connection."
 _TYPED = "natsync.cli.typed."
 _Command = TypeVar("_Command", bound=Callable[..., object])
@@ -60,8 +76,8 @@ def connected(notice: Notice | None = None) -> Iterator[natsync.Client]:
         elif notice is not None:
             notice(name, info)
 
-    _quieten_log()
-    client = natsync.Client(_given("server"), name="natsync-cli", on_event=listen, **_credentials(), **_tls())
+    quieten_log()
+    client = natsync.Client(server_given(), on_event=listen, **{"name": "natsync-cli", **options_given()})
     try:
         with client:
             yield client
@@ -73,7 +89,7 @@ def connected(notice: Notice | None = None) -> Iterator[natsync.Client]:
         raise click.ClickException(f"the server says: {refusals[0]}")
 
 
-def _quieten_log() -> None:
+def quieten_log() -> None:
     """Errors are reported by the command; the library's log is shown only with --debug."""
     if click.get_current_context().meta.get(DEBUG):
         logging.basicConfig(level=logging.DEBUG)
@@ -85,6 +101,47 @@ def server_given() -> str | None:
     """The server that was named on the command line or in NATS_URL, if any."""
     url: str | None = _given("server")
     return url
+
+
+def options_given() -> dict[str, Any]:
+    """The options of the running command as keywords of Client and Subscriber.
+
+    Raises:
+        click.UsageError: they contradict each other.
+        natsync.NatsError, OSError: a file of credentials or certificates is of no use.
+    """
+    named = {"name": _given("connection_name"), "inbox_prefix": _given("inbox_prefix")}
+    return {**{key: value for key, value in named.items() if value is not None}, **_credentials(), **_tls()}
+
+
+def inbox_prefix() -> str:
+    """What the subjects start with on which a command waits for answers."""
+    return str(_given("inbox_prefix") or "_INBOX")
+
+
+def child_environment() -> dict[str, str]:
+    """The environment for a `natsync` that is to connect as the running command would.
+
+    Secrets go this way, because other users of the machine can see a process's arguments.
+    """
+    environment = dict(os.environ)
+    if any(_typed(kind) for kind in _KINDS):  # then another kind in the environment does not count
+        for kind in _KINDS:
+            environment.pop(ENVIRONMENT[kind], None)
+        environment.pop(ENVIRONMENT["password"], None)
+    named = {variable: _given(name) for name, variable in ENVIRONMENT.items() if _typed(name) or name == "server"}
+    if _typed("user") and _given("password") is not None:
+        named[ENVIRONMENT["password"]] = _given("password")
+    return {**environment, **{variable: str(value) for variable, value in named.items() if value is not None}}
+
+
+def child_options() -> list[str]:
+    """The arguments that such a `natsync` needs beyond its environment."""
+    options = ["--tlsfirst"] if _given("tlsfirst") else []
+    for name in ("inbox_prefix", "connection_name"):
+        if (value := _given(name)) is not None:
+            options += [f"--{name.replace('_', '-')}", value]
+    return [*options, "--debug"] if click.get_current_context().meta.get(DEBUG) else options
 
 
 def _given(name: str) -> Any:
@@ -173,10 +230,11 @@ class _File(click.Path):
         return super().convert(os.path.expanduser(value), param, ctx)
 
 
-def _option(*names: str, env: str, help: str, path: bool = False) -> Callable[[_Command], _Command]:
+def _option(*names: str, help: str, path: bool = False) -> Callable[[_Command], _Command]:
     kind = _File(exists=True, dir_okay=False) if path else click.STRING
+    env = ENVIRONMENT.get(names[-1].lstrip("-"))
     return click.option(
-        *names, envvar=env, show_envvar=True, help=help, type=kind, expose_value=False, callback=_remember
+        *names, envvar=env, show_envvar=env is not None, help=help, type=kind, expose_value=False, callback=_remember
     )
 
 
@@ -204,18 +262,20 @@ _TLS_FIRST = tuple(
     for name in ("tlsfirst", "tls-first")
 )
 
-SERVER_OPTION = _option("-s", "--server", env="NATS_URL", help="Server URL, or several with commas.")
+SERVER_OPTION = _option("-s", "--server", help="Server URL, or several with commas.")
 
 _OPTIONS = (
     SERVER_OPTION,
-    _option("--user", env="NATS_USER", help="User name; without a password, a token."),
-    _option("--password", env="NATS_PASSWORD", help="Password."),
-    _option("--token", env="NATS_TOKEN", help="Token."),
-    _option("--creds", env="NATS_CREDS", help="File of credentials (.creds).", path=True),
-    _option("--nkey", env="NATS_NKEY", help="File of a user's nkey seed.", path=True),
-    _option("--tlsca", env="NATS_CA", help="File of authorities to trust.", path=True),
-    _option("--tlscert", env="NATS_CERT", help="File of our certificate.", path=True),
-    _option("--tlskey", env="NATS_KEY", help="File of our private key.", path=True),
+    _option("--user", help="User name; without a password, a token."),
+    _option("--password", help="Password."),
+    _option("--token", help="Token."),
+    _option("--creds", help="File of credentials (.creds).", path=True),
+    _option("--nkey", help="File of a user's nkey seed.", path=True),
+    _option("--tlsca", help="File of authorities to trust.", path=True),
+    _option("--tlscert", help="File of our certificate.", path=True),
+    _option("--tlskey", help="File of our private key.", path=True),
     *_TLS_FIRST,
+    _option("--inbox-prefix", help="What the subjects of answers start with.  [default: _INBOX]"),
+    _option("--connection-name", help="What the server's monitoring shows this connection as."),
     DEBUG_OPTION,
 )

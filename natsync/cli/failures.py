@@ -18,6 +18,12 @@ OUTPUT_CLOSED = 141
 DEBUG = "natsync.cli.debug"
 
 
+class MissingExtra(click.ClickException):
+    """An optional dependency is not installed."""
+
+    exit_code = 2
+
+
 class OutputClosed(Exception):
     """Whoever read our standard output has gone (`natsync stream … | head`)."""
 

@@ -1,13 +1,16 @@
 """`natsync request`, `pub` and `sub`: single messages."""
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import click
 
+import natsync
 from natsync.cli.connection import connected, connection_options
+from natsync.cli.gather import ask_all
 from natsync.cli.output import PayloadPrinter
-from natsync.cli.parameters import duration, group_headers, header, read_payload
+from natsync.cli.parameters import duration, group_headers, header, read_payload, timeout_option
 from natsync.message import Message
 
 #: Seconds to wait for a reply. Default of the nats command (--timeout).
@@ -19,15 +22,7 @@ _Headers = tuple[tuple[str, str], ...]
 @click.command()
 @click.argument("subject")
 @click.argument("payload", default="")
-@click.option(
-    "--timeout",
-    type=duration,
-    default=REPLY_TIMEOUT,
-    envvar="NATS_TIMEOUT",
-    show_envvar=True,
-    show_default=True,
-    help="Most time to wait for the reply, as 5, 250ms or 1m.",
-)
+@timeout_option(REPLY_TIMEOUT, "Most time to wait for the reply, as 5, 250ms or 1m.")
 @click.option(
     "-H",
     "--header",
@@ -37,10 +32,19 @@ _Headers = tuple[tuple[str, str], ...]
     multiple=True,
     help="A header of the request.",
 )
+@click.option(
+    "--replies",
+    type=click.IntRange(min=0),
+    default=1,
+    show_default=True,
+    help="Wait for so many replies; 0 takes all that come within --timeout.",
+)
 @click.option("--raw", is_flag=True, help="No newline after the reply.")
 @click.option("--json", "pretty", is_flag=True, help="Indent a reply that is JSON.")
 @connection_options
-def request(subject: str, payload: str, timeout: float, headers: _Headers, raw: bool, pretty: bool) -> None:
+def request(
+    subject: str, payload: str, timeout: float, headers: _Headers, replies: int, raw: bool, pretty: bool
+) -> None:
     """Send PAYLOAD to SUBJECT and print the reply.
 
     PAYLOAD `-` is read from standard input.
@@ -48,8 +52,15 @@ def request(subject: str, payload: str, timeout: float, headers: _Headers, raw: 
     printer = PayloadPrinter(raw=raw, pretty=pretty)
     data = read_payload(payload)
     with connected() as client:
-        reply = client.request(subject, data, timeout=timeout, headers=group_headers(headers))
-    printer.write(reply.data)
+        if replies == 1:
+            printer.write(client.request(subject, data, timeout=timeout, headers=group_headers(headers)).data)
+            return
+        fields = group_headers(headers)
+        answers = ask_all(client, subject, data, timeout=timeout, stall=None, most=replies or None, headers=fields)
+    for message, _ in answers:
+        printer.write(message.data)
+    if len(answers) < max(replies, 1):
+        raise natsync.TimedOut(f"{len(answers)} of {max(replies, 1)} replies from {subject!r} within {timeout:g} s")
 
 
 @click.command()
@@ -65,15 +76,23 @@ def request(subject: str, payload: str, timeout: float, headers: _Headers, raw: 
     multiple=True,
     help="A header of the message.",
 )
+@click.option("--count", type=click.IntRange(min=1), default=1, show_default=True, help="Publish it so many times.")
+@click.option("--sleep", "pause", type=duration, default=0.0, help="Wait so long between two of them, as 1 or 250ms.")
 @connection_options
-def pub(subject: str, payload: str, reply: str | None, headers: _Headers) -> None:
+def pub(subject: str, payload: str, reply: str | None, headers: _Headers, count: int, pause: float) -> None:
     """Publish PAYLOAD to SUBJECT; returns when the server has it.
 
     PAYLOAD `-` is read from standard input.
     """
     data = read_payload(payload)
+    fields = group_headers(headers)
+    never = threading.Event()
     with connected() as client:
-        client.publish(subject, data, reply=reply, headers=group_headers(headers))
+        for number in range(count):
+            if number and pause:
+                client.flush()  # what was published is not held back while we wait
+                never.wait(pause)
+            client.publish(subject, data, reply=reply, headers=fields)
         client.flush()
 
 

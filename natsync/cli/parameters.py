@@ -2,8 +2,12 @@
 
 import re
 import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import click
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
 
 _UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _DURATION = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(ms|s|m|h|)")
@@ -15,6 +19,19 @@ def duration(value: str | float) -> float:
     if match is None:
         raise click.BadParameter(f"{value!r} is not a duration; write seconds, or 250ms, 5s, 2m")
     return float(match[1]) * _UNITS[match[2]]
+
+
+def timeout_option(default: float, help: str) -> Callable[[_Command], _Command]:
+    """The option --timeout of a command, as NATS_TIMEOUT has it, too."""
+    return click.option(
+        "--timeout",
+        type=duration,
+        default=default,
+        envvar="NATS_TIMEOUT",
+        show_envvar=True,
+        show_default=True,
+        help=help,
+    )
 
 
 def header(value: str) -> tuple[str, str]:

@@ -1,16 +1,21 @@
-"""`natsync serve module:attr`: run the handlers of one's own module until told to stop."""
+"""`natsync serve module:attr …`: run the handlers of one's own modules until told to stop."""
 
 import importlib
 import logging
 import os
 import sys
+from importlib.util import find_spec
 from types import ModuleType
 
 import click
 
 import natsync
-from natsync.cli.connection import DEBUG_OPTION, SERVER_OPTION, server_given
+from natsync import monitor
+from natsync.cli.connection import child_environment, child_options, connection_options, options_given, server_given
+from natsync.cli.failures import MissingExtra
 from natsync.cli.parameters import duration
+from natsync.cli.running import serve_all
+from natsync.cli.supervisor import Parent, Supervisor, reload_on_change
 
 #: The attribute that is taken where the argument names only a module.
 DEFAULT_ATTRIBUTE = "subscriber"
@@ -18,8 +23,8 @@ DEFAULT_ATTRIBUTE = "subscriber"
 _LEVELS = ("debug", "info", "warning", "error")
 
 
-@click.command(short_help="Serve the handlers of a module until SIGTERM or Ctrl-C.")
-@click.argument("target", metavar="MODULE[:ATTR]")
+@click.command(short_help="Serve the handlers of modules until SIGTERM or Ctrl-C.")
+@click.argument("targets", metavar="MODULE[:ATTR]...", nargs=-1, required=True)
 @click.option("--log-level", type=click.Choice(_LEVELS, case_sensitive=False), default="info", show_default=True)
 @click.option(
     "--shutdown-timeout",
@@ -33,27 +38,68 @@ _LEVELS = ("debug", "info", "warning", "error")
     help="Queue group of handlers that name none, so that several processes share the requests. "
     "The module's name if it is left out; an empty name gives every process every request.",
 )
-@SERVER_OPTION
-@DEBUG_OPTION
-def serve(target: str, log_level: str, shutdown_timeout: float, queue: str | None) -> None:
-    """Serve the handlers of a natsync.Subscriber until SIGTERM or Ctrl-C.
+@click.option("--workers", type=click.IntRange(min=1), help="Serve in so many processes; one that dies is replaced.")
+@click.option("--reload", is_flag=True, help="Start anew when a Python file below this directory changes.")
+@click.option("--monitor", "monitored", is_flag=True, help="Answer `natsync top`.")
+@click.option("--worker-of", hidden=True, help="Descriptors of a worker: to say that it is ready, and of its parent.")
+@connection_options
+def serve(
+    targets: tuple[str, ...],
+    log_level: str,
+    shutdown_timeout: float,
+    queue: str | None,
+    workers: int | None,
+    reload: bool,
+    monitored: bool,
+    worker_of: str | None,
+) -> None:
+    """Serve the handlers of natsync.Subscribers until SIGTERM or Ctrl-C.
 
     ATTR is a Subscriber, or a function without arguments that returns one; "subscriber" if it is left out.
-    The module is looked for in the current directory first. --server is for a Subscriber that names no
-    server itself: it becomes NATS_URL. The first signal lets running handlers finish, a second one cancels
-    them.
+    Modules are looked for in the current directory first. The connection options are for what a Subscriber leaves
+    open: --server becomes NATS_URL, credentials are for one that has none. The first signal lets running handlers
+    finish, a second one cancels them. With --workers or --reload, SIGUSR1 replaces the processes.
     """
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    if workers is not None or reload:
+        options = ["--log-level", log_level, "--shutdown-timeout", str(shutdown_timeout)]
+        options += [] if queue is None else ["--queue", queue]
+        options += ["--monitor"] if monitored else []
+        _supervise([*options, *child_options(), *targets], workers or 1, shutdown_timeout, reload)
+        return
+    parent = None if worker_of is None else Parent(worker_of)
     if (server := server_given()) is not None:
         os.environ["NATS_URL"] = server  # before the import: the module may make its Subscriber right there
-    subscriber = load_subscriber(target)
-    subscriber.default_queue = (target.partition(":")[0] if queue is None else queue) or None
+    given = options_given()
+    subscribers: dict[natsync.Subscriber, str] = {}
+    for target in targets:
+        subscriber = load_subscriber(target)
+        if subscriber not in subscribers:
+            subscriber.default_queue = (target.partition(":")[0] if queue is None else queue) or None
+            if subscriber.status == "new":  # a module may have opened its own
+                subscriber.default_options(**given)
+            subscribers[subscriber] = target
 
     def announce() -> None:
-        for handle in subscriber.handles:
-            click.echo(f"serving {handle.subject}{_in_group(handle.queue)}", err=True)
+        for subscriber, target in subscribers.items():
+            for handle in subscriber.handles:
+                click.echo(f"serving {handle.subject}{_in_group(handle.queue)}", err=True)
+            if monitored:
+                monitor.answer(subscriber, name=target)
+        if parent is not None:
+            parent.tell_ready()
 
-    subscriber.serve_forever(shutdown_timeout=shutdown_timeout, ready=announce)
+    serve_all(list(subscribers), shutdown_timeout, announce)
+
+
+def _supervise(arguments: list[str], workers: int, shutdown_timeout: float, reload: bool) -> None:
+    """Run worker processes with these arguments."""
+    if reload:
+        if find_spec("watchfiles") is None:
+            raise MissingExtra('--reload needs watchfiles: pip install "natsync[reload]"')
+        reload_on_change(os.getcwd())
+    command = [sys.executable, "-m", "natsync", "serve"]
+    Supervisor([*command, *arguments], child_environment(), workers, shutdown_timeout, keep_going=reload).run()
 
 
 def load_subscriber(target: str) -> natsync.Subscriber:
@@ -79,7 +125,8 @@ def load_subscriber(target: str) -> natsync.Subscriber:
 
 
 def _import(name: str) -> ModuleType:
-    sys.path.insert(0, os.getcwd())
+    if sys.path[:1] != [os.getcwd()]:
+        sys.path.insert(0, os.getcwd())
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

@@ -9,15 +9,10 @@ from importlib.util import find_spec
 import click
 
 from natsync.cli.connection import DEBUG_OPTION
+from natsync.cli.failures import MissingExtra
 
 #: What the extra `demo` brings besides click and rich. The server program is looked for by NatsServer itself.
 _NEEDED = ("flask", "requests")
-
-
-class MissingExtra(click.ClickException):
-    """An optional dependency is not installed."""
-
-    exit_code = 2
 
 
 @click.command(short_help="Watch a slow third party streamed over NATS.")

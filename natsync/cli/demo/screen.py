@@ -4,13 +4,10 @@ Colours and the width are rich's business (NO_COLOR, COLUMNS, a pipe); where out
 letters take the place of signs. Into a pipe no line is wrapped.
 """
 
-from typing import NoReturn
-
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from natsync.cli.failures import OutputClosed
+from natsync.cli import output
 
 #: Colours of those who take part; what belongs to one of them is printed in its colour.
 _STYLES = {
@@ -28,16 +25,11 @@ _STYLES = {
 _WIRE_WIDTH = 100
 
 
-class _Console(Console):
-    def on_broken_pipe(self) -> NoReturn:
-        raise OutputClosed
-
-
 class Screen:
     """Prints the demo and counts the checks that failed. Used by the main thread only."""
 
     def __init__(self) -> None:
-        self._console = _Console(highlight=False)
+        self._console = output.Screen()
         ascii_only = self._console.options.ascii_only
         self._bar, self._good, self._bad = ("| ", "ok", "FAILED") if ascii_only else ("│ ", "✓", "✗ FAILED")
         self._scenes = 0
