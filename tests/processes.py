@@ -14,7 +14,7 @@ import natsync
 from natsync.testing import eventually
 
 #: Seconds for a child to do what is waited for. A loaded machine needs a second for starting Python alone.
-PATIENCE = 20.0
+PATIENCE = 30.0
 
 NATSYNC = (sys.executable, "-m", "natsync")
 
@@ -101,7 +101,7 @@ def started(
         process = subprocess.Popen(
             command,
             cwd=cwd,
-            env=_environment(url, env or {}),
+            env=environment(url, env or {}),
             stdin=subprocess.DEVNULL if stdin is None else stdin,
             stdout=stdout,
             stderr=stderr,
@@ -123,11 +123,12 @@ def run(*command: str, url: str | None = None, stdin: bytes | None = None, **opt
     return running
 
 
-def _environment(url: str | None, more: Mapping[str, str]) -> dict[str, str]:
+def environment(url: str | None, more: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment without settings of NATS and of terminals, with the URL and more."""
     kept = {
         name: value
         for name, value in os.environ.items()
-        if name == "NATS_SERVER_BIN" or not name.startswith(("NATS_", "NO_COLOR", "FORCE_COLOR", "COLUMNS"))
+        if name == "NATS_SERVER_BIN" or not name.startswith(("NATS_", "NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES"))
     }
     # The natsync of this run, wherever the child's own directory is.
     sources = [str(Path(natsync.__file__).parents[1]), kept.get("PYTHONPATH", "")]

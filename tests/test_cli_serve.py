@@ -1,0 +1,249 @@
+"""`natsync serve` with several modules, worker processes, reloading and the connection options, as child processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+
+import natsync
+from natsync.testing import NatsServer, eventually
+from processes import NATSYNC, PATIENCE, Child, child, run
+
+MODULE = """
+import os
+import natsync
+
+subscriber = natsync.Subscriber()
+
+@subscriber.handler("{prefix}.pid")
+def pid(ctx, request):
+    return os.getpid()
+
+@subscriber.handler("{prefix}.version")
+def version(ctx, request):
+    return {version!r}
+
+@subscriber.stream("{prefix}.slow")
+def slow(ctx, request):
+    yield "begun"
+    ctx.wait(0.5)
+    yield "ended"
+"""
+
+pytestmark = pytest.mark.timeout(120)  # each command takes seconds to start on a busy machine
+
+
+@pytest.fixture
+def url(nats_server: NatsServer) -> str:
+    return nats_server.url
+
+
+def write(directory: Path, name: str, version: str = "one") -> str:
+    """A module of handlers; returns the prefix of its subjects."""
+    prefix = f"serve.{directory.name}.{name}"
+    (directory / f"{name}.py").write_text(dedent(MODULE.format(prefix=prefix, version=version)))
+    return prefix
+
+
+def pid_of(client: natsync.Client, prefix: str) -> int:
+    return int(client.request(f"{prefix}.pid", timeout=PATIENCE).data)
+
+
+def wait_for_serving(command: Child, count: int, what: str = ".pid") -> None:
+    eventually(
+        lambda: sum(f"{what} " in line for line in command.err) >= count, PATIENCE, f"not {count} in {command!r}"
+    )
+
+
+def gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return "(python) Z" in Path(f"/proc/{pid}/stat").read_text() if Path(f"/proc/{pid}/stat").exists() else False
+
+
+def test_several_modules_are_served_together_and_drain_together(
+    url: str, natsync_client: natsync.Client, tmp_path: Path
+) -> None:
+    one, other = write(tmp_path, "one"), write(tmp_path, "other")
+    with child(*NATSYNC, "serve", "one", "other:subscriber", url=url, cwd=tmp_path) as command:
+        wait_for_serving(command, 2)
+        assert pid_of(natsync_client, one) == pid_of(natsync_client, other) == command.process.pid
+        streams = [natsync_client.stream(f"{prefix}.slow", timeout=PATIENCE) for prefix in (one, other)]
+        assert [next(stream) for stream in streams] == [b"begun", b"begun"]
+        command.send(signal.SIGTERM)
+        assert [list(stream) for stream in streams] == [[b"ended"], [b"ended"]]
+        assert command.wait() == 0
+    groups = sorted(line.split()[-1] for line in command.err if ".pid in queue group" in line)
+    assert groups == ["one", "other"]
+
+
+def test_a_second_signal_cancels_what_several_modules_do(
+    url: str, natsync_client: natsync.Client, tmp_path: Path
+) -> None:
+    prefixes = [write(tmp_path, name) for name in ("one", "other")]
+    for name in ("one", "other"):
+        path = tmp_path / f"{name}.py"
+        path.write_text(path.read_text().replace("ctx.wait(0.5)", "ctx.wait(60)"))
+    with child(*NATSYNC, "serve", "one", "other", url=url, cwd=tmp_path) as command:
+        wait_for_serving(command, 2)
+        streams = [natsync_client.stream(f"{prefix}.slow", timeout=PATIENCE) for prefix in prefixes]
+        assert [next(stream) for stream in streams] == [b"begun", b"begun"]
+        command.send(signal.SIGTERM)
+        command.wait_for_err("shutting down: SIGTERM")
+        command.send(signal.SIGTERM)
+        assert command.wait() == 0
+        for stream in streams:
+            stream.close()
+
+
+def test_one_of_several_modules_that_cannot_begin_ends_all(url: str, tmp_path: Path) -> None:
+    write(tmp_path, "one")
+    (tmp_path / "other.py").write_text("import natsync\nsubscriber = natsync.Subscriber('nats://127.0.0.1:1')\n")
+    result = run(*NATSYNC, "serve", "one", "other", url=url, cwd=tmp_path)
+    assert result.process.returncode == 1
+    assert result.err[-1].startswith("natsync: no server could be reached (nats://127.0.0.1:1:")
+
+
+def test_workers_share_the_requests_and_a_dead_one_is_replaced(
+    url: str, natsync_client: natsync.Client, tmp_path: Path
+) -> None:
+    prefix = write(tmp_path, "one")
+    with child(*NATSYNC, "serve", "one", "--workers", "2", url=url, cwd=tmp_path) as command:
+        wait_for_serving(command, 2)
+        pids: set[int] = set()
+        eventually(lambda: pids.add(pid_of(natsync_client, prefix)) or len(pids) == 2, PATIENCE)
+        assert command.process.pid not in pids
+        victim = min(pids)
+        os.kill(victim, signal.SIGKILL)
+        command.wait_for_err(f"worker {victim} ended by itself")
+        wait_for_serving(command, 3)
+        eventually(lambda: pids.add(pid_of(natsync_client, prefix)) or len(pids) == 3, PATIENCE)
+        command.send(signal.SIGTERM)
+        assert command.wait() == 0
+    assert all(gone(pid) for pid in pids)
+    assert not any("Traceback" in line for line in command.err)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_workers_finish_their_streams_at_a_signal(
+    url: str, natsync_client: natsync.Client, tmp_path: Path, number: signal.Signals
+) -> None:
+    prefix = write(tmp_path, "one")
+    with child(*NATSYNC, "serve", "one", "--workers", "2", url=url, cwd=tmp_path) as command:
+        wait_for_serving(command, 2)
+        with natsync_client.stream(f"{prefix}.slow", timeout=PATIENCE) as stream:
+            assert next(stream) == b"begun"
+            command.send(number)
+            assert list(stream) == [b"ended"]
+        assert command.wait() == 0
+
+
+def test_workers_end_when_their_parent_is_killed(url: str, natsync_client: natsync.Client, tmp_path: Path) -> None:
+    prefix = write(tmp_path, "one")
+    with child(*NATSYNC, "serve", "one", "--workers", "1", url=url, cwd=tmp_path) as command:
+        wait_for_serving(command, 1)
+        worker = pid_of(natsync_client, prefix)
+        command.send(signal.SIGKILL)
+        eventually(lambda: gone(worker), PATIENCE)
+
+
+def test_a_worker_that_does_not_load_ends_serve(url: str, tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    result = run(*NATSYNC, "serve", "broken", "--workers", "2", url=url, cwd=tmp_path)
+    assert result.process.returncode == 1
+    assert "natsync: division by zero" in result.err
+    assert result.err[-1] == "natsync: a worker ended at its start, with status 1"
+
+
+def test_sigusr1_replaces_the_workers_without_losing_a_stream(
+    url: str, natsync_client: natsync.Client, tmp_path: Path
+) -> None:
+    prefix = write(tmp_path, "one")
+    with child(*NATSYNC, "serve", "one", "--workers", "1", url=url, cwd=tmp_path) as command:
+        wait_for_serving(command, 1)
+        former = pid_of(natsync_client, prefix)
+        with natsync_client.stream(f"{prefix}.slow", timeout=PATIENCE) as stream:
+            assert next(stream) == b"begun"
+            command.send(signal.SIGUSR1)
+            assert list(stream) == [b"ended"]
+        wait_for_serving(command, 2)
+        assert pid_of(natsync_client, prefix) != former
+        command.send(signal.SIGTERM)
+        assert command.wait() == 0
+
+
+def test_reload_serves_what_was_saved_and_survives_a_mistake(
+    url: str, natsync_client: natsync.Client, tmp_path: Path
+) -> None:
+    prefix = write(tmp_path, "one", "first")
+
+    def version() -> bytes:
+        try:
+            return natsync_client.request(f"{prefix}.version", timeout=PATIENCE).data
+        except natsync.NoRespondersError:
+            return b""
+
+    with child(*NATSYNC, "serve", "one", "--reload", url=url, cwd=tmp_path) as command:
+        wait_for_serving(command, 1)
+        assert version() == b"first"
+        # Whether the watch has begun cannot be seen: write until it was seen.
+        eventually(lambda: write(tmp_path, "one", "second") and _a_moment() and version() == b"second", PATIENCE)
+        (tmp_path / "one.py").write_text("def broken(:\n")
+        command.wait_for_err("waiting for a change")
+        write(tmp_path, "one", "third")
+        eventually(lambda: version() == b"third", PATIENCE)
+        command.send(signal.SIGINT)
+        assert command.wait() == 0
+
+
+def _a_moment() -> bool:
+    time.sleep(2)  # watchfiles gathers changes for 1.6 s; writing more often would put off the reload for ever
+    return True
+
+
+def test_without_watchfiles_one_line_says_what_to_install(url: str, tmp_path: Path) -> None:
+    write(tmp_path, "one")
+    code = "import sys; sys.modules['watchfiles'] = None; from natsync.cli.__main__ import main; main()"
+    result = run(NATSYNC[0], "-c", code, "serve", "one", "--reload", url=url, cwd=tmp_path)
+    assert result.process.returncode == 2
+    assert result.err == ['natsync: --reload needs watchfiles: pip install "natsync[reload]"']
+
+
+USERS = 'authorization { users = [ { user: "ada", password: "S3CRET" } ] }'
+
+
+@pytest.mark.parametrize("workers", [(), ("--workers", "1")], ids=["here", "in a worker"])
+def test_serve_signs_in_as_its_options_say_where_the_module_leaves_it_open(
+    make_nats_server, tmp_path: Path, workers: tuple[str, ...]
+) -> None:
+    server = make_nats_server(config=USERS)
+    prefix = write(tmp_path, "one")
+    environment = {"NATS_TOKEN": "wrong"}  # another kind than on the command line: does not count
+    options = ("--user", "ada", "--password", "S3CRET", *workers)
+    with child(*NATSYNC, "serve", "one", *options, url=server.url, cwd=tmp_path, env=environment) as command:
+        wait_for_serving(command, 1)
+        with natsync.Client(server.url, user="ada", password="S3CRET") as client:
+            pid = pid_of(client, prefix)
+            if workers:
+                assert b"S3CRET" not in Path(f"/proc/{pid}/cmdline").read_bytes()
+        command.send(signal.SIGTERM)
+        assert command.wait() == 0
+    assert not any("S3CRET" in line for line in command.err)
+
+
+def test_what_the_module_says_of_its_connection_stays(make_nats_server, tmp_path: Path) -> None:
+    server = make_nats_server(config=USERS)
+    prefix = write(tmp_path, "one")
+    path = tmp_path / "one.py"
+    path.write_text(path.read_text().replace("Subscriber()", "Subscriber(user='ada', password='S3CRET')"))
+    with child(*NATSYNC, "serve", "one", url=server.url, cwd=tmp_path, env={"NATS_TOKEN": "wrong"}) as command:
+        wait_for_serving(command, 1)
+        with natsync.Client(server.url, user="ada", password="S3CRET") as client:
+            assert pid_of(client, prefix) == command.process.pid
