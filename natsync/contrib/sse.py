@@ -111,7 +111,8 @@ class EventBody(Body):
     """The body of a response with events; see Body for how it waits and ends.
 
     It begins with a comment, so that headers leave at once, before the first chunk is there. A failure of the stream,
-    of a function in stream.map(), or a chunk that cannot be encoded, is an `error` event and the end; the log has it too.
+    of a function in stream.map(), or a chunk that cannot be encoded, is an `error` event and the end; the log has it
+    too.
 
     Args:
         stream: its chunks are bytes, text or Event.
