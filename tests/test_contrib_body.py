@@ -265,11 +265,10 @@ def test_closing_cancels_whether_it_was_begun_or_not(client: natsync.Client, hol
 
 @pytest.mark.parametrize("make", [Body, EventBody])
 def test_dropping_warns_and_cancels(client: natsync.Client, holding: Holding, make: Make) -> None:
-    body = make(client.stream("b.hold"))
+    bodies = [make(client.stream("b.hold"))]
     eventually(lambda: holding.sender is not None, PATIENCE)
-    with pytest.warns(ResourceWarning, match=r"dropped without close"):
-        del body
-        gc.collect()
+    with pytest.warns(ResourceWarning, match="dropped without close"):
+        bodies.clear()
     assert holding.left.wait(PATIENCE)
 
 
@@ -297,7 +296,7 @@ def test_what_goes_wrong_before_the_first_chunk_is_raised_by_prefetch(client: na
         Body(client.stream("b.nobody")).prefetch()
 
 
-# -- the look at the client's socket ------------------------------------------------------------------------------------
+# -- the look at the client's socket -----------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -73,7 +73,7 @@ def test_a_retry_that_is_no_number_of_milliseconds_is_refused(retry: object) -> 
 
 @pytest.mark.parametrize("data", [None, 1, {"a": 1}, ["x"]])
 def test_data_that_is_neither_bytes_nor_text_is_refused(data: object) -> None:
-    with pytest.raises(TypeError, match="json.dumps"):
+    with pytest.raises(TypeError, match=r"json\.dumps"):
         sse.encode(data)  # type: ignore[arg-type]
 
 
