@@ -1,22 +1,18 @@
-"""gunicorn for applications that stream: `gunicorn --config gunicorn.conf.py app:app`.
+"""gunicorn for applications that stream over natsync: gunicorn --config gunicorn.conf.py app:app
 
-An open stream holds a thread of its worker for as long as it lasts: threads × workers is how many browsers can read at
-once, and one more waits. A thread that waits costs some 100 KiB. For thousands, see gunicorn_gevent.conf.py.
+A natsync client starts no thread and opens no socket before its first use, so the application may be loaded before the
+workers fork (preload_app): that shares memory, and a mistake in it shows at once.
 """
 
-bind = "127.0.0.1:8000"
-worker_class = "gthread"
+bind = "127.0.0.1:8080"
 workers = 2
-threads = 64
-
-# The application is imported once, before the workers are forked. That is safe with a natsync client that is made at
-# import: it opens nothing until it is used, and each worker makes a connection of its own.
 preload_app = True
 
-# With gthread this is for a worker that hangs altogether. It does not end streams, however long they last; with the
-# sync worker it would.
-timeout = 30
+# Each open stream occupies a thread: workers * threads is how many browsers can listen at once. gthread goes on while a
+# thread waits for the next chunk, whatever `timeout` says, which the sync worker does not.
+worker_class = "gthread"
+threads = 64
 
-# On SIGTERM streams get so long to finish. What is left is cut off without a word; the responder finds that out by
-# itself, within natsync's resume_grace and heartbeat.
-graceful_timeout = 10
+# Seconds that streams get to end after SIGTERM. Those that do not are cut off without a word; the responder finds that
+# out by itself and cancels the handler.
+graceful_timeout = 30

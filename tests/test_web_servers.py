@@ -18,7 +18,7 @@ import pytest
 import natsync
 from eventsource import Browser
 from natsync.testing import NatsServer, eventually
-from web_servers import SERVERS, Web, serving
+from web_servers import Web, serving
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +36,7 @@ PULLED = {
     "waitress-lookahead": (1, 1),
 }
 #: Those that let one see that the client has gone while there is nothing to write.
-LOOKING = [kind for kind in SERVERS if kind != "waitress"]
+LOOKING = [kind for kind in PULLED if kind != "waitress"]
 ABANDONED = 200
 
 
@@ -96,7 +96,7 @@ def client(broker: NatsServer) -> Iterator[natsync.Client]:
         yield connected
 
 
-@pytest.fixture(params=SERVERS, scope="module")
+@pytest.fixture(params=PULLED, scope="module")
 def kind(request: pytest.FixtureRequest) -> str:
     assert isinstance(request.param, str)
     return request.param

@@ -1,50 +1,30 @@
-"""A chat page: tokens appear as a third party makes them, and stop when the reader stops or closes the tab.
+"""A chat page: each question is an EventSource, each answer a stream of natsync.
 
     cd examples/flask_chat
-    natsync server &                               # or any nats-server; NATS_URL says where
-    python token_api.py &                          # the third party: an HTTP service that makes up tokens
-    natsync serve worker &                         # reads its tokens and streams them over NATS
-    gunicorn --config ../gunicorn.conf.py app:app  # or: flask run
+    python token_api.py &
+    natsync serve worker &
+    gunicorn --config ../gunicorn.conf.py app:app     # or: flask run --port 8080
 
-and open http://127.0.0.1:8000. Needs natsync[cli,flask,server], gunicorn, requests. Configuration comes from the
-environment as Flask has it: FLASK_CHAT_HEARTBEAT=5, or FLASK_NATSYNC_RESUME_GRACE=3 for a worker that is given up after
-three seconds of silence.
+and open http://127.0.0.1:8080/ in several tabs. FLASK_NATSYNC_URL and other options come from the environment;
+FLASK_CHAT_HEARTBEAT and FLASK_CHAT_LOOK are what sse_response() takes.
 """
 
-import flask
+from flask import Flask, render_template, request
 
 from natsync.contrib.flask import NatSync, sse_response
 
-nats = NatSync()  # for whatever application create_app() makes: opens nothing, so --preload may import it
-pages = flask.Blueprint("pages", __name__)
+app = Flask(__name__)
+app.config.from_mapping(CHAT_HEARTBEAT=15, CHAT_LOOK=True)
+app.config.from_prefixed_env()
+nats = NatSync(app)  # no socket and no thread before the first question, so gunicorn may fork after this
 
 
-@pages.get("/")
-def chat():
-    return flask.render_template("chat.html")
+@app.get("/")
+def page():
+    return render_template("chat.html")
 
 
-@pages.get("/tokens")
-def tokens():
-    """What the page's EventSource reads."""
-    question = {"prompt": flask.request.args["prompt"], "pause": flask.request.args.get("pause", 0.2, type=float)}
-    config = flask.current_app.config
-    return sse_response(
-        nats.stream("chat.tokens", json=question, timeout=300),
-        heartbeat=config["CHAT_HEARTBEAT"],
-        event="token",
-        look=config["CHAT_LOOK"],
-    )
-
-
-def create_app(**config):
-    app = flask.Flask(__name__)
-    app.config.from_mapping(CHAT_HEARTBEAT=15, CHAT_LOOK=True)
-    app.config.from_prefixed_env()
-    app.config.from_mapping(config)
-    nats.init_app(app)
-    app.register_blueprint(pages)
-    return app
-
-
-app = create_app()
+@app.get("/ask")
+def ask():
+    stream = nats.stream("chat.ask", request.args["q"])
+    return sse_response(stream, heartbeat=app.config["CHAT_HEARTBEAT"], look=app.config["CHAT_LOOK"])

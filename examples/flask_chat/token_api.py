@@ -1,72 +1,53 @@
-"""The chat's third party: an HTTP service that answers a prompt token by token, each after a pause. It knows no NATS.
+"""A stand-in for a third party that sends its answer token by token over HTTP: GET /tokens?q=question.
 
-    python token_api.py [port]
+    python token_api.py          # says where it listens; PORT, PAUSE and TOKENS in the environment change it
 
-POST /tokens {"prompt": text, "pause": seconds}: a token a line; a prompt "count 20" is answered by 20 numbers, "fail"
-by a 500, anything else by its words in capitals. GET /readers: who reads now, and when those left who did not wait for
-the end (JSON: time.time() by prompt).
+It prints when a reader leaves before the end. A question with the word `think` in it gets one token, and the rest a
+minute later: a model that thinks. One that begins with `fail` gets a 500.
 """
 
-import json
+import os
 import select
-import sys
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import cycle, islice
+from urllib.parse import parse_qs, urlsplit
 
-reading: list[str] = []
-left: dict[str, float] = {}
+PAUSE = float(os.environ.get("PAUSE", 0.1))  # seconds between two tokens
+TOKENS = int(os.environ.get("TOKENS", 60))
+THINKING = 60.0  # seconds
 
 
-class Handler(BaseHTTPRequestHandler):
+class Tokens(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
-    def do_GET(self) -> None:
-        body = json.dumps({"reading": reading, "left": left}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def do_POST(self) -> None:
-        question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        prompt, pause = question["prompt"], float(question["pause"])
-        if prompt == "fail":
+    def do_GET(self):
+        question = parse_qs(urlsplit(self.path).query).get("q", [""])[0]
+        if question.startswith("fail"):
             self.send_error(500)
             return
         self.send_response(200)
+        self.send_header("Content-Type", "text/plain; charset=utf-8")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        reading.append(prompt)
-        try:
-            self.answer(words(prompt), pause)
-        except OSError:  # the reader has left
-            left[prompt] = time.time()
-            self.close_connection = True
-        finally:
-            reading.remove(prompt)
-
-    def answer(self, tokens: list[str], pause: float) -> None:
-        for token in tokens:
-            line = token.encode() + b"\n"
+        for number, word in enumerate(islice(cycle(question.split() or ["what?"]), TOKENS), 1):
+            line = f"{word}-{number}\n".encode()
             self.wfile.write(b"%x\r\n%b\r\n" % (len(line), line))
-            # A reader sends nothing behind its request: its socket becomes readable when it leaves, and only then.
-            if select.select([self.connection], [], [], pause)[0]:
-                raise ConnectionResetError
+            if self.reader_leaves_within(THINKING if "think" in question else PAUSE):
+                self.close_connection = True
+                print(f"{question}: the reader left after {number} tokens", flush=True)
+                return
         self.wfile.write(b"0\r\n\r\n")
+        print(f"{question}: all tokens read", flush=True)
 
-    def log_message(self, format: str, *arguments: object) -> None:
-        """Say nothing of each request."""
+    def reader_leaves_within(self, seconds):
+        readable, _, _ = select.select([self.connection], [], [], seconds)
+        return bool(readable)  # a reader sends nothing: what can be read is its end
 
-
-def words(prompt: str) -> list[str]:
-    first, _, count = prompt.partition(" ")
-    if first == "count" and count.split(" ")[0].isdigit():
-        return [str(number) for number in range(1, int(count.split(" ")[0]) + 1)]
-    return prompt.upper().split()
+    def log_message(self, *arguments):
+        pass
 
 
 if __name__ == "__main__":
-    server = ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1]) if len(sys.argv) > 1 else 8001), Handler)
-    server.daemon_threads = True
+    server = ThreadingHTTPServer(("127.0.0.1", int(os.environ.get("PORT", 8000))), Tokens)
     print(f"tokens at http://127.0.0.1:{server.server_port}", flush=True)
     server.serve_forever()

@@ -1,8 +1,8 @@
-"""The chat's responder: asks the third party, and passes each token on as it comes.
+"""Answers chat.ask with the tokens of a third party, and stops reading them the moment nobody wants them any more.
 
-    natsync serve worker
+    TOKEN_API=http://127.0.0.1:8000 natsync serve worker
 
-TOKEN_API_URL says where the third party is.
+Needs requests. ctx.closing() is what wakes a read that is blocked in the third party.
 """
 
 import os
@@ -11,16 +11,21 @@ import requests
 
 import natsync
 
-URL = os.environ.get("TOKEN_API_URL", "http://127.0.0.1:8001") + "/tokens"
+TOKEN_API = os.environ.get("TOKEN_API", "http://127.0.0.1:8000")
 
 subscriber = natsync.Subscriber()
 
 
-@subscriber.stream("chat.tokens", queue="chat")
-def tokens(ctx, request):
-    # When the reader leaves, ctx is cancelled, and that closes the connection to the third party, though it be silent.
-    with ctx.closing(requests.post(URL, json=request.json(), stream=True, timeout=(5, 60))) as response:
-        if response.status_code != 200:
-            raise RuntimeError(f"the token service answers {response.status_code}")
-        for line in response.iter_lines():
-            yield line.decode() + " "
+@subscriber.stream("chat.ask", queue="chat")
+def ask(ctx, request):
+    question, sent = request.text(), 0
+    try:
+        reply = requests.get(f"{TOKEN_API}/tokens", params={"q": question}, stream=True, timeout=(5, 120))
+        with ctx.closing(reply) as response:
+            if response.status_code != 200:
+                raise RuntimeError(f"the token service answered {response.status_code}")  # the page shows this text
+            for token in response.iter_lines(chunk_size=1):
+                yield token
+                sent += 1
+    finally:
+        print(f"{question}: the handler ended after {sent} tokens", flush=True)
