@@ -235,7 +235,7 @@ def test_flask_sse_cancels_the_stream_when_the_browser_leaves(server: NatsServer
 
 
 @pytest.mark.parametrize("settings", ["gunicorn.conf.py", "gunicorn_gevent.conf.py"])
-def test_gunicorn_streams_from_each_of_its_workers(server: NatsServer, settings: str) -> None:
+def test_gunicorn_streams_to_many_at_once(server: NatsServer, settings: str) -> None:
     with natsync.Subscriber(server.url) as subscriber:
 
         @subscriber.stream("words.upper")
@@ -247,7 +247,7 @@ def test_gunicorn_streams_from_each_of_its_workers(server: NatsServer, settings:
                 body: bytes = page.read()
                 return body
 
-        # The bind address of serving() goes before the one in the file.
+        # The address that serving() binds has precedence over the file's.
         with (
             serving("gunicorn", "flask_sse:app", "--config", settings, url=server.url, cwd=EXAMPLES) as web,
             ThreadPoolExecutor(8) as browsers,
