@@ -4,8 +4,8 @@
     python benchmarks/sse_clients.py --clients 500 --worker-class gevent
 
 Runs a nats-server, a responder, gunicorn with examples/flask_sse.py and all clients on this machine. All streams are
-open at the same time before the first one ends. Needs natsync[flask,server] and gunicorn (and gevent). Linux only: memory
-and threads are read from /proc. Ends by itself: after --limit seconds with status 1.
+open at the same time before the first one ends. Needs natsync[flask,server] and gunicorn (and gevent). Linux only:
+memory and threads are read from /proc. Ends by itself: after --limit seconds with status 1.
 """
 
 from __future__ import annotations
