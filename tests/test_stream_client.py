@@ -484,7 +484,7 @@ def test_idle_timeout_counts_several_waits_for_the_same_chunk_as_one(client: nat
         assert 0.3 <= time.monotonic() - begin < 5
 
 
-def test_a_mapped_stream_has_next(client: natsync.Client) -> None:
+def test_a_mapped_stream_has_next(client: natsync.Client, subscriber: natsync.Subscriber) -> None:
     stream = client.stream("sc.count", "2").map(bytes.decode)
     assert [stream.next(timeout=5), stream.next(timeout=5)] == ["0", "1"]
     with pytest.raises(natsync.StreamEnded):

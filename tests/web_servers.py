@@ -47,8 +47,8 @@ def serving(
 ) -> Iterator[Web]:
     """A server of this kind with the application `module:name`, until the end of the block.
 
-    It is ended by SIGTERM (Ctrl-C where that is its way) and has to leave with status 0; with quiet, a traceback in its
-    log is a failure.
+    It is ended by SIGTERM (Ctrl-C where that is its way), and gunicorn has to leave with status 0; with quiet, a
+    traceback in its log is a failure.
     """
     command = [sys.executable, *SERVERS[kind], *arguments]
     if kind == "werkzeug":
@@ -71,6 +71,7 @@ def serving(
         assert found, running
         yield Web(found[0], running)
         running.send(signal.SIGTERM if "gunicorn" in command else signal.SIGINT)
-        running.wait()
+        status = running.wait()
+        assert status == 0 or "gunicorn" not in command, running
     if quiet:
         assert not re.search(r"Traceback|ResourceWarning|SIGABRT|WORKER TIMEOUT", "\n".join(running.err)), running
