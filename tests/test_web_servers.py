@@ -6,6 +6,7 @@ Real servers in processes of their own, a real nats-server, and a bare socket fo
 from __future__ import annotations
 
 import json
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -219,3 +220,53 @@ def test_nothing_is_left_of_200_abandoned_requests(web: Web, kind: str, responde
     assert [name for name in after["threads"] if "stream" in name] == []
     with Browser(f"{web.url}/ping") as browser:
         assert browser.status == 200
+
+
+# -- processes that end while they stream ------------------------------------------------------------------------------
+
+#: So that the responder finds out soon about a process that ended without a word.
+SOON = {"FLASK_NATSYNC_RESUME_GRACE": "1", "FLASK_NATSYNC_HEARTBEAT": "0.5"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "number"),
+    [
+        ("sync", ["--timeout", "2"], None),  # SystemExit inside next()
+        ("sync", ["--graceful-timeout", "1"], signal.SIGTERM),
+        ("gthread", ["--graceful-timeout", "1"], signal.SIGTERM),
+        ("gevent", ["--graceful-timeout", "1"], signal.SIGTERM),
+    ],
+    ids=["sync-timeout", "sync-SIGTERM", "gthread-SIGTERM", "gevent-SIGTERM"],
+)
+def test_a_worker_that_is_ended_leaves_no_handler_behind(
+    kind: str, arguments: list[str], number: signal.Signals | None, broker: NatsServer, responder: Responder
+) -> None:
+    with serving(kind, "web_app:app", *arguments, url=broker.url, cwd=HERE, env=SOON, quiet=False) as ending:
+        with Browser(f"{ending.url}/events/web.silent?heartbeat=60") as browser:
+            browser.wait_for(b"data: first\n\n")
+            begin = time.monotonic()
+            if number is not None:
+                ending.running.send(number)
+            browser.read_all()  # the process lets go of the browser
+        eventually(lambda: responder.left_at, PATIENCE, f"the handler runs on: {ending.running!r}")
+        assert responder.left_at[0] - begin < PATIENCE / 2  # by itself it would have gone on for all of it
+        if number is None:  # another worker goes on
+            with Browser(f"{ending.url}/ping") as browser:
+                assert browser.status == 200
+
+
+@pytest.mark.parametrize("kind", ["sync", "gthread", "gevent"])
+def test_a_reload_leaves_no_handler_behind(kind: str, broker: NatsServer, responder: Responder) -> None:
+    """What is open goes on in the old process, or is cut off; in both cases it ends with its browser."""
+    with serving(kind, "web_app:app", url=broker.url, cwd=HERE, env=SOON, quiet=False) as reloading:
+        former = stats(reloading)["pid"]
+        with Browser(f"{reloading.url}/events/web.silent?heartbeat=60") as browser:
+            browser.wait_for(b"data: first\n\n")
+            reloading.running.send(signal.SIGHUP)
+            eventually(lambda: stats(reloading)["pid"] != former, PATIENCE)
+            begin = time.monotonic()
+            browser.leave()
+        eventually(lambda: responder.left_at, PATIENCE, f"the handler runs on: {reloading.running!r}")
+        assert responder.left_at[0] - begin < PATIENCE / 4
+        with Browser(f"{reloading.url}/ping") as browser:
+            assert browser.status == 200

@@ -15,6 +15,7 @@ from natsync.contrib.flask import NatSync, sse_response
 from natsync.contrib.sse import EventBody
 
 app = flask.Flask(__name__)
+app.config.from_prefixed_env()
 nats = NatSync(app)
 pool = natsync.ConnectionPool(min_size=0, max_size=8, timeout=30)
 

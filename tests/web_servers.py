@@ -50,13 +50,13 @@ def serving(
     It is ended by SIGTERM (Ctrl-C where that is its way), and gunicorn has to leave with status 0; with quiet, a
     traceback in its log is a failure.
     """
-    command = [sys.executable, *SERVERS[kind], *arguments]
+    command = [sys.executable, *SERVERS[kind]]
     if kind == "werkzeug":
-        command += [app, "run", "--port", "0", "--no-reload"]
+        command += [*arguments, app, "run", "--port", "0", "--no-reload"]
     elif "gunicorn" in command:
-        command += ["--bind", "127.0.0.1:0", "--graceful-timeout", "5", app]
+        command += ["--bind", "127.0.0.1:0", "--graceful-timeout", "5", *arguments, app]
     else:
-        command.append(app)
+        command += [*arguments, app]
     with (
         tempfile.TemporaryDirectory() as scratch,
         child(*command, url=url, cwd=cwd, env={"XDG_RUNTIME_DIR": scratch, **(env or {})}) as running,
