@@ -149,3 +149,16 @@ def test_the_testing_tools_are_there_without_an_import_of_their_own() -> None:
         "assert not hasattr(natsync, 'nothing')\n"
     )
     assert done.stdout.strip() == "NatsServer", done.stderr
+
+
+def test_a_framework_that_is_missing_is_one_line_which_says_what_to_install() -> None:
+    done = run_python("import sys; sys.modules['flask'] = None\nimport natsync.contrib.flask")
+    assert done.stderr.splitlines()[-1] == (
+        'ImportError: natsync.contrib.flask needs Flask: pip install "natsync[flask]"'
+    )
+
+
+@pytest.mark.parametrize("module", ["body", "failures", "presence", "sse"])
+def test_what_every_framework_needs_needs_none(module: str) -> None:
+    loaded = packages(report_of(f"import natsync.contrib.{module}"))
+    assert loaded - packages(report_of("import tenacity")) <= OURS

@@ -69,6 +69,7 @@ class Call(Waiter):
         self._calls = calls
         self._connection = connection
         self._idle_timeout = idle_timeout
+        self._idle_seconds = 0.0  # waited in vain since something came, over several waits
         self._as_items = as_items
         self._portion = max(1, window // 4)  # chunks taken from the queue at once: so often may credit be given
         self._lock = threading.Lock()
@@ -336,12 +337,16 @@ class Call(Waiter):
         return error
 
     def _wait(self, deadline: Deadline) -> None:
-        until = deadline.or_sooner(self._idle_timeout)
+        idle = self._idle_timeout
+        until = deadline if idle is None else deadline.or_sooner(max(0.0, idle - self._idle_seconds))
         begin = time.monotonic()
         woken = self._signal.wait(until)
-        self.blocked_seconds += time.monotonic() - begin
+        waited = time.monotonic() - begin
+        self.blocked_seconds += waited
         if woken or self._queue or self._over:
+            self._idle_seconds = 0.0
             return
+        self._idle_seconds += waited
         if deadline.expired:
             raise TimedOut(f"no chunk of {self.subject!r} in time; the stream goes on")
         self.fail(IdleTimeout(f"stream {self.subject!r}: nothing came for {self._idle_timeout} s"))

@@ -69,6 +69,10 @@ class MappedStream(Closable[T]):
     def __next__(self) -> T:
         return self._function(next(self._stream))
 
+    def next(self, timeout: float | None = None) -> T:
+        """The function of the stream's next chunk; waits and raises as the stream's next() does."""
+        return self._function(self._stream.next(timeout))
+
     def close(self) -> None:
         self._stream.close()
 
