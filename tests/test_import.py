@@ -67,7 +67,7 @@ def test_importing_natsync_stays_within_the_budget_of_modules() -> None:
 
 def test_importing_natsync_does_not_bring_its_edges() -> None:
     loaded = report_of("import natsync")["modules"]
-    assert {"natsync.testing", "natsync.cli"}.isdisjoint(loaded)
+    assert {"natsync.testing", "natsync.cli", "natsync.contrib"}.isdisjoint(loaded)
 
 
 def test_importing_natsync_starts_nothing() -> None:
@@ -149,3 +149,16 @@ def test_the_testing_tools_are_there_without_an_import_of_their_own() -> None:
         "assert not hasattr(natsync, 'nothing')\n"
     )
     assert done.stdout.strip() == "NatsServer", done.stderr
+
+
+def test_a_framework_that_is_missing_is_one_line_which_says_what_to_install() -> None:
+    done = run_python("import sys; sys.modules['flask'] = None\nimport natsync.contrib.flask")
+    assert done.stderr.splitlines()[-1] == (
+        'ImportError: natsync.contrib.flask needs Flask: pip install "natsync[flask]"'
+    )
+
+
+@pytest.mark.parametrize("module", ["body", "failures", "presence", "sse"])
+def test_what_every_framework_needs_needs_none(module: str) -> None:
+    loaded = packages(report_of(f"import natsync.contrib.{module}"))
+    assert loaded - packages(report_of("import tenacity")) <= OURS

@@ -471,6 +471,26 @@ def test_idle_timeout_ends_a_stream_that_has_gone_quiet(client: natsync.Client, 
     assert sender.closed.wait(PATIENCE)
 
 
+def test_idle_timeout_counts_several_waits_for_the_same_chunk_as_one(client: natsync.Client, hold: Hold) -> None:
+    with client.stream("sc.hold", idle_timeout=0.3) as stream:
+        begin = time.monotonic()
+        with pytest.raises(natsync.IdleTimeout):
+            while True:
+                try:
+                    stream.next(timeout=0.05)
+                except natsync.TimedOut as error:
+                    if type(error) is not natsync.TimedOut:
+                        raise
+        assert 0.3 <= time.monotonic() - begin < 5
+
+
+def test_a_mapped_stream_has_next(client: natsync.Client) -> None:
+    stream = client.stream("sc.count", "2").map(bytes.decode)
+    assert [stream.next(timeout=5), stream.next(timeout=5)] == ["0", "1"]
+    with pytest.raises(natsync.StreamEnded):
+        stream.next(timeout=5)
+
+
 def test_idle_timeout_does_not_run_while_the_consumer_is_busy(client: natsync.Client, hold: Hold) -> None:
     with client.stream("sc.hold", idle_timeout=0.2) as stream:
         hold.sender.send(b"1")

@@ -1,0 +1,75 @@
+"""What natsync's errors are over HTTP."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import natsync
+from natsync import Code
+from natsync.contrib.failures import error_data, http_headers, http_status
+
+ERRORS: list[tuple[BaseException, int, Code]] = [
+    (natsync.RequestTimeout("no reply on secret.subject"), 504, Code.DEADLINE_EXCEEDED),
+    (natsync.IdleTimeout("secret.subject"), 504, Code.DEADLINE_EXCEEDED),
+    (natsync.DeadlineExceeded("secret.subject"), 504, Code.DEADLINE_EXCEEDED),
+    (natsync.PoolTimeout("secret.subject"), 504, Code.DEADLINE_EXCEEDED),
+    (natsync.NoRespondersError("secret.subject"), 503, Code.UNAVAILABLE),
+    (natsync.StreamRefused("secret.subject"), 503, Code.RESOURCE_EXHAUSTED),
+    (natsync.NoServersError({"secret.subject": OSError()}), 503, Code.UNAVAILABLE),
+    (natsync.ConnectionLost("secret.subject"), 503, Code.UNAVAILABLE),
+    (natsync.ConnectionClosed("secret.subject"), 503, Code.UNAVAILABLE),
+    (natsync.ReconnectBufferFull("secret.subject"), 503, Code.UNAVAILABLE),
+    (natsync.PermissionDenied("secret.subject"), 502, Code.INTERNAL),
+    (natsync.AuthorizationError("secret.subject"), 502, Code.INTERNAL),
+    (natsync.MaxPayloadExceeded(3, 2), 413, Code.INVALID_ARGUMENT),
+    (natsync.InvalidArgument("secret.subject"), 500, Code.INTERNAL),
+    (ValueError("secret.subject"), 500, Code.INTERNAL),
+    (natsync.ForkError("secret.subject"), 500, Code.UNKNOWN),
+]
+
+
+@pytest.mark.parametrize(("error", "status", "code"), ERRORS, ids=lambda one: type(one).__name__)
+def test_status_and_code_and_no_word_of_the_inside(error: BaseException, status: int, code: Code) -> None:
+    assert http_status(error) == status
+    told = error_data(error)
+    assert (told["code"], told["error"]) == (code, code.name)
+    assert "secret" not in json.dumps(told)
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [
+        (Code.UNKNOWN, 500),
+        (Code.INTERNAL, 500),
+        (Code.NOT_FOUND, 404),
+        (Code.PERMISSION_DENIED, 403),
+        (Code.UNAUTHENTICATED, 401),
+        (Code.INVALID_ARGUMENT, 400),
+        (Code.RESOURCE_EXHAUSTED, 429),
+        (Code.UNAVAILABLE, 503),
+        (Code.DEADLINE_EXCEEDED, 504),
+        (Code.CANCELLED, 503),
+        (99, 500),
+    ],
+)
+def test_a_handlers_error_says_its_own_words_and_what_its_code_says(code: int, status: int) -> None:
+    error = natsync.HandlerError("no such model", code=code)
+    assert http_status(error) == status
+    assert error_data(error)["message"] == "no such model"
+
+
+def test_a_lost_responder_is_unavailable() -> None:
+    assert http_status(natsync.ServerLost("the responder is gone")) == 503
+
+
+@pytest.mark.parametrize(("retry_after", "header"), [(None, "1"), (0.2, "1"), (2.5, "3"), (30, "30")])
+def test_a_refusal_says_when_to_come_back(retry_after: float | None, header: str) -> None:
+    error = natsync.StreamRefused("all slots are taken", retry_after=retry_after)
+    assert http_headers(error) == {"Retry-After": header}
+    assert error_data(error).get("retry_after") == retry_after
+
+
+def test_other_errors_have_no_retry_after() -> None:
+    assert http_headers(natsync.NoRespondersError("x")) == {}
