@@ -34,6 +34,7 @@ from natsync.errors import (
     PermissionDenied,
     PoolClosed,
     PoolTimeout,
+    PoolUnreachable,
     ProtocolError,
     ReconnectBufferFull,
     RequestTimeout,
@@ -49,8 +50,10 @@ from natsync.errors import (
 from natsync.headers import Headers
 from natsync.hooks import Exchange, Hooks
 from natsync.message import Message
+from natsync.middleware import Middleware, Passage
 from natsync.options import ConnectOptions, Sentinels
 from natsync.pool import ConnectionPool
+from natsync.replies import Replies
 from natsync.retry import Retry
 from natsync.streaming.handlers import HandlerContext
 from natsync.streaming.registration import Handle
@@ -85,14 +88,18 @@ __all__ = [
     "InvalidURL",
     "MaxPayloadExceeded",
     "Message",
+    "Middleware",
     "NatsError",
     "NoRespondersError",
     "NoServersError",
+    "Passage",
     "PermissionDenied",
     "PoolClosed",
     "PoolTimeout",
+    "PoolUnreachable",
     "ProtocolError",
     "ReconnectBufferFull",
+    "Replies",
     "RequestTimeout",
     "ResponseSender",
     "Retry",

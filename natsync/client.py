@@ -22,13 +22,17 @@ from natsync.errors import ConnectionClosed, InvalidArgument
 from natsync.headers import HeaderInput, Headers
 from natsync.hooks import Exchange, Watch, fire
 from natsync.message import MISSING, Message, Payload, payload_of
-from natsync.options import Servers, connect_settings
+from natsync.middleware import chain_of
+from natsync.mux import Waiter
+from natsync.options import ConnectOptions, Server, Servers, connect_settings
+from natsync.replies import Replies, Sentinel, check_many
 from natsync.reply import request as _request
-from natsync.retry import RetryPolicy, check_policy, run
+from natsync.retry import Retrying, RetryPolicy, bucket_for, check_policy, run
 from natsync.streaming import terms
 from natsync.streaming.calls import Calls
+from natsync.streaming.passing import PassingSubscription, passing_callback, passing_processor, stream_maker
 from natsync.streaming.stream import Stream, process
-from natsync.streaming.watched import WatchedProcessor, WatchedStream, open_stream, stream_done, watched_callback
+from natsync.streaming.watched import WatchedProcessor, open_stream, stream_done, watched_callback
 from natsync.subscription import (
     PENDING_BYTES,
     PENDING_MESSAGES,
@@ -66,8 +70,20 @@ class Client:
     """
 
     def __init__(self, servers: Servers = None, **options: Any) -> None:
-        self._servers, self._options = connect_settings(servers, options)
-        self._hooks = self._options.hooks
+        self._prepare(*connect_settings(servers, options))
+
+    @classmethod
+    def of(cls, servers: list[Server], options: ConnectOptions) -> Client:
+        """A client from settings that have been checked already; for the pool, which makes many."""
+        client = cls.__new__(cls)
+        client._prepare(servers, options)
+        return client
+
+    def _prepare(self, servers: list[Server], options: ConnectOptions) -> None:
+        self._servers, self._options = servers, options
+        self._hooks = options.hooks
+        self._chain = chain_of(options.middleware)
+        self._loan: Any = None  # for the pool that has lent this client
         self._lock = threading.Lock()
         self._closed = False
         self._core: Connection | None = None
@@ -89,6 +105,12 @@ class Client:
         """
         self._connection().ensure_open(Deadline.after(check_timeout(timeout)))
         return self
+
+    def watched(self, watcher: Waiter) -> Connection:
+        """Have the watcher told of this client's links; before it is opened. For the pool."""
+        core = self._connection()
+        core.mux.watchers.append(watcher)
+        return core
 
     def _connection(self) -> Connection:
         fork_generation()  # finds out about a fork that Python was not told of
@@ -193,6 +215,9 @@ class Client:
         if self._hooks is not None:
             headers = Headers(headers)
             fire(self._hooks, "publishing", Exchange("message", subject, headers), len(data))
+        if self._chain is not None:
+            passage = self._chain.requester("message", subject, headers)
+            data, headers = passage.send(data), passage.headers
         block = Headers(headers).encode() if headers else None
         core = self._connection()
         core.ensure_open()
@@ -230,12 +255,12 @@ class Client:
         ctx = ctx or current()
         headers = traced(headers, ctx)
         if self._hooks is None:
-            return self._ask(subject, data, headers, timeout, retry, ctx)
+            return self._ask(subject, data, headers, timeout, retry, ctx, None)
         headers = Headers(headers)
         watch = Watch(self._hooks, "request", subject, headers)
         watch.tell("request_started")
         try:
-            reply = self._ask(subject, data, headers, timeout, retry, ctx)
+            reply = self._ask(subject, data, headers, timeout, retry, ctx, partial(watch.tell, "retrying"))
         except BaseException as error:
             watch.tell("request_done", watch.seconds, error)
             raise
@@ -250,16 +275,93 @@ class Client:
         timeout: float | None,
         retry: RetryPolicy,
         ctx: Context | None,
+        retrying: Retrying | None,
     ) -> Message:
-        if ctx is not None and ctx.deadline is not None:
-            headers = terms.with_timeout(headers, ctx.remaining())
-        block = Headers(headers).encode() if headers else None
+        passage = None
+        if self._chain is not None:
+            passage = self._chain.requester("request", subject, headers)
+            data, headers = passage.send(data), passage.headers
+        block = _request_block(headers, ctx)
         if retry is None:
-            return _request(self._connection(), subject, data, block, timeout, ctx)
-        with (ctx or Context()).with_timeout(timeout) as scope:
-            return run(
-                lambda attempt: _request(self._connection(), subject, data, block, scope.remaining(), ctx), retry, scope
+            reply = _request(self._connection(), subject, data, block, timeout, ctx)
+        else:
+            with (ctx or Context()).with_timeout(timeout) as scope:
+                reply = run(
+                    lambda attempt: _request(self._connection(), subject, data, block, scope.remaining(), ctx),
+                    retry,
+                    scope,
+                    bucket=bucket_for(retry, subject),
+                    retrying=retrying,
+                )
+        return reply if passage is None else passage.received(reply)
+
+    def request_many(
+        self,
+        subject: str,
+        payload: Payload = b"",
+        *,
+        json: Any = MISSING,
+        headers: HeaderInput = None,
+        timeout: float | None = REQUEST_SECONDS,
+        stall: float | None = None,
+        max_messages: int | None = None,
+        sentinel: Sentinel = None,
+        ctx: Context | None = None,
+    ) -> Replies:
+        """Publish a request and return the replies of everybody who answers, to be iterated as they come (ADR-47).
+
+        Does not wait for a reply; iterating does. The replies end, without an error, when timeout seconds have passed
+        since the request (None = no limit), when after the first one none has come for stall seconds (None or 0 = no
+        such limit), behind max_messages of them, or at the sentinel: a payload (b"" is the usual one), or a function
+        (message) that returns False to end; the message that ends them is not among them. The time that the caller
+        takes for a reply does not count as stall, and what came before the timeout is given out after it too.
+        A handler's error is a reply with the headers Nats-Service-Error. At most 65,536 replies or 64 MiB wait.
+        Iterating raises:
+
+        Raises:
+            NoRespondersError: nothing subscribes to the subject.
+            ConnectionLost: the link broke, so that replies may be missing.
+            SlowConsumerError: replies came much faster than they were taken.
+            PermissionDenied: the server does not let the request, or the replies, pass.
+            Cancelled, DeadlineExceeded: ctx ended; as at once, from request_many(), if it had before.
+            InvalidArgument, TypeError, MaxPayloadExceeded, RequestTimeout, NoServersError, ConnectionClosed: at once,
+                from request_many(); nothing was sent.
+        """
+        check_timeout(timeout)
+        check_timeout(stall, "stall")
+        check_many(max_messages, sentinel)
+        _subject.publish_subject(subject)
+        data = payload_of(payload, json)
+        ctx = ctx or current()
+        headers = traced(headers, ctx)
+        watch = None
+        if self._hooks is not None:
+            headers = Headers(headers)
+            watch = Watch(self._hooks, "request", subject, headers)
+            watch.tell("request_started")
+        passage = None
+        try:
+            if self._chain is not None:
+                passage = self._chain.requester("request", subject, headers)
+                data, headers = passage.send(data), passage.headers
+            return Replies(
+                self._connection(),
+                self,
+                subject,
+                data,
+                _request_block(headers, ctx),
+                timeout=timeout,
+                stall=stall,
+                max_messages=max_messages,
+                sentinel=sentinel,
+                ctx=ctx,
+                watch=watch,
+                passage=passage,
             )
+        except BaseException as error:
+            if watch is not None:
+                watch.tell_once("request_done", watch.seconds, error)
+            raise
 
     def subscribe(
         self,
@@ -288,6 +390,8 @@ class Client:
         group = None if queue is None else _subject.queue_name(queue)
         if callback is not None and not callable(callback):
             raise TypeError(f"a callback is a function (message), not {type(callback).__name__}")
+        if callback is not None and self._chain is not None:
+            callback = passing_callback(self._chain, subject, callback)
         if callback is not None and self._hooks is not None:
             callback = watched_callback(self._hooks, subject, callback)
         connection = self._connection()
@@ -305,6 +409,8 @@ class Client:
         )
         connection.ensure_open()
         connection.subscribe(core)
+        if callback is None and self._chain is not None:
+            return PassingSubscription(self._chain, core, connection, self)
         return Subscription(core, connection, self)
 
     def flush(self, timeout: float | None = FLUSH_SECONDS) -> None:
@@ -372,14 +478,15 @@ class Client:
         data = payload_of(payload, json)
         ctx = ctx or current()
         given = terms.user_headers(traced(headers, ctx))
-        make: Callable[..., Stream] = Stream
-        watch = None
-        if self._hooks is not None:
-            watch = open_stream(self._hooks, subject, given)
-            make = partial(WatchedStream, watch)
+        watch = None if self._hooks is None else open_stream(self._hooks, subject, given)
+        passage = None
         scope = (ctx or Context()).with_timeout(timeout)
         try:
             scope.check()
+            if self._chain is not None:
+                passage = self._chain.requester("stream", subject, given)
+                data, given = passage.send(data), passage.headers
+            make = stream_maker(watch, passage)
             core = self._connection()
             core.ensure_open(Deadline(scope.deadline))
             assert self._calls is not None
@@ -431,16 +538,22 @@ class Client:
         told = None
         if self._hooks is not None:
             told = WatchedProcessor(open_stream(self._hooks, subject, given), processor)
-        take = told or processor
+        take: Callable[[Message], object] = told or processor
         scope = (ctx or Context()).with_timeout(timeout)
         if client_id is not None:
             remove = scope.on_end(lambda: self._tell_offline(client_id))
         try:
+            if self._chain is not None:
+                passage = self._chain.requester("stream", subject, given)
+                data, given = passage.send(data), passage.headers
+                take = passing_processor(passage, take)
             run(
                 lambda attempt: self._process(subject, data, given, take, scope, idle_timeout, attempt),
                 retry,
                 scope,
+                bucket=bucket_for(retry, subject),
                 rerun_errors=True,
+                retrying=None if told is None else told.retrying,
             )
         except BaseException as error:
             if told is not None:
@@ -515,6 +628,13 @@ after_fork_in_child(_renew_in_child)
 def connect(servers: Servers = None, **options: Any) -> Client:
     """A Client that is open already; see Client and Client.open()."""
     return Client(servers, **options).open()
+
+
+def _request_block(headers: HeaderInput, ctx: Context | None) -> bytes | None:
+    """The header block of a request, which tells how much time there is."""
+    if ctx is not None and ctx.deadline is not None:
+        headers = terms.with_timeout(headers, ctx.remaining())
+    return Headers(headers).encode() if headers else None
 
 
 def _check_window(window: int) -> None:

@@ -12,6 +12,7 @@
     │   ├─ RequestTimeout          .sent; also pynats2.NATSRequestTimeoutError
     │   ├─ IdleTimeout             also StreamError
     │   ├─ PoolTimeout
+    │   │   └─ PoolUnreachable     .causes; also NoServersError
     │   └─ DrainTimeout            .undone .unhandled .unsent
     ├─ StreamError                 .code .message .details .last_seq
     │   ├─ StreamRefused           .retry_after
@@ -162,6 +163,18 @@ class RequestTimeout(TimedOut, _pynats2.NATSRequestTimeoutError):
 
 class PoolTimeout(TimedOut):
     """No connection of the pool became free in time."""
+
+
+class PoolUnreachable(PoolTimeout, NoServersError):
+    """No connection of the pool became free in time, because none could be made.
+
+    Attributes:
+        causes: of the last attempt: server -> exception.
+    """
+
+    def __init__(self, message: str, causes: Mapping[str, BaseException]) -> None:
+        super(NoServersError, self).__init__(message)
+        self.causes = dict(causes)
 
 
 class DrainTimeout(TimedOut):

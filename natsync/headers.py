@@ -11,6 +11,9 @@ from typing import TypeAlias
 
 from natsync.errors import InvalidArgument, ProtocolError
 
+#: A reply with this header says that its handler failed, by the convention of NATS services (ADR-32).
+SERVICE_ERROR = "Nats-Service-Error"
+
 HeaderInput: TypeAlias = "Mapping[str, str | Iterable[str]] | Headers | None"
 
 _VERSION = b"NATS/1.0"

@@ -103,6 +103,12 @@ class Hooks:
     def request_done(self, exchange: Exchange, seconds: float, error: BaseException | None) -> None:
         """request() is about to return or raise, all retries included."""
 
+    def retrying(self, exchange: Exchange, attempt: int, wait_seconds: float, error: BaseException) -> None:
+        """An attempt of a request or a stream (counted from 1) has failed like this, and another one follows the wait.
+
+        In the thread that waits for the answer.
+        """
+
     def stream_opened(self, exchange: Exchange) -> None:
         """stream() or stream_request() was called; headers may still be added."""
 

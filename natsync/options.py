@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeAlias
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from natsync import hooks as _hooks
+from natsync import middleware as _middleware
 from natsync import subject as _subject
 from natsync.concurrency import check_timeout
 from natsync.errors import InvalidArgument, InvalidURL
@@ -156,6 +157,7 @@ class ConnectOptions:
             closed, lame_duck, slow_consumer, error; info is a dict. reconnected comes without disconnected where
             another server has taken over from one in lame duck mode.
         hooks: a natsync.Hooks, or a list of them, for metrics and tracing.
+        middleware: a list of natsync.Middleware, which messages pass in its order.
     """
 
     name: str | None = None
@@ -189,6 +191,7 @@ class ConnectOptions:
     heartbeat: float = HEARTBEAT
     on_event: Callable[[str, dict[str, Any]], object] | None = field(default=None, repr=False)
     hooks: _hooks.HooksOption = field(default=None, repr=False)
+    middleware: _middleware.MiddlewareOption = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         for name in ("connect_timeout", "ping_interval", "write_timeout", "reconnect_wait", "reconnect_wait_max"):
@@ -220,6 +223,7 @@ class ConnectOptions:
         if self.on_event is not None and not callable(self.on_event):
             raise TypeError(f"on_event is a function (name, info), not {type(self.on_event).__name__}")
         object.__setattr__(self, "hooks", _hooks.checked(self.hooks))
+        object.__setattr__(self, "middleware", _middleware.checked(self.middleware))
         if not isinstance(self.tls, ssl.SSLContext | bool | None):
             raise TypeError(f"tls is an ssl.SSLContext, True, False or None, not {type(self.tls).__name__}")
         if not isinstance(self.tls_first, bool):

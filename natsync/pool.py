@@ -1,64 +1,117 @@
 """ConnectionPool: a bounded number of clients, lent out one holder at a time.
 
 Most programs want one Client: it serves any number of threads. A pool is for callers who want connections of their own:
-isolation of a slow consumer from the rest, or more than one socket's throughput. Connections are made when needed, one
-waiter after the other, and dialed outside the lock.
-
-A Ctrl-C may come at any moment, in the pool's own clean-up too. CPython looks for signals at calls, at the beginning of
-a function and when a loop starts over, not between plain statements. So what belongs together is changed by statements
-without a call, and a caller whose leaving was cut short is left to the next one who uses the pool, or waits for it.
+isolation of a slow consumer from the rest, or more than one socket's throughput (docs/pool.md).
 """
 
 from __future__ import annotations
 
 import contextlib
-import threading
+import logging
+import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from natsync.client import REQUEST_SECONDS, Client
-from natsync.concurrency import Deadline, Signal, after_fork_in_child, check_timeout, fork_generation, run_soon
+from natsync.concurrency import Deadline, after_fork_in_child, check_timeout, fork_generation, run_soon
 from natsync.context import current
-from natsync.errors import ForkError, InvalidArgument, PoolClosed, PoolTimeout, TimedOut
+from natsync.errors import (
+    ForkError,
+    InvalidArgument,
+    NatsError,
+    NoServersError,
+    PoolClosed,
+    PoolTimeout,
+    PoolUnreachable,
+)
 from natsync.message import Message, Payload
 from natsync.options import Servers, connect_settings
+from natsync.pooling.keeper import Keeper
+from natsync.pooling.store import Store, Turn
+from natsync.replies import Replies
 from natsync.streaming.stream import Stream
 
-#: Connections that wait() makes. Default of the Go system (MinIdlePerServer).
+log = logging.getLogger("natsync.pool")
+
+#: An answer that comes in parts, and that is over some time.
+A = TypeVar("A", Stream, Replies)
+
+#: Connections that there are from the first use on. Default of the Go system (MinIdlePerServer).
 MIN_SIZE = 4
 #: Connections at most. Default of the Go system (MaxConnections).
 MAX_SIZE = 128
 #: Seconds to wait for a free connection. Default of the Go system (AcquireTimeout).
 TIMEOUT = 15.0
+#: Seconds that a connection beyond min_size may be idle. Default of psycopg_pool (max_idle).
+MAX_IDLE = 600.0
+#: Seconds after which a connection that was not given back counts as leaked. Default of the Go system (LeakTimeout).
+LEAK_TIMEOUT = 1800.0
+#: Seconds that close() waits for what is lent.
+CLOSE_SECONDS = 5.0
+#: Seconds that check() waits for each connection's answer.
+CHECK_SECONDS = 2.0
 #: Seconds after which one who waits looks for himself: an interrupt may have kept others from telling him.
 LOOK_SECONDS = 1.0
 
 
-class _Turn:
-    """A caller, and what it was granted: a client, the right to dial one, or nothing (any more)."""
+class Lease:
+    """`with pool.connection() as client:`. Entering borrows a client and may block; leaving gives it back."""
 
-    def __init__(self) -> None:
-        self.generation = fork_generation()
-        self.signal = Signal()
-        self.client: Client | None = None
-        self.may_dial = False
+    __slots__ = ("_client", "_pool", "_timeout", "_turn")
+
+    def __init__(self, pool: ConnectionPool, timeout: float | None) -> None:
+        self._pool = pool
+        self._timeout = timeout
+        self._turn: Turn | None = None
+        self._client: Client | None = None
+
+    def __enter__(self) -> Client:
+        self._turn = turn = Turn(self._pool._keeper.store)
+        try:
+            self._client = client = self._pool._borrow(turn, self._timeout)
+            turn.client = None  # the borrower's alone: see Turn
+        except BaseException:  # a Ctrl-C included: whatever was granted goes to the next
+            self._pool._leave(turn)
+            raise
+        return client
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        turn = self._turn
+        if turn is not None:
+            turn.client = self._client
+            self._client = None
+            unfit = turn.store.leave(turn)
+            if unfit is not None or turn.store.turns:
+                self._pool._left(turn, unfit)
 
 
 class ConnectionPool:
     """Connections lent to one holder at a time: `with pool.connection() as client: ...`.
 
-    Opens nothing until the first use. Waiting callers are served in the order in which they came. A connection that
-    was closed while it was lent is replaced. Safe from any thread.
+    The constructor opens nothing and starts no thread; the first use does, once per process. From then on connections
+    are made in the background, one at a time, until there are min_size, and up to max_size while callers wait. They go
+    to the server that has made the least trouble lately. Callers are served in the order in which they came. A
+    connection without a link is not lent: it is closed and replaced. Safe from any thread.
 
     Args:
         servers: as for Client.
-        min_size: connections that wait() makes.
+        min_size: connections that there are from the first use on.
         max_size: connections at most.
         timeout: seconds to wait for a free one; None = no limit.
-        options: those of ConnectOptions.
+        max_lifetime: seconds after which a connection is not lent any more, shortened at random by up to a tenth;
+            None = no limit.
+        max_idle: seconds after which an idle connection beyond min_size is closed; None = never.
+        leak_timeout: seconds after which a connection that was not given back is closed and replaced, and its borrower
+            named in the log (with the place, if the logger natsync.pool was at level DEBUG when the pool was made);
+            None = never. Streams may hold theirs for as long as they last.
+        options: those of ConnectOptions; retry_on_failed_connect has no effect, for a pool always tries again.
+
+    Raises:
+        InvalidURL, InvalidArgument, TypeError: an argument cannot be used.
     """
 
     def __init__(
@@ -68,202 +121,133 @@ class ConnectionPool:
         min_size: int = MIN_SIZE,
         max_size: int = MAX_SIZE,
         timeout: float | None = TIMEOUT,
+        max_lifetime: float | None = None,
+        max_idle: float | None = MAX_IDLE,
+        leak_timeout: float | None = LEAK_TIMEOUT,
         **options: Any,
     ) -> None:
         for name, value, least in (("max_size", max_size, 1), ("min_size", min_size, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InvalidArgument(f"{name}={value!r}: a whole number from {least} up")
-        self._min_size = min(min_size, max_size)
-        connect_settings(servers, options)
-        self._servers = servers
-        self._options = options
-        self._max_size = max_size
+        for name, seconds in (("max_lifetime", max_lifetime), ("max_idle", max_idle), ("leak_timeout", leak_timeout)):
+            if check_timeout(seconds, name) == 0:
+                raise InvalidArgument(f"{name}={seconds!r}: seconds, more than 0, or None")
         self._timeout = check_timeout(timeout)
-        self._lent_by_parent: weakref.WeakSet[Client] = weakref.WeakSet()
-        self._forget_all()
+        self._settings = connect_settings(servers, options)
+        self._sizes: dict[str, Any] = {
+            "min_size": min(min_size, max_size),
+            "max_size": max_size,
+            "max_lifetime": max_lifetime,
+            "max_idle": max_idle,
+            "leak_timeout": leak_timeout,
+        }
         self._closed = False
+        self._begin()
         _pools.add(self)
 
-    def _forget_all(self) -> None:
-        self._lock = threading.Lock()
-        self._returned = threading.Condition(self._lock)
-        self._idle: list[Client] = []
-        self._leased: dict[Client, None] = {}
-        self._overdue: weakref.WeakSet[Client] = weakref.WeakSet()  # taken from their holders by close()
-        self._dialing = 0
-        self._turns: deque[_Turn] = deque()
-        self._cut_short: deque[_Turn] = deque()  # callers whose leaving an interrupt may have cut short
-        self._numbers = {"leases": 0, "dials": 0, "dials_failed": 0, "timeouts": 0}
+    def _begin(self) -> None:
+        """Have no connections, as in the beginning and in a forked child."""
+        self._keeper = Keeper(*self._settings, **self._sizes)
+        self._keeper.store.closed = self._closed
 
     # -- lending ---------------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def connection(self, timeout: float | None = None) -> Iterator[Client]:
-        """A client for the block's duration.
+    def connection(self, timeout: float | None = None) -> Lease:
+        """A client for the length of a `with` block, which blocks up to timeout seconds for a free one.
 
-        Blocks up to timeout seconds (None = the pool's own timeout) for a free one, dialing included.
+        None = the pool's own timeout; making a connection is part of it.
 
-        Raises:
+        Raises (from the `with` statement):
             PoolTimeout: none became free in time; the text says how many are lent, and how many wait.
+            PoolUnreachable: the same, and the cause is that no server could be reached; it is a NoServersError too.
+            NoServersError, AuthorizationError: the servers refuse the credentials. That is told at once.
             PoolClosed: the pool was closed.
-            NoServersError: a new connection was due and could not be made.
         """
-        turn = _Turn()
-        try:
-            yield self._borrow(turn, timeout)
-        finally:
-            self._leave(turn)
+        return Lease(self, timeout)
 
     def getconn(self, timeout: float | None = None) -> Client:
-        """Borrow a client; give it back with putconn(). Blocks and raises as connection() does."""
-        turn = _Turn()
+        """Borrow a client; give it back with putconn(). Blocks and raises as connection() does.
+
+        One that is dropped instead of given back is found out, told of in the log, and replaced.
+        """
+        turn = Turn(self._keeper.store)
         try:
-            return self._borrow(turn, timeout)
-        except BaseException:  # a Ctrl-C included: whatever was granted goes to the next
+            client = self._borrow(turn, timeout)
+            client._loan = turn
+            turn.client = None  # the borrower's alone: see Turn
+        except BaseException:  # a Ctrl-C included
             self._leave(turn)
             raise
-
-    def _borrow(self, turn: _Turn, timeout: float | None) -> Client:
-        """Wait for the turn; whatever happens, the caller has to _leave() it."""
-        limit = self._timeout if timeout is None else check_timeout(timeout)
-        deadline = Deadline.after(limit)
-        self._queue(turn)
-        while turn.client is None and not turn.may_dial and not self._closed:
-            if not turn.signal.wait(deadline.or_sooner(LOOK_SECONDS)):
-                self._look(turn, deadline, limit)
-        if turn.may_dial:
-            self._dial(turn, deadline, limit)
-        if turn.client is None:
-            raise PoolClosed("the pool is closed")
-        return turn.client
+        return client
 
     def putconn(self, client: Client) -> None:
-        """Give a borrowed client back; one that is closed by now is dropped and its place becomes free.
+        """Give a borrowed client back; one that has no link by now is replaced. Does not block.
 
         Raises:
             InvalidArgument: it is not lent by this pool, or was given back before.
             ForkError: it was borrowed in the parent process.
         """
-        turn = _Turn()
-        try:
-            with self._lock:
-                turn.client = client if client in self._leased else None
-            if turn.client is None and client in self._lent_by_parent:
-                raise ForkError("this connection was borrowed in the parent process")
-            if turn.client is None and client not in self._overdue:  # those close() took from their holders
-                raise InvalidArgument("this client is not on loan from this pool")
-        finally:
-            self._leave(turn)
-
-    def _queue(self, turn: _Turn) -> None:
-        with self._lock:
-            self._finish_leaving_locked()
-            if self._closed:
-                raise PoolClosed("the pool is closed")
-            self._turns.append(turn)
-            self._serve_locked()
-
-    def _serve_locked(self) -> None:
-        """Grant turns, in order, as long as there is something to grant."""
-        while self._turns:
-            while self._idle and self._idle[-1].status == "closed":
-                self._idle.pop()
-            turn = self._turns[0]
-            room = len(self._leased) + self._dialing < self._max_size
-            # No call from here to the signal, see above: a turn is granted whole or not at all.
-            if self._idle:
-                turn.client = self._idle[-1]
-                self._leased[turn.client] = None
-                del self._idle[-1]
-            elif room:
-                turn.may_dial = True
-                self._dialing += 1
-            else:
-                return
-            del self._turns[0]
-            self._numbers["leases"] += 1
-            turn.signal.set()
-
-    def _look(self, turn: _Turn, deadline: Deadline, limit: float | None) -> None:
-        """Nobody has told the caller anything for a while; what was granted at the last moment still counts."""
-        with self._lock:
-            self._finish_leaving_locked()
-            self._serve_locked()
-            if turn.client is None and not turn.may_dial and not self._closed and deadline.expired:
-                self._numbers["timeouts"] += 1
-                lent, waiting = len(self._leased) + self._dialing, len(self._turns)
-                raise PoolTimeout(
-                    f"no connection free after {limit} s ({lent} of {self._max_size} leased, {waiting} waiting); "
-                    f"raise max_size or timeout"
-                )
-
-    def _leave(self, turn: _Turn) -> None:
-        """The caller goes away: its place in the queue, or what it was granted, is free. Idempotent."""
-        try:
-            self._let_go(turn)
-        except BaseException:  # a Ctrl-C in there: somebody else will do it
-            self._cut_short.append(turn)  # a call into C: done before the next signal is looked for
-            raise
-
-    def _let_go(self, turn: _Turn) -> None:
+        turn = client._loan
+        if not isinstance(turn, Turn):
+            raise InvalidArgument("this client is not on loan from this pool")
         if turn.generation != fork_generation():
-            return  # a forked child leaves a block that its parent entered: nothing here is the child's
+            raise ForkError("this connection was borrowed in the parent process")
+        if turn.store is not self._keeper.store or (turn.member is None and not turn.taken):
+            raise InvalidArgument("this client is not on loan from this pool")
+        turn.client = client
+        self._leave(turn)
+
+    def _borrow(self, turn: Turn, timeout: float | None) -> Client:
+        """Wait for the turn; whatever happens, the caller has to _leave() it."""
+        turn.store.borrow(turn)
         client = turn.client
-        with self._lock:
-            kept = self._free_locked(turn)
-            self._finish_leaving_locked()
-            self._serve_locked()
-            self._returned.notify_all()
-        if client is not None and not kept:
-            client.close()
+        return client if client is not None else self._wait_turn(turn, timeout)
 
-    def _free_locked(self, turn: _Turn) -> bool:
-        """Take back what the turn holds; whether the client, if there is one, stays in the pool. Requires _lock."""
-        if turn in self._turns:
-            self._turns.remove(turn)
-        client = turn.client
-        lent = client is not None and client in self._leased
-        keep = client is not None and lent and not self._closed and client.status != "closed"
-        # No call from here on, see above.
-        turn.client = None
-        if turn.may_dial:
-            turn.may_dial = False
-            self._dialing -= 1
-        if client is not None and lent:
-            del self._leased[client]
-            if keep:
-                self._idle += [client]
-        return keep or not lent
-
-    def _finish_leaving_locked(self) -> None:
-        """Do what interrupts have kept others from doing. Requires _lock."""
-        while self._cut_short:
-            self._free_locked(self._cut_short[0])
-            self._cut_short.popleft()
-
-    def _dial(self, turn: _Turn, deadline: Deadline, limit: float | None) -> None:
-        """Make the connection that the turn may make; the lock is not held meanwhile."""
-        client = Client(self._servers, **self._options)
+    def _wait_turn(self, turn: Turn, timeout: float | None) -> Client:
+        limit = self._timeout if timeout is None else check_timeout(timeout)
+        begin, deadline = time.monotonic(), Deadline.after(limit)
+        keeper, signal = self._keeper, turn.signal
+        assert signal is not None
+        keeper.start()
         try:
-            client.open(deadline.remaining())
-        except BaseException as error:
-            client.close(0)
-            with self._lock:
-                self._numbers["dials_failed"] += 1
-            if type(error) is TimedOut:
-                raise PoolTimeout(f"a new connection was not made within {limit} s") from error
-            raise
-        with self._lock:
-            # No call here, see above.
-            closed = self._closed
-            self._numbers["dials"] += 1
-            self._dialing -= 1
-            turn.may_dial = False
-            if not closed:
-                self._leased[client] = None
-                turn.client = client
-        if closed:
-            client.close()
+            while turn.waits:
+                if not signal.wait(deadline.or_sooner(LOOK_SECONDS)):
+                    turn.store.sweep()
+                    keeper.want()
+                    if deadline.expired:
+                        self._give_up(turn, limit)
+        finally:
+            turn.store.waited(turn, time.monotonic() - begin)
+        if turn.client is None:
+            assert turn.failure is not None
+            raise turn.failure()
+        return turn.client
+
+    def _give_up(self, turn: Turn, limit: float | None) -> None:
+        """Raise that nothing was free in time, unless it has come at the last moment."""
+        numbers = turn.store.timed_out(turn)
+        if numbers is None:
+            return
+        lent, waiting = numbers
+        text = f"no connection free after {limit} s ({lent} of {turn.store.max_size} leased, {waiting} waiting); "
+        failure = self._keeper.failure
+        if failure is None:
+            raise PoolTimeout(f"{text}raise max_size or timeout")
+        text += f"the last attempt to make one failed: {failure}"
+        if isinstance(failure, NoServersError):
+            raise PoolUnreachable(text, failure.causes) from failure
+        raise PoolTimeout(text) from failure
+
+    def _leave(self, turn: Turn) -> None:
+        """The caller goes away: its place in the queue, or what it was granted, is free. Idempotent."""
+        self._left(turn, turn.store.leave(turn))
+
+    def _left(self, turn: Turn, unfit: Client | None) -> None:
+        """See to what a caller who has left leaves behind: a broken connection, and those who wait for another."""
+        if unfit is not None:
+            unfit.close()
+        if unfit is not None or turn.store.turns:
+            self._keeper.want()
 
     # -- the client's verbs --------------------------------------------------------------------------------------
 
@@ -277,22 +261,30 @@ class ConnectionPool:
         with self._within({"timeout": REQUEST_SECONDS, **arguments}) as (client, rest):
             return client.request(subject, payload, **rest)
 
+    def request_many(self, subject: str, payload: Payload = b"", **arguments: Any) -> Replies:
+        """Client.request_many() on a borrowed connection, which is held until the replies are over."""
+        return self._held(Client.request_many, subject, payload, {"timeout": REQUEST_SECONDS, **arguments})
+
     def stream(self, subject: str, payload: Payload = b"", **arguments: Any) -> Stream:
         """Client.stream() on a borrowed connection, which is held until the stream is over."""
-        turn = _Turn()
+        return self._held(Client.stream, subject, payload, arguments)
+
+    def _held(self, verb: Callable[..., A], subject: str, payload: Payload, arguments: dict[str, Any]) -> A:
+        """What the verb returns, on a connection that goes back when that is over."""
+        turn = _lasting(self._keeper.store)
         try:
             client, rest = self._borrow_within(turn, arguments)
-            stream = client.stream(subject, payload, **rest)
-            stream.when_finished(lambda: self._leave_soon(turn))
+            answer = verb(client, subject, payload, **rest)
+            answer.when_finished(lambda: self._leave_soon(turn))
         except BaseException:
             self._leave(turn)
             raise
-        return stream
+        return answer
 
-    def _leave_soon(self, turn: _Turn) -> None:
+    def _leave_soon(self, turn: Turn) -> None:
         """Leave from whichever thread ended a stream: closing is for one that may block."""
-        client = turn.client
-        if client is not None and (client.status == "closed" or self._closed):
+        member = turn.member
+        if member is None or not member.usable or turn.store.closed:
             run_soon(lambda: self._leave(turn), "giving a connection back")
         else:
             self._leave(turn)
@@ -306,13 +298,13 @@ class ConnectionPool:
 
     @contextlib.contextmanager
     def _within(self, arguments: dict[str, Any]) -> Iterator[tuple[Client, dict[str, Any]]]:
-        turn = _Turn()
+        turn = _lasting(self._keeper.store)
         try:
             yield self._borrow_within(turn, arguments)
         finally:
             self._leave(turn)
 
-    def _borrow_within(self, turn: _Turn, arguments: dict[str, Any]) -> tuple[Client, dict[str, Any]]:
+    def _borrow_within(self, turn: Turn, arguments: dict[str, Any]) -> tuple[Client, dict[str, Any]]:
         """A client within the verb's own timeout and ctx, and the arguments with the time that is left."""
         ctx = arguments.get("ctx") or current()
         own = Deadline.after(check_timeout(arguments.get("timeout")))
@@ -320,67 +312,119 @@ class ConnectionPool:
         client = self._borrow(turn, limit.remaining())
         return client, arguments if own.at is None else {**arguments, "timeout": own.remaining()}
 
+    # -- life ------------------------------------------------------------------------------------------------------
+
+    def open(self) -> ConnectionPool:
+        """Begin to make min_size connections, in the background; returns itself at once. The first use does it too.
+
+        Raises:
+            PoolClosed: the pool was closed.
+        """
+        fork_generation()  # finds out about a fork that Python was not told of
+        if self._closed:
+            raise PoolClosed("the pool is closed")
+        self._keeper.start()
+        return self
+
     def wait(self, timeout: float | None = None) -> None:
-        """Make connections until there are min_size, so that the first callers need not wait for dialing.
+        """Block until there are min_size connections, so that the first callers need not wait for them.
 
         Blocks up to timeout seconds (None = the pool's own timeout). Raises as connection() does.
         """
         limit = self._timeout if timeout is None else check_timeout(timeout)
         deadline = Deadline.after(limit)
-        with self._lock:
-            wanted = self._min_size - len(self._leased)
-        turns = [_Turn() for _ in range(wanted)]
-        try:
-            for turn in turns:
-                self._borrow(turn, deadline.remaining())
-        finally:
-            with contextlib.ExitStack() as leaving:  # each of them, although an interrupt may fall on one
-                for turn in turns:
-                    leaving.callback(self._leave, turn)
+        keeper = self.open()._keeper
+        store, wanted = keeper.store, self._sizes["min_size"]
+        while True:
+            with store.lock:
+                if store.closed:
+                    raise PoolClosed("the pool is closed")
+                if store.size >= wanted:
+                    return
+                if keeper.refused is None and not deadline.expired:
+                    store.changed.wait(deadline.or_sooner(LOOK_SECONDS).remaining())
+            if keeper.refused is not None:
+                raise keeper.refused()
+            if deadline.expired and store.size < wanted:
+                text = f"{store.size} of {wanted} connections after {limit} s"
+                if isinstance(keeper.failure, NoServersError):
+                    raise PoolUnreachable(f"{text}: {keeper.failure}", keeper.failure.causes) from keeper.failure
+                raise PoolTimeout(text) from keeper.failure
+            keeper.want()
 
-    # -- life ------------------------------------------------------------------------------------------------------
+    def check(self, timeout: float | None = CHECK_SECONDS) -> int:
+        """Have each idle connection answer a PING, and replace those that do not; how many those were.
 
-    def stats(self) -> dict[str, int]:
-        """size, idle, leased, waiting now; leases, dials, dials_failed, timeouts so far."""
+        Blocks for up to timeout seconds a connection. Callers may borrow the others meanwhile. For a health check now
+        and then: no connection is tested when it is borrowed.
+
+        Raises:
+            PoolClosed: the pool was closed.
+        """
+        check_timeout(timeout)
+        keeper = self.open()._keeper
+        replaced = 0
+        for member in list(keeper.store.idle):
+            turn = Turn(keeper.store)
+            try:
+                if keeper.store.lend_idle(member, turn) and turn.client is not None:
+                    turn.client.flush(timeout)
+            except NatsError as error:
+                log.warning("a connection of the pool does not answer, and is replaced: %s", error)
+                replaced += 1
+                if turn.client is not None:
+                    turn.client.close(0)
+            finally:
+                self._leave(turn)
+        return replaced
+
+    def stats(self) -> dict[str, Any]:
+        """What there is now, and what has been since the first use in this process.
+
+        Now: size, idle, leased, waiting (callers), dialing, min_size, max_size; oldest_lease_seconds; servers: of each
+        its health_points (0 = healthy, 100 = worst) and connections. Counted: leases, waits (leases that had to wait),
+        wait_seconds, longest_wait_seconds, timeouts, dials, dials_failed, dial_seconds, lost (links that broke),
+        retired (for max_lifetime), shrunk (for max_idle), leaks.
+        """
         fork_generation()  # finds out about a fork that Python was not told of
-        with self._lock:
-            self._finish_leaving_locked()
-            return {
-                "size": len(self._idle) + len(self._leased),
-                "idle": len(self._idle),
-                "leased": len(self._leased),
-                "waiting": len(self._turns),
-                **self._numbers,
+        keeper = self._keeper
+        store = keeper.store
+        store.sweep()
+        with store.lock:
+            now = time.monotonic()
+            oldest = max((now - turn.since for turn in store.leased), default=0.0)
+            numbers = {
+                "size": store.size,
+                "idle": len(store.idle),
+                "leased": len(store.leased),
+                "waiting": len(store.turns),
+                "dialing": store.dialing,
+                "min_size": self._sizes["min_size"],
+                "max_size": store.max_size,
+                "oldest_lease_seconds": oldest,
+                **store.numbers,
             }
+        return {**numbers, **keeper.numbers, "servers": keeper.servers()}
 
-    def close(self, timeout: float | None = 5.0) -> None:
+    def close(self, timeout: float | None = CLOSE_SECONDS) -> None:
         """Turn away who waits, close what is idle; what is lent is closed when it comes back, or at the deadline.
 
         Blocks up to timeout seconds. Idempotent.
         """
         deadline = Deadline.after(check_timeout(timeout))
         fork_generation()
-        with self._lock:
-            self._finish_leaving_locked()
-            self._closed = True
-            idle, self._idle = self._idle, []
-            turns = list(self._turns)
-            self._turns.clear()
-        for turn in turns:
-            turn.signal.set()
+        self._closed = True
+        keeper = self._keeper
+        idle = keeper.store.close()
+        keeper.stop()
         for client in idle:
             client.close(deadline.remaining())
-        with self._lock:
-            while self._leased and not deadline.expired:
-                self._returned.wait(deadline.remaining())
-            overdue, self._leased = self._leased, {}
-            self._overdue.update(overdue)
-            self._returned.notify_all()
-        for client in overdue:
+        keeper.store.wait_returned(deadline)
+        for _, client in keeper.store.take_leased(lambda turn: True):
             client.close()
 
     def __enter__(self) -> ConnectionPool:
-        return self
+        return self.open()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -388,7 +432,15 @@ class ConnectionPool:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<ConnectionPool {self.stats()}>"
+        store = self._keeper.store
+        return f"<ConnectionPool: {store.size} of {store.max_size}, {len(store.leased)} leased>"
+
+
+def _lasting(store: Store) -> Turn:
+    """A turn that may take as long as it likes."""
+    turn = Turn(store)
+    turn.lasting = True
+    return turn
 
 
 _pools: weakref.WeakSet[ConnectionPool] = weakref.WeakSet()
@@ -397,8 +449,7 @@ _pools: weakref.WeakSet[ConnectionPool] = weakref.WeakSet()
 def _forget_in_child() -> None:
     """In a forked child: connections, borrowers and their locks are the parent's."""
     for pool in list(_pools):
-        pool._lent_by_parent.update(pool._leased)
-        pool._forget_all()
+        pool._begin()
 
 
 after_fork_in_child(_forget_in_child)

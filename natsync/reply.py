@@ -18,31 +18,47 @@ from natsync.message import Item, Message
 from natsync.mux import LinkLoss, Waiter
 
 #: Headers by which a responder says that it failed; those of the NATS services convention (ADR-32).
-ERROR_HEADER = "Nats-Service-Error"
+ERROR_HEADER = _headers.SERVICE_ERROR
 ERROR_CODE_HEADER = "Nats-Service-Error-Code"
+#: The code, HTTP's, of a request that was turned away because too many wait: nothing ran.
+TOO_MANY_REQUESTS = 429
 _NO_RESPONDERS = 503
 _MOST_DIGITS = 9
 
 
-class _Reply(Waiter):
-    """One waiting request."""
+class Asking(Waiter):
+    """A request that waits: for one reply, or for several.
+
+    Attributes:
+        signal: set when there is something new: a reply, or an error.
+        error: why no (further) reply can come.
+        late: replies that nobody wants any more.
+    """
 
     def __init__(self, subject: bytes) -> None:
         self.subject = subject
         self.signal = Signal()
-        self.item: Item | None = None
         self.error: Exception | None = None
-        self.late = 0  # replies behind the first
+        self.late = 0
         self.frame = b""
         self.mark: int | None = None  # the frame's position in the outbox, once it is there
 
-    def deliver(self, items: list[Item]) -> None:
-        if self.item is not None:
-            self.late += len(items)
-            return
-        self.late += len(items) - 1
-        self.item = items[0]
-        self.signal.set()
+    def send(
+        self, connection: Connection, inbox: bytes, block: bytes | None, payload: bytes, deadline: Deadline
+    ) -> None:
+        """Publish the request; blocks only while there is no room for it.
+
+        Raises:
+            RequestTimeout: there was no room by the deadline.
+        """
+        self.frame = connection.encode(self.subject, inbox, block, payload)
+        try:
+            self.mark = connection.put(self.frame, deadline)
+        except TimedOut as error:
+            raise _not_sent(self.subject, error) from error
+        loss = connection.loss_of(self.frame, self.mark)
+        if loss is not None:
+            self.link_lost(loss)
 
     def link_lost(self, loss: LinkLoss) -> None:
         if self.mark is not None and loss.took(self.frame, self.mark):
@@ -67,6 +83,22 @@ class _Reply(Waiter):
         self.signal.set()
 
 
+class _Reply(Asking):
+    """One waiting request."""
+
+    def __init__(self, subject: bytes) -> None:
+        super().__init__(subject)
+        self.item: Item | None = None
+
+    def deliver(self, items: list[Item]) -> None:
+        if self.item is not None:
+            self.late += len(items)
+            return
+        self.late += len(items) - 1
+        self.item = items[0]
+        self.signal.set()
+
+
 def request(
     connection: Connection,
     subject: str,
@@ -82,7 +114,7 @@ def request(
         deadline = deadline.or_sooner(ctx.remaining())
     to = _subject.publish_subject(subject)
     waiter = _Reply(to)
-    _open(connection, deadline, subject)
+    open_for(connection, to, deadline)
     connection.mux.check_allowed()
     token, inbox = connection.mux.address()
     remove: Callable[[], None] | None = None
@@ -90,14 +122,7 @@ def request(
         connection.mux.register(token, waiter)
         if ctx is not None:
             remove = ctx.on_end(waiter.signal.set)
-        waiter.frame = connection.encode(to, inbox, block, payload)
-        try:
-            waiter.mark = connection.put(waiter.frame, deadline)
-        except TimedOut as error:
-            raise RequestTimeout(f"the request on {subject!r} was not sent: {error}", sent=False) from error
-        loss = connection.loss_of(waiter.frame, waiter.mark)
-        if loss is not None:
-            waiter.link_lost(loss)
+        waiter.send(connection, inbox, block, payload, deadline)
         answered = waiter.signal.wait(deadline)
         if waiter.item is None:
             _give_up(connection, waiter, subject, timeout, ctx, answered)
@@ -111,11 +136,16 @@ def request(
     return _reply(connection, inbox, waiter.item, subject)
 
 
-def _open(connection: Connection, deadline: Deadline, subject: str) -> None:
+def open_for(connection: Connection, subject: bytes, deadline: Deadline) -> None:
+    """Have the connection open for a request on the subject; raises RequestTimeout at the deadline."""
     try:
         connection.ensure_open(deadline)
     except TimedOut as error:
-        raise RequestTimeout(f"the request on {subject!r} was not sent: {error}", sent=False) from error
+        raise _not_sent(subject, error) from error
+
+
+def _not_sent(subject: bytes, error: TimedOut) -> RequestTimeout:
+    return RequestTimeout(f"the request on {_subject.decode(subject)!r} was not sent: {error}", sent=False)
 
 
 def _give_up(
@@ -134,13 +164,19 @@ def _give_up(
 
 
 def _reply(connection: Connection, inbox: bytes, item: Item, subject: str) -> Message:
-    block, payload = item[1], item[2]
-    if block is not None and not payload and _headers.status_of(block) == _NO_RESPONDERS:
+    block = item[1]
+    if is_no_responders(item):
         raise NoRespondersError(subject)
     message = Message.received(inbox, item, connection.publish_answer)
     if block is not None:
         raise_service_error(message)
     return message
+
+
+def is_no_responders(item: Item) -> bool:
+    """Whether it is the server's word that nothing subscribes to the subject."""
+    _, block, payload = item
+    return block is not None and not payload and _headers.status_of(block) == _NO_RESPONDERS
 
 
 def raise_service_error(message: Message) -> None:

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import tenacity
 
+from natsync import retry_budget
 from natsync.concurrency import check_timeout
 from natsync.context import Context
 from natsync.errors import (
@@ -20,6 +21,7 @@ from natsync.errors import (
     ConnectionLost,
     DeadlineExceeded,
     ForkError,
+    HandlerError,
     InvalidArgument,
     NatsError,
     NoRespondersError,
@@ -34,6 +36,8 @@ from natsync.errors import (
     StreamRefused,
     TimedOut,
 )
+from natsync.reply import TOO_MANY_REQUESTS
+from natsync.retry_budget import Bucket
 
 T = TypeVar("T")
 Predicate: TypeAlias = Callable[[BaseException], bool]
@@ -48,7 +52,10 @@ class Retry:
     """A retry policy: `client.request(..., retry=Retry(attempts=3))`. Immutable, safe to share.
 
     Waits grow exponentially from `initial` to `maximum` seconds; with jitter each is a random part of that, so that
-    many callers who failed together do not come back together.
+    many callers who failed together do not come back together. A responder that refused and told when to come again
+    (StreamRefused.retry_after) is given that time first. The deadline spans all attempts: a wait that would outlast it
+    ends at it. All callers of a subject in the process share a budget of retries (natsync.retry_budget): beyond a burst
+    of 100 they may make ten a second and one for every five calls, and what exceeds that is not tried again.
 
     Attributes:
         attempts: tries in all, the first included; None for no limit but the deadline.
@@ -58,6 +65,7 @@ class Retry:
         idempotent: running the request twice does no harm: retry also what may have run.
         resumable: the handler can continue where a broken stream ended: it looks at ctx.resume_cursor, the number of
             chunks that the requester has. Without it no stream is repeated once a chunk was handed to the application.
+        budget: whether the budget of the subject counts.
     """
 
     def __init__(
@@ -70,6 +78,7 @@ class Retry:
         on: Predicate | type[BaseException] | tuple[type[BaseException], ...] | None = None,
         idempotent: bool = False,
         resumable: bool = False,
+        budget: bool = True,
     ) -> None:
         if attempts is not None and (isinstance(attempts, bool) or not isinstance(attempts, int) or attempts < 1):
             raise InvalidArgument(f"attempts={attempts!r}: a whole number from 1 up, or None")
@@ -87,6 +96,7 @@ class Retry:
         self.on = on
         self.idempotent = idempotent
         self.resumable = resumable
+        self.budget = budget
 
     def __repr__(self) -> str:
         return f"Retry(attempts={self.attempts}, initial={self.initial:g} s, maximum={self.maximum:g} s)"
@@ -109,7 +119,30 @@ class Retry:
     def waits(self) -> tenacity.wait.wait_base:
         """tenacity's wait strategy of this policy."""
         kind = tenacity.wait_random_exponential if self.jitter else tenacity.wait_exponential
-        return kind(multiplier=self.initial, max=self.maximum, exp_base=self.multiplier)
+        return _AsAsked(kind(multiplier=self.initial, max=self.maximum, exp_base=self.multiplier))
+
+
+class _Spent(tenacity.stop.stop_base):
+    """Stops when the bucket is empty; else takes from it."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        self._bucket = bucket
+
+    def __call__(self, retry_state: tenacity.RetryCallState) -> bool:
+        return not self._bucket.take()
+
+
+class _AsAsked(tenacity.wait.wait_base):
+    """Waits as another strategy does, after the pause that the responder has asked for."""
+
+    def __init__(self, other: tenacity.wait.wait_base) -> None:
+        self._other = other
+
+    def __call__(self, retry_state: tenacity.RetryCallState) -> float:
+        outcome = retry_state.outcome
+        error = outcome.exception() if outcome is not None else None
+        asked = error.retry_after if isinstance(error, StreamRefused) else None
+        return self._other(retry_state) + (asked or 0.0)
 
 
 def _check_choice(on: object) -> None:
@@ -124,9 +157,13 @@ def surely_not_run(error: BaseException) -> bool:
     """Whether nothing can have run at the responder, so that repeating is safe."""
     if isinstance(error, RequestTimeout | ConnectionLost):
         return not error.sent
+    if isinstance(error, HandlerError):
+        return error.code == TOO_MANY_REQUESTS
     return isinstance(error, NoRespondersError | StreamRefused | NoServersError | ReconnectBufferFull)
 
 
+#: Told of a retry: which attempt failed (from 1), the seconds until the next, and the error.
+Retrying: TypeAlias = Callable[[int, float, BaseException], object]
 #: What `retry=` takes: a policy of natsync or one of tenacity; None = one try.
 RetryPolicy: TypeAlias = "Retry | tenacity.Retrying | None"
 
@@ -136,13 +173,17 @@ def run(
     policy: RetryPolicy,
     ctx: Context | None,
     *,
+    bucket: Bucket | None = None,
     rerun_errors: bool = False,
     delivered: Callable[[], bool] = lambda: False,
+    retrying: Retrying | None = None,
 ) -> T:
     """Call function(attempt number from 0) until it returns, as the policy allows; raises its last error.
 
+    bucket: what retries spend from, see bucket_for().
     rerun_errors: errors that the responder reported are repeated too, as the Go system's StreamRequestWithRetry does.
     delivered: whether the application has had a part of the answer, which another try would give it again.
+    retrying: told (attempt from 1, seconds to wait, error) before the wait for another attempt.
     """
     check_policy(policy)
     if policy is None:
@@ -154,7 +195,16 @@ def run(
             ctx.check()
         return function(next(attempt))
 
-    return _retrying(policy, ctx, rerun_errors, delivered)(once)
+    return _retrying(policy, ctx, rerun_errors, delivered, bucket, retrying)(once)
+
+
+def bucket_for(policy: RetryPolicy, subject: str) -> Bucket | None:
+    """The budget that counts for a call on the subject, which is counted as one; None if it may not be repeated."""
+    if policy is None or (isinstance(policy, Retry) and not policy.budget):
+        return None
+    bucket = retry_budget.of(subject)
+    bucket.called()
+    return bucket
 
 
 def check_policy(policy: RetryPolicy) -> None:
@@ -164,16 +214,30 @@ def check_policy(policy: RetryPolicy) -> None:
 
 
 def _retrying(
-    policy: Retry | tenacity.Retrying, ctx: Context | None, rerun_errors: bool, delivered: Callable[[], bool]
+    policy: Retry | tenacity.Retrying,
+    ctx: Context | None,
+    rerun_errors: bool,
+    delivered: Callable[[], bool],
+    bucket: Bucket | None,
+    retrying: Retrying | None,
 ) -> tenacity.Retrying:
     # Exception: a Ctrl-C is no failure to be made up for.
     may_repeat = tenacity.retry_if_exception(
         lambda error: isinstance(error, Exception) and not isinstance(error, _FINAL) and not _over(ctx)
     )
+    # Asked last, when everything else is in favour of another try, because it spends.
+    spent: list[Any] = [] if bucket is None else [_Spent(bucket)]
     if isinstance(policy, tenacity.Retrying):
         wanted: Any = policy.retry
+        enough: Any = policy.stop
         whole = tenacity.retry_if_exception(lambda error: not delivered())
-        return policy.copy(retry=may_repeat & whole & wanted, sleep=_sleeper(ctx), reraise=True)
+        return policy.copy(
+            retry=may_repeat & whole & wanted,
+            stop=tenacity.stop_any(enough, *spent),
+            sleep=_sleeper(ctx),
+            before_sleep=_teller(retrying, policy.before_sleep),
+            reraise=True,
+        )
 
     def repeats(error: BaseException) -> bool:
         if delivered():
@@ -181,10 +245,30 @@ def _retrying(
         return policy.wants(error) or (rerun_errors and policy.on is None and _reported(error))
 
     wants = tenacity.retry_if_exception(repeats)
-    stop = tenacity.stop_never if policy.attempts is None else tenacity.stop_after_attempt(policy.attempts)
+    stops = [] if policy.attempts is None else [tenacity.stop_after_attempt(policy.attempts)]
     return tenacity.Retrying(
-        retry=may_repeat & wants, wait=policy.waits(), stop=stop, sleep=_sleeper(ctx), reraise=True
+        retry=may_repeat & wants,
+        wait=policy.waits(),
+        stop=tenacity.stop_any(*stops, *spent),
+        sleep=_sleeper(ctx),
+        before_sleep=_teller(retrying, None),
+        reraise=True,
     )
+
+
+def _teller(retrying: Retrying | None, further: Any) -> Any:
+    """What tenacity is to call before it waits."""
+    if retrying is None:
+        return further
+
+    def tell(state: tenacity.RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome is not None else None
+        if error is not None and state.next_action is not None:
+            retrying(state.attempt_number, state.next_action.sleep, error)
+        if further is not None:
+            further(state)
+
+    return tell
 
 
 def _reported(error: BaseException) -> bool:

@@ -101,7 +101,9 @@ class SubscriptionCore:
             if self.max_messages is not None:
                 items = items[: self.max_messages - self.received]
             self.received += len(items)
-            dropped = self._admit_locked(batch.subject, items)
+            before = self.dropped
+            refused = self._admit_locked(batch.subject, items)
+            dropped = self.dropped - before
             episode = dropped > 0 and not self._slow
             self._slow = self._slow or dropped > 0
             over = self.received == self.max_messages or self._error is not None
@@ -110,26 +112,28 @@ class SubscriptionCore:
             self._link.count_dropped(dropped)
         if over:
             self._link.unsubscribe(self)
+        if refused:
+            self.refused(batch.subject, refused)
         if episode:
             self._link.slow_consumer(self.subject.decode("utf-8", "replace"), self.dropped)
 
-    def _admit_locked(self, subject: bytes, items: list[Item]) -> int:
-        """Queue what the limits allow; how many messages were lost. Requires _lock."""
+    def refused(self, subject: bytes, items: list[Item]) -> None:
+        """These found no room, and are counted as dropped; for those who tell the sender. Never waits."""
+
+    def _admit_locked(self, subject: bytes, items: list[Item]) -> list[Item]:
+        """Queue what the limits allow; which of them they did not. Requires _lock."""
         size = sum([len(item[2]) for item in items])
         if len(self._pending) + len(items) <= self._limit_messages and self._pending_bytes + size <= self._limit_bytes:
             self._pending.extend([(subject, item) for item in items])
             self._pending_bytes += size
-            return 0
-        before = self.dropped
-        for item in items:
-            self._admit_one_locked(subject, item)
-        return self.dropped - before
+            return []
+        return [item for item in items if not self._admit_one_locked(subject, item)]
 
-    def _admit_one_locked(self, subject: bytes, item: Item) -> None:
+    def _admit_one_locked(self, subject: bytes, item: Item) -> bool:
         size = len(item[2])
         if self._error is not None:
             self.dropped += 1
-            return
+            return False
         if not self._has_room_locked(size) and self._overflow == "drop_old" and size <= self._limit_bytes:
             while self._pending and not self._has_room_locked(size):
                 self._pending_bytes -= len(self._pending.popleft()[1][2])
@@ -137,13 +141,14 @@ class SubscriptionCore:
         if self._has_room_locked(size):
             self._pending.append((subject, item))
             self._pending_bytes += size
-            return
+            return True
         self.dropped += 1
         if self._overflow == "error":
             self._error = SlowConsumerError(
                 f"subscription {self.subject.decode('utf-8', 'replace')!r}: {len(self._pending)} messages "
                 f"({self._pending_bytes} bytes) were waiting when one more came; take them faster or raise the limits"
             )
+        return False
 
     def _has_room_locked(self, size: int) -> bool:
         return len(self._pending) < self._limit_messages and self._pending_bytes + size <= self._limit_bytes

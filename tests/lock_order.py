@@ -53,7 +53,7 @@ INTERRUPTED = {"test_interrupts"}
 TAKERS = {"test_in_a_child_a_handle_waits_for_no_lock_that_the_parent_held"}
 #: The names that the documented order uses for classes that are called otherwise.
 DOCUMENTED = {
-    "ConnectionPool": "Pool", "SenderCore": "Sender", "SubscriptionCore": "Subscription", "_Timers": "timers",
+    "SenderCore": "Sender", "SubscriptionCore": "Subscription", "_Timers": "timers",
 }  # fmt: skip
 
 #: Under which name a worker of pytest-xdist sends its book.

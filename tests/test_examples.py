@@ -81,6 +81,24 @@ def test_retry(server: NatsServer) -> None:
     assert run_example("retry.py", server) == ["the report, after 3 tries"]
 
 
+def test_middleware_auth(server: NatsServer) -> None:
+    assert run_example("middleware_auth.py", server) == [
+        "alice says hello",
+        "['0 for alice', '1 for alice']",
+        "a stranger's request: the signature is missing or wrong (UNAUTHENTICATED)",
+        "a stranger's stream: the signature is missing or wrong (UNAUTHENTICATED)",
+    ]
+
+
+def test_middleware_compression(server: NatsServer) -> None:
+    packed, plain = run_example("middleware_compression.py", server)
+    sizes = "chunks of [10500, 10500, 10500] bytes, of which"
+    found = re.fullmatch(re.escape(sizes) + r" (\d+) were on the wire", packed)
+    assert found is not None, packed
+    assert 0 < int(found[1]) < 1000
+    assert plain == f"{sizes} 31500 were on the wire"
+
+
 @pytest.mark.parametrize("command", [(*NATSYNC, "serve", "worker"), (sys.executable, "worker.py")])
 def test_worker(server: NatsServer, client: natsync.Client, command: tuple[str, ...]) -> None:
     with child(*command, url=server.url, cwd=EXAMPLES) as worker:

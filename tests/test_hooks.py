@@ -963,8 +963,8 @@ def test_hooks_that_raise_harm_nothing(
     assert counts == {
         "closed": 2, "connected": 2, "disconnected": 0, "error": 0, "handler_done": 4, "handler_started": 4,
         "lame_duck": 0, "publishing": 2, "reconnected": 0, "refused": 1, "request_done": 1, "request_started": 1,
-        "response_done": 2, "response_first_chunk": 2, "slow_consumer": 0, "stream_done": 2, "stream_first_chunk": 2,
-        "stream_opened": 2,
+        "retrying": 0, "response_done": 2, "response_first_chunk": 2, "slow_consumer": 0, "stream_done": 2,
+        "stream_first_chunk": 2, "stream_opened": 2,
     }  # fmt: skip
     texts = {one.getMessage() for one in caplog.records if one.levelno >= logging.WARNING}
     assert {f"Broken.{name}() raised" for name, count in counts.items() if count} <= texts

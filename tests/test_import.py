@@ -67,7 +67,7 @@ def test_importing_natsync_stays_within_the_budget_of_modules() -> None:
 
 def test_importing_natsync_does_not_bring_its_edges() -> None:
     loaded = report_of("import natsync")["modules"]
-    assert {"natsync.testing", "natsync.cli", "natsync.contrib"}.isdisjoint(loaded)
+    assert {"natsync.testing", "natsync.cli", "natsync.contrib", "natsync.services"}.isdisjoint(loaded)
 
 
 def test_importing_natsync_starts_nothing() -> None:

@@ -376,7 +376,7 @@ def test_a_wait_for_a_pools_connection(
             "stream": lambda: pool.stream("i.stream"),
         }
         clients = [pool.getconn(), pool.getconn()]
-        interrupted(verbs[verb], error, "_borrow")
+        interrupted(verbs[verb], error, "_wait_turn")
         for client in clients:
             pool.putconn(client)
         balanced(pool, 2)
@@ -393,7 +393,7 @@ def test_a_pools_dialing(verb: str, error: type[BaseException]) -> None:
                 "getconn": pool.getconn,
                 "wait": pool.wait,
             }
-            interrupted(verbs[verb], error, "_dial")
+            interrupted(verbs[verb], error, "wait" if verb == "wait" else "_wait_turn")
             go_on.set()
             client = pool.getconn()
             assert pool.stats()["leased"] == 1

@@ -13,19 +13,21 @@ from support import ROOT
 CORE = [
     "_version", "_pynats2",
     "errors", "server_errors", "server_info", "nkey", "headers", "subject", "message", "concurrency", "timers",  # words
-    "closing", "context", "hooks", "options",
+    "closing", "context", "hooks", "middleware", "options",
     "protocol",  # wire
     "auth", "servers", "workers", "resolver", "transport", "outbox", "session", "handover",  # link
     "settling", "mux", "subscription", "dispatcher", "supervisor", "links",
     "connection",  # connection
-    "reply", "retry", "streaming", "streaming.terms", "streaming.frames", "streaming.window", "streaming.peers",  # use
-    "streaming.inlet", "streaming.calls", "streaming.plain_receiver", "streaming.framed_receiver", "streaming.call",
+    "reply", "replies", "retry_budget", "retry",  # use
+    "streaming", "streaming.terms", "streaming.frames", "streaming.window", "streaming.peers", "streaming.inlet",
+    "streaming.calls", "streaming.plain_receiver", "streaming.framed_receiver", "streaming.call",
     "streaming.stream", "streaming.framing", "streaming.sender", "streaming.plain_sender", "streaming.framed_sender",
-    "streaming.handlers", "streaming.watched", "streaming.work", "streaming.responder", "streaming.registration",
-    "streaming.serving", "streaming.subscriber", "client", "pool",
+    "streaming.handlers", "streaming.watched", "streaming.passing", "streaming.work", "streaming.responder",
+    "streaming.registration", "streaming.serving", "streaming.subscriber", "client",
+    "pooling", "pooling.health", "pooling.store", "pooling.keeper", "pool",
 ]  # fmt: skip
 #: What the core never imports: these may import all of it.
-EDGES = ("__init__", "__main__", "testing", "cli", "contrib")
+EDGES = ("__init__", "__main__", "testing", "cli", "contrib", "services")
 
 PACKAGE = ROOT / "natsync"
 FILES = {

@@ -35,7 +35,7 @@ def pool(nats_server: NatsServer) -> Iterator[natsync.ConnectionPool]:
 
 def test_the_constructor_opens_nothing_and_the_first_use_one_connection() -> None:
     with RecordingServer() as server:
-        pool = natsync.ConnectionPool(server.url)
+        pool = natsync.ConnectionPool(server.url, min_size=0)
         assert (server.accepted, pool.stats()["size"]) == (0, 0)
         for _ in range(10):
             pool.publish("p.x")
@@ -185,44 +185,81 @@ def test_a_connection_that_broke_for_good_is_replaced(make_nats_server: Make) ->
         assert pool.stats()["dials"] == 2
 
 
-def test_a_connection_that_is_made_again_stays_in_the_pool(make_nats_server: Make) -> None:
+def test_a_lent_connection_that_is_made_again_stays_in_the_pool(make_nats_server: Make) -> None:
     server = make_nats_server()
     with natsync.ConnectionPool(server.url, max_size=1, reconnect_wait=0.02) as pool:
         with pool.connection() as client:
             client.flush()
-        server.kill()
-        server.start()
+            server.kill()
+            server.start()
+            eventually(lambda: client.stats()["reconnects"] == 1, PATIENCE)
         with pool.connection() as other:
             assert other is client
-            eventually(lambda: client.stats()["reconnects"] == 1)
+        assert (pool.stats()["dials"], pool.stats()["lost"]) == (1, 1)
+
+
+def test_an_idle_connection_that_breaks_is_replaced(make_nats_server: Make) -> None:
+    server = make_nats_server()
+    with natsync.ConnectionPool(server.url, min_size=2, max_size=2) as pool:
+        pool.wait(PATIENCE)
+        with pool.connection() as client:
+            pass
+        server.kill()
+        eventually(lambda: (pool.stats()["size"], client.status) == (0, "closed"), PATIENCE)
+        server.start()
+        eventually(lambda: pool.stats()["idle"] == 2, PATIENCE)
+        assert (pool.stats()["dials"], pool.stats()["lost"]) == (4, 2)
+
+
+def test_a_connection_that_is_given_back_without_a_link_costs_the_next_caller_no_turn(make_nats_server: Make) -> None:
+    server = make_nats_server()
+    with natsync.ConnectionPool(server.url, max_size=1, timeout=PATIENCE, reconnect_wait=PATIENCE) as pool:
+        first = pool.getconn()
+        with ThreadPoolExecutor(2) as callers:
+            waiting = []
+            for number in range(2):
+                waiting.append(callers.submit(pool.getconn))
+                eventually(lambda number=number: pool.stats()["waiting"] == number + 1)
+            server.kill()
+            eventually(lambda: first.status == "reconnecting", PATIENCE)
+            server.start()
+            pool.putconn(first)
+            second = waiting[0].result(PATIENCE)
+            assert second is not first
+            assert first.status == "closed"
+            assert not waiting[1].done()
+            second.flush()
+            pool.putconn(second)
+            pool.putconn(waiting[1].result(PATIENCE))
+
+
+def test_when_no_server_can_be_reached_the_caller_learns_why_at_its_deadline(make_nats_server: Make) -> None:
+    server = make_nats_server()
+    server.kill()
+    with natsync.ConnectionPool(server.url, max_size=1, connect_timeout=1, timeout=0.3) as pool:
+        for _ in range(3):
+            begin = time.monotonic()
+            with pytest.raises(natsync.PoolTimeout, match="the last attempt to make one failed: no server") as caught:
+                pool.publish("p.x")
+            assert 0.29 <= time.monotonic() - begin < 1.5
+            assert isinstance(caught.value, natsync.NoServersError)
+            assert list(caught.value.causes) == [server.url]
+        assert pool.stats()["size"] == 0
+        assert 2 <= pool.stats()["dials_failed"] <= 9
+        server.start()
+        with pool.connection(PATIENCE) as client:
             client.flush()
 
 
-def test_a_dial_that_fails_is_raised_and_its_slot_is_free_again(make_nats_server: Make) -> None:
-    server = make_nats_server()
-    server.kill()
-    with natsync.ConnectionPool(server.url, max_size=1, connect_timeout=1) as pool:
-        for _ in range(3):
-            with pytest.raises(natsync.NoServersError):
-                pool.publish("p.x")
-        assert (pool.stats()["dials_failed"], pool.stats()["size"]) == (3, 0)
-        server.start()
-        pool.publish("p.x")
-
-
-def test_a_dial_that_fails_passes_the_turn_on(make_nats_server: Make) -> None:
-    server = make_nats_server()
-    with natsync.ConnectionPool(server.url, max_size=1, connect_timeout=1, reconnect=False, timeout=PATIENCE) as pool:
-        first = pool.getconn()
-        with ThreadPoolExecutor(4) as callers:
-            waiting = [callers.submit(pool.publish, "p.x") for _ in range(4)]
-            eventually(lambda: pool.stats()["waiting"] == 4)
-            server.kill()
-            eventually(lambda: first.status == "closed")
-            pool.putconn(first)
-            for one in waiting:
-                with pytest.raises(natsync.NoServersError):
-                    one.result(PATIENCE)
+def test_a_refusal_of_the_credentials_is_told_at_once_to_all_who_wait(make_nats_server: Make) -> None:
+    server = make_nats_server(config="authorization { user: ada, password: S3CRET-right }")
+    pool = natsync.ConnectionPool(server.url, user="ada", password="S3CRET-wrong", max_size=2, timeout=PATIENCE)
+    with pool, ThreadPoolExecutor(4) as callers:
+        for one in [callers.submit(pool.getconn) for _ in range(4)]:
+            with pytest.raises(natsync.AuthorizationError):
+                one.result(2)
+        with pytest.raises(natsync.AuthorizationError):
+            pool.wait(PATIENCE)
 
 
 # -- streams -------------------------------------------------------------------------------------------------------
@@ -273,6 +310,31 @@ def test_a_stream_that_fails_gives_its_connection_back(pool: natsync.ConnectionP
         with pytest.raises(natsync.InvalidArgument):
             pool.stream("p.bad subject")
     assert pool.stats()["leased"] == 0
+
+
+@pytest.mark.parametrize("how", ["close", "timeout", "max_messages", "garbage"])
+def test_the_replies_of_request_many_hold_a_connection_until_they_are_over(
+    pool: natsync.ConnectionPool, raw: RawClient, how: str
+) -> None:
+    raw.subscribe("p.many")
+    replies: natsync.Replies | None = pool.request_many(
+        "p.many", timeout=0.2 if how == "timeout" else 30, max_messages=2
+    )
+    assert replies is not None
+    request = raw.next()
+    assert pool.stats()["leased"] == 1
+    raw.answer(request, b"1")
+    assert next(iter(replies)).data == b"1"
+    if how == "close":
+        replies.close()
+    elif how == "max_messages":
+        raw.answer(request, b"2")
+    if how == "garbage":
+        del replies
+        gc.collect()
+    elif how != "close":
+        assert len(list(replies)) == (how == "max_messages")
+    eventually(lambda: (pool.stats()["leased"], pool.stats()["idle"]) == (0, 1), PATIENCE)
 
 
 def test_stream_request_holds_a_connection_until_it_returns(pool: natsync.ConnectionPool, raw: RawClient) -> None:

@@ -814,21 +814,21 @@ def test_pool_many_callers_on_an_empty_pool_make_no_storm_of_connections(in_back
                 done.result(PATIENCE)
         eventually(lambda: len(server.pubs) == 24)
         assert server.accepted <= 3
-        assert pool.stats()["dials"] == server.accepted
+        eventually(lambda: pool.stats()["dials"] == server.accepted)
 
 
 def test_pool_metrics_tell_idle_leased_dials_and_failures(make_nats_server: Make) -> None:
     server = make_nats_server()
-    with natsync.ConnectionPool(server.url, max_size=2, connect_timeout=1, reconnect=False) as pool:
+    with natsync.ConnectionPool(server.url, min_size=0, max_size=2, connect_timeout=1, reconnect=False) as pool:
         with pool.connection() as client:
             stats = pool.stats()
             assert (stats["leased"], stats["idle"], stats["dials"]) == (1, 0, 1)
             server.kill()
             eventually(lambda: client.status == "closed")
         assert pool.stats()["idle"] == 0
-        with pytest.raises(natsync.NoServersError):
-            pool.publish("parity.x")
-        assert pool.stats()["dials_failed"] == 1
+        with pytest.raises(natsync.NoServersError), pool.connection(timeout=0.2):
+            pass
+        assert pool.stats()["dials_failed"] >= 1
 
 
 # -- StreamRequest -------------------------------------------------------------------------------------------------

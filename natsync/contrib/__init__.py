@@ -1,5 +1,4 @@
-"""natsync at home in other people's frameworks; each module needs the extra of its name.
+"""Integrations with other packages: each module needs its own extra, and nothing in natsync imports them.
 
-Nothing in the library imports this package. `presence`, `body`, `sse` and `failures` are for every WSGI framework and
-need no extra.
+`presence`, `body`, `sse` and `failures` are what those for WSGI frameworks have in common, and need no extra.
 """

@@ -1,8 +1,8 @@
 """Handlers: the shapes of functions that users register, each turned into one that drives a sender to its end.
 
-A Runner is called on a worker thread with (ctx, request, core); whatever the user's function does, the stream has ended
-when it returns, unless the function took the sender along to go on in threads of its own. It returns what the function
-raised.
+What is made of a function is called on a worker thread with (ctx, request, core). guarded() makes it a Runner: whatever
+the user's function does, the stream has ended when it returns, unless the function took the sender along to go on in
+threads of its own. It returns what the function raised.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from natsync.streaming.terms import Status
 log = logging.getLogger("natsync.streaming")
 
 Handler: TypeAlias = Callable[..., Any]
+Sending: TypeAlias = "Callable[[HandlerContext, Message, SenderCore], None]"
 Runner: TypeAlias = "Callable[[HandlerContext, Message, SenderCore], BaseException | None]"
 
 _NO_DEADLINE = Deadline()
@@ -93,30 +94,30 @@ def _name(function: Handler) -> str:
     return getattr(function, "__qualname__", None) or repr(function)
 
 
-def stream_runner(function: Handler) -> Runner:
+def stream_runner(function: Handler) -> Sending:
     """For (ctx, request, sender), and for (ctx, request) returning an iterator that is sent and ended."""
     form = "(ctx, request, sender), or (ctx, request) returning an iterator"
     if arguments(function, (2, 3), form) == 3:
-        return _guarded(lambda ctx, request, core: _callback(function, ctx, request, core))
-    return _guarded(lambda ctx, request, core: _send_all(function(ctx, request), core))
+        return lambda ctx, request, core: _callback(function, ctx, request, core)
+    return lambda ctx, request, core: _send_all(function(ctx, request), core)
 
 
-def batch_runner(function: Handler) -> Runner:
+def batch_runner(function: Handler) -> Sending:
     """For (ctx, request, sender), and for the pull form (request, index) -> (list of data, more)."""
     form = "(ctx, request, sender), or (request, index) returning (list of data, more)"
     if arguments(function, (2, 3), form) == 3:
-        return _guarded(lambda ctx, request, core: _callback(function, ctx, request, core))
-    return _guarded(lambda ctx, request, core: _pull_batches(function, request, core))
+        return lambda ctx, request, core: _callback(function, ctx, request, core)
+    return lambda ctx, request, core: _pull_batches(function, request, core)
 
 
-def legacy_runner(function: Handler, pause: float) -> Runner:
+def legacy_runner(function: Handler, pause: float) -> Sending:
     """For the pull form (request, index) -> (data, more); pause: seconds between calls."""
     arguments(function, (2,), "(request, index) returning (data, more)")
     check_timeout(pause, "pause")
-    return _guarded(lambda ctx, request, core: _pull(function, ctx, request, core, pause))
+    return lambda ctx, request, core: _pull(function, ctx, request, core, pause)
 
 
-def single_runner(function: Handler) -> Runner:
+def single_runner(function: Handler) -> Sending:
     """A request/reply handler asked for a stream: its one answer, and the end."""
 
     def run(ctx: HandlerContext, request: Message, core: SenderCore) -> None:
@@ -125,7 +126,7 @@ def single_runner(function: Handler) -> Runner:
             core.send(reply, _NO_DEADLINE)
         core.end()
 
-    return _guarded(run)
+    return run
 
 
 def reply_bytes(value: Any) -> bytes:
@@ -140,7 +141,7 @@ def reply_bytes(value: Any) -> bytes:
         raise TypeError(f"the handler returned {type(value).__name__}, which has no JSON form: {error}") from error
 
 
-def _guarded(run: Callable[[HandlerContext, Message, SenderCore], None]) -> Runner:
+def guarded(run: Sending) -> Runner:
     """Answer whatever the handler raises with an error, and log it unless the stream was over anyway."""
 
     def guarded(ctx: HandlerContext, request: Message, core: SenderCore) -> BaseException | None:

@@ -24,6 +24,7 @@ class Handle:
 
     Attributes:
         subject, queue: as registered.
+        kind: "stream" or "request" for what the handler answers; "message" if it is given messages.
         ctx: the parent of every request's context; cancelling it stops the registration and everything under way.
             It has ended once stop() has returned.
     """
@@ -33,6 +34,7 @@ class Handle:
     ) -> None:
         self.subject = _subject.decode(core.subject)
         self.queue = None if core.queue is None else core.queue.decode()
+        self.kind = work.kind
         self.ctx = work.ctx
         self._responder = responder
         self._core = core
@@ -55,6 +57,16 @@ class Handle:
         numbers["dropped"] += self._core.dropped
         numbers["failed"] += self._core.failed
         return numbers
+
+    @property
+    def processing_ns(self) -> int:
+        """Nanoseconds that requests took from their start to their end, those of ended ones together."""
+        return self._work.processing_ns
+
+    @property
+    def last_error(self) -> str | None:
+        """The type and text of the last error of the handler; None while it has not failed."""
+        return self._work.last_error
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until the registration is stopped, up to timeout seconds (None = no limit); whether it is."""

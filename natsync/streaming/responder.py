@@ -20,14 +20,16 @@ from natsync.context import running
 from natsync.errors import Code, NatsError
 from natsync.headers import Headers
 from natsync.hooks import Kind, Watch
-from natsync.message import Message
+from natsync.message import Item, Message
+from natsync.middleware import chain_of
 from natsync.mux import DeepMux, Mux
-from natsync.protocol import Batch
-from natsync.reply import ERROR_CODE_HEADER, ERROR_HEADER
+from natsync.protocol import Batch, encode_pub
+from natsync.reply import ERROR_CODE_HEADER, ERROR_HEADER, TOO_MANY_REQUESTS
 from natsync.streaming import frames, handlers, terms
 from natsync.streaming.framed_sender import FramedSender
 from natsync.streaming.framing import Framing
 from natsync.streaming.handlers import Handler, HandlerContext, Runner
+from natsync.streaming.passing import Passing, PassingFramedSender, PassingPlainSender
 from natsync.streaming.plain_sender import PlainSender
 from natsync.streaming.sender import SenderCore, describe
 from natsync.streaming.watched import ResponseWatch, run_watched
@@ -62,6 +64,19 @@ class StreamIntake(SubscriptionCore):
                 log.exception("a request on %r could not be started", _subject.decode(batch.subject))
 
 
+class RequestIntake(SubscriptionCore):
+    """A subscription to requests: those for which there is no room are turned away, not forgotten."""
+
+    turn_away: Callable[[Message], None]
+
+    def refused(self, subject: bytes, items: list[Item]) -> None:
+        for item in items:
+            try:
+                self.turn_away(Message.received(subject, item, self._link.publish_answer))
+            except Exception:
+                log.exception("a request on %r could not be turned away", _subject.decode(subject))
+
+
 class Responder:
     """Runs the handlers of one connection.
 
@@ -78,6 +93,10 @@ class Responder:
         self._plain = connection.add_mux(Mux(frames.control_inbox(prefix, unique, frames.PLAIN_MARK)))
         self._framed = connection.add_mux(DeepMux(frames.control_inbox(prefix, unique, frames.FRAMED_MARK)))
         self._framing = Framing(connection, self._framed)
+        self._chain = chain_of(connection.options.middleware)
+        self._classes: tuple[type[FramedSender], type[PlainSender]] = (FramedSender, PlainSender)
+        if self._chain is not None:
+            self._classes = (PassingFramedSender, PassingPlainSender)
         # Threads of streams that have ended, and freed their slot, may take a moment to leave.
         self._pool = WorkerPool(f"{connection.name}-stream-worker", 2 * max_streams)
         self._lock = threading.Lock()
@@ -130,6 +149,10 @@ class Responder:
             work.count("dropped")
             self._refuse(core, request, work, "the responder is shutting down")
             return
+        if work.full:  # only the reader's thread adds to them
+            work.count("dropped")
+            self._refuse(core, request, work, f"too many streams on {work.subject!r}: all {work.limit} are in use")
+            return
         if not self._take_slot():
             work.count("dropped")
             self._refuse(core, request, work, f"too many streams: all {self._max_streams} are in use")
@@ -150,10 +173,14 @@ class Responder:
         assert request.reply is not None
         reply, offer = _subject.encode(request.reply), opening.offer
         core: SenderCore
+        framed, plain = self._classes
         if offer is not None and self.connection.options.framed and self._framed.denied is None:
-            core = FramedSender(self.connection, self._framing, reply, ctx, request.subject, offer)
+            core = framed(self.connection, self._framing, reply, ctx, request.subject, offer)
         else:
-            core = PlainSender(self.connection, self._plain, reply, ctx, request.subject, natsync_peer=opening.natsync)
+            core = plain(self.connection, self._plain, reply, ctx, request.subject, natsync_peer=opening.natsync)
+        if self._chain is not None:
+            assert isinstance(core, Passing)
+            core.pass_through(self._chain, work.kind, work.subject, request)
         watch = self._watch("stream", request, work)
         if watch is not None:
             ResponseWatch(watch, core)
@@ -183,13 +210,26 @@ class Responder:
         ctx = self._context(terms.decode_opening(request.headers), work)
         work.begin(ctx)
         watch = self._watch("request", request, work)
-        outcome = "failed"
+        outcome, error = "failed", None
         try:
             with running(ctx):
                 error = run(ctx, request) if watch is None else run_watched(watch, lambda: run(ctx, request))
             outcome = "processed" if error is None else "failed"
         finally:
-            work.end(ctx, outcome)
+            work.end(ctx, outcome, error)
+
+    def turn_away(self, request: Message, work: Work) -> None:
+        """A request/reply handler has too many requests waiting: say so, instead of nothing. Never waits."""
+        reason = f"too many requests wait on {work.subject!r}"
+        if request.reply is None:
+            return
+        if terms.STREAM_HEADER in request.headers:
+            opening = terms.decode_opening(request.headers)
+            self._refuse(self._sender(request, self._context(opening, work), opening, work), request, work, reason)
+            return
+        headers = Headers({ERROR_HEADER: reason, ERROR_CODE_HEADER: str(TOO_MANY_REQUESTS)})
+        self.connection.put_now(encode_pub(_subject.encode(request.reply), None, headers.encode(), b""))
+        self._tell_refused("request", request, work, reason)
 
     def _context(self, opening: terms.Opening, work: Work) -> HandlerContext:
         return HandlerContext(
@@ -240,12 +280,18 @@ def answering(function: Handler) -> Answering:
 
 def _run_stream(request: Message, runner: Runner, ctx: HandlerContext, core: SenderCore, work: Work) -> None:
     """The whole of a stream's handler; the request is over when it has returned and the stream is closed."""
+    error: BaseException | None = None
+
+    def over() -> None:
+        outcome = core.outcome
+        work.end(ctx, outcome, (error or core.error) if outcome == "failed" else None)
+
     try:
         core.accept()
         with running(ctx):
-            runner(ctx, request, core)
+            error = runner(ctx, request, core)
     finally:
-        core.when_closed(lambda: work.end(ctx, core.outcome))
+        core.when_closed(over)
 
 
 def _respond_error(request: Message, error: BaseException) -> None:

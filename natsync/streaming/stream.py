@@ -24,7 +24,7 @@ from natsync.errors import (
 )
 from natsync.headers import Headers
 from natsync.message import Message
-from natsync.retry import RetryPolicy, run, surely_not_run
+from natsync.retry import RetryPolicy, bucket_for, run, surely_not_run
 from natsync.streaming.call import Call, Finished
 from natsync.streaming.calls import Calls
 
@@ -108,6 +108,7 @@ class Stream(Closable[bytes]):
         self._idle_timeout = idle_timeout
         self._window = window
         self._retry = retry
+        self._bucket = bucket_for(retry, subject)
         self._generation = fork_generation()
         self._at_end: list[Finished] = []
         self._tries = 0
@@ -169,7 +170,14 @@ class Stream(Closable[bytes]):
                 raise
 
         try:
-            outcome = run(attempt, policy, scope, delivered=lambda: self._delivered)
+            outcome = run(
+                attempt,
+                policy,
+                scope,
+                bucket=self._bucket,
+                delivered=lambda: self._delivered,
+                retrying=self._retrying,
+            )
         except DeadlineExceeded:
             if self._ctx.cancelled:
                 self._settle()
@@ -202,6 +210,9 @@ class Stream(Closable[bytes]):
         if not getattr(policy, "resumable", False):
             self._settle()
         return outcome
+
+    def _retrying(self, attempt: int, wait_seconds: float, error: BaseException) -> None:
+        """Another attempt follows."""
 
     def _again(self) -> None:
         """Make another attempt; what this one has counted stays counted."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from types import TracebackType
@@ -21,11 +22,13 @@ from natsync.context import Context
 from natsync.errors import ConnectionClosed, DrainTimeout, ForkError, InvalidArgument, TimedOut
 from natsync.links import Status
 from natsync.message import Message
+from natsync.middleware import chain_of
 from natsync.options import Servers, connect_settings
 from natsync.streaming import handlers
-from natsync.streaming.handlers import Handler, Runner
+from natsync.streaming.handlers import Handler, Runner, Sending
+from natsync.streaming.passing import passing_callback, passing_function, passing_runner
 from natsync.streaming.registration import LEAVE_SECONDS, Handle
-from natsync.streaming.responder import Responder, StreamIntake, answering
+from natsync.streaming.responder import RequestIntake, Responder, StreamIntake, answering
 from natsync.streaming.serving import Serving
 from natsync.streaming.watched import watched_callback, watched_runner
 from natsync.streaming.work import COUNTED, Work
@@ -73,10 +76,10 @@ class Subscriber:
         **options: Any,
     ) -> None:
         for name, value in (("max_workers", max_workers), ("max_streams", max_streams)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InvalidArgument(f"{name}={value!r}: a whole number from 1 up")
+            _check_limit(name, value)
         check_limits(None, pending_messages, pending_bytes, "drop_new", 1)
         self._servers, self._options = connect_settings(servers, options)
+        self._chain = chain_of(self._options.middleware)
         self._max_workers = max_workers
         self._max_streams = max_streams
         self._limits: dict[str, Any] = {"pending_messages": pending_messages, "pending_bytes": pending_bytes}
@@ -96,23 +99,36 @@ class Subscriber:
     # -- registering ---------------------------------------------------------------------------------------------
 
     def stream_subscribe(
-        self, subject: str, handler: Handler, *, queue: str | None = None, ctx: Context | None = None
+        self,
+        subject: str,
+        handler: Handler,
+        *,
+        queue: str | None = None,
+        ctx: Context | None = None,
+        max_streams: int | None = None,
     ) -> Handle:
         """Answer requests on the subject with streams; opens the subscriber.
 
         handler(ctx, request, sender) may return at once and go on sending from threads of its own; it must end the
         sender. handler(ctx, request) returning an iterator (or a generator function) ends by itself. Each request
-        has a thread of its own for as long as its handler runs. Live at the server when this returns.
+        has a thread of its own for as long as its handler runs. Beyond max_streams at once on this registration, and
+        beyond the subscriber's own, requests are refused. Live at the server when this returns.
 
         Raises:
             InvalidArgument, TypeError: the subject, the queue or the handler cannot be used; nothing was registered.
             Cancelled, DeadlineExceeded: ctx has ended already.
             NoServersError: there is no connection yet, and none could be made.
         """
-        return self._stream_now(subject, handlers.stream_runner(handler), queue, ctx)
+        return self._stream_now(subject, handlers.stream_runner(handler), queue, ctx, max_streams)
 
     def batch_stream_subscribe(
-        self, subject: str, handler: Handler, *, queue: str | None = None, ctx: Context | None = None
+        self,
+        subject: str,
+        handler: Handler,
+        *,
+        queue: str | None = None,
+        ctx: Context | None = None,
+        max_streams: int | None = None,
     ) -> Handle:
         """stream_subscribe() for handlers that send in batches.
 
@@ -120,17 +136,24 @@ class Subscriber:
         (list of data, more) and is called until more is false. A batch leaves in one write where it can.
         Raises as stream_subscribe() does.
         """
-        return self._stream_now(subject, handlers.batch_runner(handler), queue, ctx)
+        return self._stream_now(subject, handlers.batch_runner(handler), queue, ctx, max_streams)
 
     def legacy_stream_subscribe(
-        self, subject: str, handler: Handler, *, queue: str | None = None, ctx: Context | None = None, pause: float = 0
+        self,
+        subject: str,
+        handler: Handler,
+        *,
+        queue: str | None = None,
+        ctx: Context | None = None,
+        max_streams: int | None = None,
+        pause: float = 0,
     ) -> Handle:
         """stream_subscribe() for the pull form handler(request, index) -> (data, more).
 
         It is called until more is false, pausing `pause` seconds between calls; empty data is skipped. The stream
         always ends, with an error if the handler raised. Raises as stream_subscribe() does.
         """
-        return self._stream_now(subject, handlers.legacy_runner(handler, pause), queue, ctx)
+        return self._stream_now(subject, handlers.legacy_runner(handler, pause), queue, ctx, max_streams)
 
     def subscribe(
         self,
@@ -148,42 +171,65 @@ class Subscriber:
         "drop_new" or "drop_old"; every loss is counted. Raises as stream_subscribe() does.
         """
         handlers.arguments(handler, (1,), "(message)")
-        work = Work((ctx or Context()).with_cancel(), subject)
+        work = Work((ctx or Context()).with_cancel(), "message", subject)
         hooks = self._options.hooks
-        run = handler if hooks is None else watched_callback(hooks, subject, handler)
+        run = handler if self._chain is None else passing_callback(self._chain, subject, handler)
+        if hooks is not None:
+            run = watched_callback(hooks, subject, run)
 
         def take(message: Message) -> None:
             work.count("received")
-            run(message)
+            began = time.perf_counter_ns()
+            try:
+                run(message)
+            except BaseException as error:
+                work.took(began, error)
+                raise
+            work.took(began)
             work.count("processed")
 
         self.open()
         return self._register(subject, queue, take, work, concurrency=concurrency, overflow=overflow)
 
-    def stream(self, subject: str, *, queue: str | None = None) -> Callable[[F], F]:
+    def stream(self, subject: str, *, queue: str | None = None, max_streams: int | None = None) -> Callable[[F], F]:
         """Decorator form of stream_subscribe(): @subscriber.stream("llm.chat", queue="llm").
 
         The function is checked here and returned unchanged.
         """
 
+        _check_limit("max_streams", max_streams)
+
         def decorate(function: F) -> F:
             runner = handlers.stream_runner(function)
-            self._record(subject, queue, lambda: self._register_stream(subject, runner, queue, None))
+            self._record(subject, queue, lambda: self._register_stream(subject, runner, queue, None, max_streams))
             return function
 
         return decorate
 
-    def handler(self, subject: str, *, queue: str | None = None) -> Callable[[F], F]:
+    def handler(
+        self,
+        subject: str,
+        *,
+        queue: str | None = None,
+        max_workers: int | None = None,
+        pending_messages: int | None = None,
+    ) -> Callable[[F], F]:
         """Decorator for request/reply: what function(ctx, request) returns is the reply.
 
         bytes and str go as they are, None is an empty reply, anything else is sent as JSON. An exception is sent as
         Nats-Service-Error headers, which raise HandlerError at a natsync requester. A requester that asks for a
-        stream gets the one reply as its only chunk.
+        stream gets the one reply as its only chunk. max_workers of this registration's requests are handled at once,
+        and pending_messages of them wait (None = the subscriber's own limits); one too many is answered at once, with
+        an error of code 429, which Retry repeats.
         """
+        _check_limit("max_workers", max_workers)
+        _check_limit("pending_messages", pending_messages)
+        limits = {} if pending_messages is None else {"pending_messages": pending_messages}
 
         def decorate(function: F) -> F:
             handlers.arguments(function, (2,), "(ctx, request)")
-            self._record(subject, queue, lambda: self._register_reply(subject, function, queue))
+            workers = max_workers or self._max_workers
+            self._record(subject, queue, lambda: self._register_reply(subject, function, queue, workers, limits))
             return function
 
         return decorate
@@ -202,15 +248,20 @@ class Subscriber:
         if is_open:
             register()
 
-    def _stream_now(self, subject: str, runner: Runner, queue: str | None, ctx: Context | None) -> Handle:
+    def _stream_now(
+        self, subject: str, runner: Sending, queue: str | None, ctx: Context | None, max_streams: int | None
+    ) -> Handle:
+        _check_limit("max_streams", max_streams)
         _subject.subscribe_subject(subject)
         self.open()
-        return self._register_stream(subject, runner, queue, ctx)
+        return self._register_stream(subject, runner, queue, ctx, max_streams)
 
-    def _register_stream(self, subject: str, runner: Runner, queue: str | None, ctx: Context | None) -> Handle:
+    def _register_stream(
+        self, subject: str, runner: Sending, queue: str | None, ctx: Context | None, limit: int | None
+    ) -> Handle:
         queue = queue or self.default_queue
-        work = Work((ctx or Context()).with_cancel(), subject, queue)
-        run = self._watched(runner)
+        work = Work((ctx or Context()).with_cancel(), "stream", subject, queue, limit)
+        run = self._runner(runner)
         responder = self._opened()
 
         def take(message: Message) -> None:
@@ -218,19 +269,23 @@ class Subscriber:
 
         return self._register(subject, queue, take, work, intake=StreamIntake)
 
-    def _register_reply(self, subject: str, function: Handler, queue: str | None) -> Handle:
+    def _register_reply(
+        self, subject: str, function: Handler, queue: str | None, workers: int, limits: dict[str, int]
+    ) -> Handle:
         queue = queue or self.default_queue
-        work = Work(Context(), subject, queue)
-        run = answering(function)
-        single = self._watched(handlers.single_runner(function))
+        work = Work(Context(), "request", subject, queue)
+        run = answering(function if self._chain is None else passing_function(self._chain, subject, function))
+        single = self._runner(handlers.single_runner(function))
         responder = self._opened()
 
         def take(message: Message) -> None:
             responder.answer(message, run, single, work)
 
-        return self._register(subject, queue, take, work, concurrency=self._max_workers)
+        return self._register(subject, queue, take, work, intake=RequestIntake, concurrency=workers, **limits)
 
-    def _watched(self, runner: Runner) -> Runner:
+    def _runner(self, run: Sending) -> Runner:
+        """What runs a stream's handler: behind the middleware if there is some, and told of to hooks if there are."""
+        runner = handlers.guarded(run if self._chain is None else passing_runner(run))
         return runner if self._options.hooks is None else watched_runner(runner)
 
     def _register(
@@ -250,9 +305,11 @@ class Subscriber:
         responder = self._opened()
         connection = responder.connection
         pool = connection.dispatcher.workers
-        core = intake(connection, wanted, name, callback=take, pool=pool, **self._limits, **limits)
+        core = intake(connection, wanted, name, callback=take, pool=pool, **{**self._limits, **limits})
         if isinstance(core, StreamIntake):
             core.start = take
+        if isinstance(core, RequestIntake):
+            core.turn_away = lambda request: responder.turn_away(request, work)
         handle = Handle(responder, core, work, self._forget)
         with self._lock:
             self._check_usable_locked()
@@ -473,6 +530,11 @@ class Subscriber:
 
     def __repr__(self) -> str:
         return f"<Subscriber {self.status}: {len(self._handles)} registrations>"
+
+
+def _check_limit(name: str, value: int | None) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise InvalidArgument(f"{name}={value!r}: a whole number from 1 up")
 
 
 _subscribers: weakref.WeakSet[Subscriber] = weakref.WeakSet()

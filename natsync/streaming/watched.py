@@ -55,6 +55,9 @@ class WatchedStream(Stream):
             self._watch.tell_once("stream_first_chunk", self._watch.seconds)
         return chunk
 
+    def _retrying(self, attempt: int, wait_seconds: float, error: BaseException) -> None:
+        self._watch.tell("retrying", attempt, wait_seconds, error)
+
     def _learn(self, error: Exception) -> None:
         """The consumer is about to get this error; it ends the stream, unless only the wait is over."""
         if type(error) is TimedOut or isinstance(error, ForkError):
@@ -99,6 +102,9 @@ class WatchedProcessor:
             if self._chunks == 1:
                 self._watch.tell_once("stream_first_chunk", self._watch.seconds)
         return self._processor(message)
+
+    def retrying(self, attempt: int, wait_seconds: float, error: BaseException) -> None:
+        self._watch.tell("retrying", attempt, wait_seconds, error)
 
     def returned(self) -> None:
         """The request has returned: at the end, or because the processor wanted no more."""

@@ -1,0 +1,88 @@
+"""MessagePack payloads: encode(), decode(), and handlers that take and return values instead of bytes.
+
+    from natsync.contrib import msgpack
+
+    @subscriber.handler("sum")
+    @msgpack.typed
+    def add(ctx, numbers):
+        return {"sum": sum(numbers)}
+
+    reply = client.request("sum", msgpack.encode([20, 22]))
+    print(msgpack.decode(reply)["sum"])
+
+Needs the extra `msgpack`. Values are those of MessagePack: no objects of one's own.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+try:
+    import msgpack as _msgpack
+except ImportError:
+    raise ImportError('the msgpack library is not installed: pip install "natsync[msgpack]"') from None
+
+from natsync.errors import Code, HandlerError, InvalidArgument
+from natsync.message import Message
+
+
+def encode(value: Any) -> bytes:
+    """The value as a payload.
+
+    Raises:
+        InvalidArgument: it has no form in MessagePack.
+    """
+    try:
+        packed: bytes = _msgpack.packb(value)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise InvalidArgument(f"the value has no MessagePack form: {error}") from error
+    return packed
+
+
+def decode(data: bytes | Message) -> Any:
+    """The value of a payload or a message.
+
+    Raises:
+        InvalidArgument: it is not one value in MessagePack.
+    """
+    try:
+        return _msgpack.unpackb(data.data if isinstance(data, Message) else data)
+    except (ValueError, RecursionError, _msgpack.UnpackException) as error:
+        what = str(error) or type(error).__name__
+        raise InvalidArgument(f"the payload is not a MessagePack value: {what}") from error
+
+
+def typed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator under @subscriber.handler and @subscriber.stream: function(ctx, value) returns or yields values.
+
+    A payload that is not MessagePack is answered with a HandlerError of code INVALID_ARGUMENT.
+    """
+
+    def value_of(request: Message) -> Any:
+        try:
+            return decode(request)
+        except InvalidArgument as error:
+            raise HandlerError(str(error), code=Code.INVALID_ARGUMENT) from error
+
+    if inspect.isgeneratorfunction(function):
+
+        @functools.wraps(function)
+        def stream(ctx: Any, request: Message) -> Iterator[bytes]:
+            yield from map(encode, function(ctx, value_of(request)))
+
+        return _plain(stream)
+
+    @functools.wraps(function)
+    def answer(ctx: Any, request: Message) -> bytes:
+        return encode(function(ctx, value_of(request)))
+
+    return _plain(answer)
+
+
+def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with its own signature, not the wrapped one's, so that its form is what counts."""
+    del function.__wrapped__  # type: ignore[attr-defined]
+    return function

@@ -1,0 +1,254 @@
+"""Replies: one request, and the replies of everybody who answers it, as they come.
+
+The rules are those of ADR-47 (Request Many) of the NATS project. The reader's thread queues what comes; the caller's
+thread takes it, and finds out when there is to be no more. Nothing but the user holds the Replies.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import TypeAlias
+
+from natsync import subject as _subject
+from natsync.concurrency import Deadline, fork_generation
+from natsync.connection import Connection
+from natsync.context import Context
+from natsync.errors import ForkError, InvalidArgument, NoRespondersError, SlowConsumerError
+from natsync.headers import Headers
+from natsync.hooks import Watch
+from natsync.message import Item, Message, to_bytes
+from natsync.middleware import Passage
+from natsync.reply import ERROR_HEADER, Asking, is_no_responders, open_for
+from natsync.subscription import PENDING_BYTES, PENDING_MESSAGES
+
+#: What ends the replies: a payload, or a function that is shown each reply and returns whether to go on.
+Sentinel: TypeAlias = "bytes | str | Callable[[Message], object] | None"
+
+
+class _Many(Asking):
+    """The replies that have come and were not taken yet."""
+
+    def __init__(self, subject: bytes) -> None:
+        super().__init__(subject)
+        self.queue: deque[Item] = deque()
+        self.bytes_in = 0
+        self.bytes_out = 0  # each is changed by one thread only
+
+    def deliver(self, items: list[Item]) -> None:
+        for item in items:
+            if is_no_responders(item):
+                self.fail(NoRespondersError(_subject.decode(self.subject)))
+                continue
+            size = len(item[2])
+            if (
+                len(self.queue) >= PENDING_MESSAGES or self.bytes_in - self.bytes_out + size > PENDING_BYTES
+            ) and self.queue:
+                self.late += 1
+                self.fail(SlowConsumerError(f"replies came faster than they were taken: {len(self.queue)} wait"))
+            else:
+                self.bytes_in += size
+                self.queue.append(item)
+        self.signal.set()
+
+    def take(self) -> Item | None:
+        try:
+            item = self.queue.popleft()
+        except IndexError:  # perhaps close() has just thrown away what there was
+            return None
+        self.bytes_out += len(item[2])
+        return item
+
+
+class Replies:
+    """The replies to one request: iterate, or leave by break or close(), from any thread.
+
+    Made by Client.request_many(). One thread iterates at a time. A Replies that is dropped stops listening.
+
+    Attributes:
+        subject: where the request went.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        owner: object,
+        subject: str,
+        payload: bytes,
+        block: bytes | None,
+        *,
+        timeout: float | None,
+        stall: float | None = None,
+        max_messages: int | None = None,
+        sentinel: Sentinel = None,
+        ctx: Context | None = None,
+        watch: Watch | None = None,
+        passage: Passage | None = None,
+    ) -> None:
+        self.subject = subject
+        self._connection = connection
+        self._owner = owner  # keeps the client alive as long as somebody reads
+        self._deadline = Deadline.after(timeout)
+        self._stall = stall or None
+        self._most = max_messages
+        self._goes_on = _going_on(sentinel)
+        self._ctx = ctx or Context()
+        self._watch = watch
+        self._passage = passage
+        self._given = 0
+        self._over = False
+        self._generation = fork_generation()
+        self._taking = threading.Lock()
+        self._many = many = _Many(_subject.publish_subject(subject))
+        self._ctx.check()
+        start = self._deadline.or_sooner(self._ctx.remaining())
+        open_for(connection, many.subject, start)
+        connection.mux.check_allowed()
+        self._token, self._inbox = connection.mux.address()
+        self._stop_watching: Callable[[], None] = lambda: None
+        self._at_end: list[Callable[[], object]] = []
+        try:
+            connection.mux.register(self._token, many)
+            self._stop_watching = self._ctx.on_end(many.signal.set)
+            many.send(connection, self._inbox, block, payload, start)
+        except BaseException:
+            self._stop_listening()
+            raise
+
+    def __iter__(self) -> Iterator[Message]:
+        return self
+
+    def __next__(self) -> Message:
+        if self._generation != fork_generation():
+            raise ForkError("these replies belong to the parent process")
+        with self._taking:
+            try:
+                message = self._next()
+            except Exception as error:
+                self._finish(error)
+                raise
+            if message is None:
+                self._finish(None)
+                raise StopIteration
+            return message
+
+    def _next(self) -> Message | None:
+        """The next reply; None if there is to be no more."""
+        if self._over or (self._most is not None and self._given >= self._most):
+            return None
+        item = self._wait()
+        if item is None:
+            return None
+        message = Message.received(self._inbox, item, self._connection.publish_answer)
+        if self._passage is not None:
+            self._passage.reply_headers = Headers()
+            message = self._passage.received(message)
+        if not self._goes_on(message):
+            return None
+        self._given += 1
+        return message
+
+    def _wait(self) -> Item | None:
+        many, limit = self._many, self._deadline
+        if limit.expired:
+            self._stop_listening()  # what has come by now is the rest
+        if self._given:
+            limit = limit.or_sooner(self._stall)
+        while True:
+            self._ctx.check()
+            if self._over:
+                return None
+            item = many.take()
+            if item is not None:
+                return item
+            if many.error is not None:
+                raise many.error
+            if not many.signal.wait(limit):
+                self._stop_listening()
+                return many.take()
+
+    def close(self) -> None:
+        """Take no more; a thread that waits for the next reply finds the end. Idempotent, from any thread."""
+        if self._generation == fork_generation():
+            self._finish(None)
+            self._many.signal.set()
+
+    def when_finished(self, callback: Callable[[], object]) -> None:
+        """Have callback() called once when nothing more comes; brief and non-blocking, in any thread."""
+        self._at_end.append(callback)
+        if self._over:
+            self._tell_end()
+
+    def _tell_end(self) -> None:
+        while self._at_end:
+            try:
+                callback = self._at_end.pop()
+            except IndexError:  # another thread ends it, too
+                return
+            callback()
+
+    def _finish(self, error: Exception | None) -> None:
+        self._over = True
+        self._stop_listening()
+        mux, many = self._connection.mux, self._many
+        mux.late, many.late = mux.late + many.late + len(many.queue), 0
+        many.queue.clear()
+        if self._watch is not None:
+            self._watch.tell_once("request_done", self._watch.seconds, error)
+        self._tell_end()
+
+    def _stop_listening(self) -> None:
+        self._connection.mux.waiters.pop(self._token, None)
+        self._stop_watching()
+
+    def __enter__(self) -> Replies:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        token = getattr(self, "_token", None)
+        if token is None or self._over or self._generation != fork_generation():
+            return
+        # A finalizer may run anywhere, inside any lock: leave the work to the supervisor, and the hooks to a worker.
+        self._over = True
+        mux, stop_watching = self._connection.mux, self._stop_watching
+        mux.waiters.pop(token, None)
+        watch, workers, at_end = self._watch, self._connection.dispatcher.workers, self._at_end
+
+        def let_go() -> None:
+            stop_watching()
+            for callback in at_end:
+                callback()
+            if watch is not None:
+                workers.submit(lambda: watch.tell_once("request_done", watch.seconds, None))
+
+        self._connection.in_supervisor(let_go)
+
+    def __repr__(self) -> str:
+        return f"<Replies to {self.subject!r}: {'over' if self._over else 'open'}, {self._given} taken>"
+
+
+def check_many(max_messages: int | None, sentinel: Sentinel) -> None:
+    """Raise InvalidArgument or TypeError if these say nothing that can be meant."""
+    if max_messages is not None and (isinstance(max_messages, bool) or not isinstance(max_messages, int)):
+        raise TypeError(f"max_messages is a whole number or None, not {type(max_messages).__name__}")
+    if max_messages is not None and max_messages < 1:
+        raise InvalidArgument(f"max_messages={max_messages}: at least 1, or None for no limit")
+    if not (sentinel is None or callable(sentinel)):
+        to_bytes(sentinel)
+
+
+def _going_on(sentinel: Sentinel) -> Callable[[Message], object]:
+    if sentinel is None:
+        return lambda message: True
+    if callable(sentinel):
+        return sentinel
+    last = to_bytes(sentinel)
+    # A failed handler's reply is empty too, but is no end: others may still answer.
+    return lambda message: message.data != last or ERROR_HEADER in message.headers

@@ -1,0 +1,343 @@
+"""Replies: one request, many answers; each way in which they end (ADR-47), and what must not be left behind."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+import natsync
+from natsync import replies
+from natsync.testing import NatsServer, eventually
+from rawclient import PATIENCE
+
+Answer = Callable[[natsync.Message], None]
+
+
+@pytest.fixture
+def client(natsync_client: natsync.Client) -> natsync.Client:
+    return natsync_client.open()
+
+
+@pytest.fixture
+def responders(nats_server: NatsServer) -> Iterator[natsync.Client]:
+    """A client of its own for those who answer."""
+    with natsync.Client(nats_server.url) as responders:
+        yield responders
+
+
+def answering(responders: natsync.Client, subject: str, answer: Answer) -> None:
+    responders.subscribe(subject, answer)
+    responders.flush()
+
+
+def sending(*payloads: str) -> Answer:
+    def answer(message: natsync.Message) -> None:
+        for payload in payloads:
+            message.respond(payload)
+
+    return answer
+
+
+def texts(found: Any) -> list[str]:
+    return [message.text() for message in found]
+
+
+def left(client: natsync.Client) -> int:
+    return int(client.stats()["waiting_replies"])
+
+
+# -- how they end --------------------------------------------------------------------------------------------------
+
+
+def test_replies_of_several_responders_come_until_the_timeout(
+    client: natsync.Client, responders: natsync.Client
+) -> None:
+    for name in "abc":
+        answering(responders, "many.all", sending(name))
+    began = time.monotonic()
+    assert sorted(texts(client.request_many("many.all", timeout=0.3))) == ["a", "b", "c"]
+    assert 0.3 <= time.monotonic() - began < PATIENCE
+    assert left(client) == 0
+
+
+def test_without_a_reply_the_timeout_is_an_end_and_no_error(client: natsync.Client, responders: natsync.Client) -> None:
+    answering(responders, "many.silent", sending())
+    assert list(client.request_many("many.silent", timeout=0.05)) == []
+
+
+def test_max_messages_ends_at_once(client: natsync.Client, responders: natsync.Client) -> None:
+    answering(responders, "many.most", sending("1", "2", "3"))
+    assert texts(client.request_many("many.most", timeout=None, max_messages=2)) == ["1", "2"]
+    assert left(client) == 0
+    eventually(lambda: client.stats()["late_replies"] == 1, PATIENCE)
+
+
+def test_stall_ends_when_nothing_follows_but_does_not_count_before_the_first(
+    client: natsync.Client, responders: natsync.Client
+) -> None:
+    let_go = threading.Event()
+
+    def answer(message: natsync.Message) -> None:
+        let_go.wait(PATIENCE)
+        message.respond("1")
+        message.respond("2")
+
+    answering(responders, "many.stall", answer)
+    found = client.request_many("many.stall", timeout=PATIENCE, stall=0.2)
+    timer = threading.Timer(0.6, let_go.set)  # the first takes three stalls
+    timer.start()
+    assert texts(found) == ["1", "2"]
+    timer.join()
+
+
+@pytest.mark.parametrize("stall", [0, None, 100])
+def test_a_stall_of_zero_or_beyond_the_timeout_is_as_none(
+    client: natsync.Client, responders: natsync.Client, stall: float | None
+) -> None:
+    answering(responders, "many.stall.none", sending("1", "2"))
+    began = time.monotonic()
+    assert texts(client.request_many("many.stall.none", timeout=0.2, stall=stall)) == ["1", "2"]
+    assert time.monotonic() - began >= 0.2
+
+
+def test_the_callers_own_time_does_not_count_as_stall(client: natsync.Client, responders: natsync.Client) -> None:
+    asked: list[natsync.Message] = []
+    answering(responders, "many.slow", asked.append)
+    found = client.request_many("many.slow", timeout=PATIENCE, stall=0.3, max_messages=2)
+    eventually(lambda: asked, PATIENCE)
+    asked[0].respond("1")
+    assert next(found).text() == "1"
+    threading.Event().wait(0.5)  # the caller is busy for longer than the stall
+    timer = threading.Timer(0.05, lambda: asked[0].respond("2"))
+    timer.start()
+    assert texts(found) == ["2"]
+    timer.join()
+
+
+def test_what_came_before_the_timeout_is_given_out_after_it_and_nothing_else(
+    client: natsync.Client, responders: natsync.Client
+) -> None:
+    asked: list[natsync.Message] = []
+    answering(responders, "many.late", asked.append)
+    found = client.request_many("many.late", timeout=0.5)
+    eventually(lambda: asked, PATIENCE)
+    for number in "123":
+        asked[0].respond(number)
+    assert next(found).text() == "1"
+    threading.Event().wait(0.6)
+    assert next(found).text() == "2"  # the timeout has passed: what has come is the rest
+    asked[0].respond("4")
+    responders.flush()
+    eventually(lambda: client.stats()["late_replies"] == 1, PATIENCE)
+    assert texts(found) == ["3"]
+
+
+@pytest.mark.parametrize("sentinel", [b"", ""])
+def test_an_empty_message_is_the_usual_sentinel(
+    client: natsync.Client, responders: natsync.Client, sentinel: Any
+) -> None:
+    answering(responders, "many.end", sending("1", "2", "", "3"))
+    assert texts(client.request_many("many.end", timeout=None, sentinel=sentinel)) == ["1", "2"]
+
+
+def test_a_sentinel_may_be_any_payload_or_a_function(client: natsync.Client, responders: natsync.Client) -> None:
+    answering(responders, "many.end.other", sending("1", "", "done", "3"))
+    assert texts(client.request_many("many.end.other", timeout=None, sentinel=b"done")) == ["1", ""]
+    goes_on = client.request_many("many.end.other", timeout=None, sentinel=lambda message: message.data != b"done")
+    assert texts(goes_on) == ["1", ""]
+
+
+def test_what_a_sentinel_function_raises_is_the_callers_and_ends_the_replies(
+    client: natsync.Client, responders: natsync.Client
+) -> None:
+    answering(responders, "many.end.raises", sending("1"))
+
+    def raises(message: natsync.Message) -> bool:
+        raise RuntimeError("on purpose")
+
+    found = client.request_many("many.end.raises", timeout=None, sentinel=raises)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        next(found)
+    assert list(found) == []
+    assert left(client) == 0
+
+
+def test_a_handlers_error_is_a_reply_among_others(client: natsync.Client, nats_server: NatsServer) -> None:
+    with natsync.Subscriber(nats_server.url) as one, natsync.Subscriber(nats_server.url) as other:
+
+        @one.handler("many.mixed")
+        def works(ctx: natsync.Context, request: natsync.Message) -> str:
+            return "fine"
+
+        @other.handler("many.mixed")
+        def fails(ctx: natsync.Context, request: natsync.Message) -> str:
+            raise ValueError("broken here")
+
+        found = list(client.request_many("many.mixed", timeout=PATIENCE, max_messages=2, sentinel=b""))
+    assert sorted((one.text(), one.headers.get("Nats-Service-Error", "")) for one in found) == [
+        ("", "broken here"),
+        ("fine", ""),
+    ]
+
+
+# -- errors --------------------------------------------------------------------------------------------------------
+
+
+def test_no_responders_is_an_error(client: natsync.Client) -> None:
+    found = client.request_many("many.nobody", timeout=PATIENCE)
+    with pytest.raises(natsync.NoRespondersError):
+        next(found)
+    assert list(found) == []
+    assert left(client) == 0
+
+
+def test_a_lost_link_is_an_error_behind_what_came(
+    make_nats_server: Callable[..., NatsServer],
+) -> None:
+    server = make_nats_server()
+    with natsync.Client(server.url) as client, natsync.Client(server.url) as responders:
+        answering(responders, "many.lost", sending("1"))
+        found = client.request_many("many.lost", timeout=PATIENCE)
+        assert next(found).text() == "1"
+        client.force_reconnect()
+        with pytest.raises(natsync.ConnectionLost):
+            next(found)
+
+
+def test_replies_beyond_the_limit_end_in_an_error(
+    client: natsync.Client, responders: natsync.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replies, "PENDING_MESSAGES", 3)
+    answering(responders, "many.flood", sending(*"12345"))
+    found = client.request_many("many.flood", timeout=PATIENCE)
+    eventually(lambda: found._many.error is not None, PATIENCE)
+    assert [next(found).text() for _ in range(3)] == ["1", "2", "3"]
+    with pytest.raises(natsync.SlowConsumerError):
+        next(found)
+
+
+def test_the_context_cancels(client: natsync.Client, responders: natsync.Client) -> None:
+    answering(responders, "many.ctx", sending("1"))
+    ctx = natsync.Context().with_cancel()
+    found = client.request_many("many.ctx", timeout=PATIENCE, ctx=ctx)
+    assert next(found).text() == "1"
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(next, found)
+        ctx.cancel("enough")
+        with pytest.raises(natsync.Cancelled, match="enough"):
+            waiting.result(PATIENCE)
+    with pytest.raises(natsync.Cancelled):
+        client.request_many("many.ctx", timeout=PATIENCE, ctx=ctx)
+    assert left(client) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        ({"timeout": -1}, natsync.InvalidArgument),
+        ({"stall": -1}, natsync.InvalidArgument),
+        ({"max_messages": 0}, natsync.InvalidArgument),
+        ({"max_messages": True}, TypeError),
+        ({"max_messages": 1.5}, TypeError),
+        ({"sentinel": 5}, TypeError),
+        ({"json": 1, "payload": b"x"}, natsync.InvalidArgument),
+        ({"headers": {"a b": "c"}}, natsync.InvalidArgument),
+    ],
+)
+def test_what_makes_no_sense_is_refused_at_once(arguments: dict[str, Any], kind: type[Exception]) -> None:
+    client = natsync.Client("nats://127.0.0.1:1")  # nothing is dialed: that would be another error
+    with pytest.raises(kind):
+        client.request_many("many.bad", **arguments)
+    with pytest.raises(natsync.InvalidArgument):
+        client.request_many("many.*")
+
+
+# -- leaving -------------------------------------------------------------------------------------------------------
+
+
+def test_close_wakes_a_waiting_thread_and_is_idempotent(client: natsync.Client, responders: natsync.Client) -> None:
+    answering(responders, "many.close", sending("1"))
+    with client.request_many("many.close", timeout=None) as found:
+        assert next(found).text() == "1"
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(list, found)
+            found.close()
+            assert waiting.result(PATIENCE) == []
+        found.close()
+    assert left(client) == 0
+
+
+def test_dropped_replies_are_forgotten(client: natsync.Client, responders: natsync.Client) -> None:
+    answering(responders, "many.drop", sending("1"))
+    for message in client.request_many("many.drop", timeout=None):
+        assert message.text() == "1"
+        break
+    gc.collect()
+    assert left(client) == 0
+
+
+def test_who_wants_to_know_is_told_once_that_they_are_over(client: natsync.Client, responders: natsync.Client) -> None:
+    answering(responders, "many.over", sending("1"))
+    told: list[str] = []
+    taken = client.request_many("many.over", timeout=PATIENCE, max_messages=1)
+    closed = client.request_many("many.over", timeout=PATIENCE)
+    dropped = client.request_many("many.over", timeout=PATIENCE)
+    for name, found in (("taken", taken), ("closed", closed), ("dropped", dropped)):
+        found.when_finished(lambda name=name: told.append(name))  # type: ignore[misc]
+    assert texts(taken) == ["1"]
+    assert told == ["taken"]
+    taken.close()
+    closed.close()
+    assert told == ["taken", "closed"]
+    del found, dropped
+    gc.collect()
+    eventually(lambda: told == ["taken", "closed", "dropped"], PATIENCE)
+    closed.when_finished(lambda: told.append("late"))
+    assert told[-1] == "late"
+
+
+def test_replies_keep_their_client(nats_server: NatsServer, responders: natsync.Client) -> None:
+    answering(responders, "many.keep", sending("1"))
+    found = natsync.connect(nats_server.url).request_many("many.keep", timeout=PATIENCE, max_messages=1)
+    gc.collect()
+    assert texts(found) == ["1"]
+
+
+def test_hooks_are_told_of_it_as_of_one_request(nats_server: NatsServer, responders: natsync.Client) -> None:
+    told: list[tuple[str, Any]] = []
+
+    class Log(natsync.Hooks):
+        def request_started(self, exchange: natsync.Exchange) -> None:
+            exchange.headers["Who"] = "me"
+            told.append(("started", exchange.subject))
+
+        def request_done(self, exchange: natsync.Exchange, seconds: float, error: BaseException | None) -> None:
+            told.append(("done", type(error)))
+
+    answering(responders, "many.hooks", lambda message: message.respond(message.headers["Who"]))
+    with natsync.Client(nats_server.url, hooks=Log()) as client:
+        assert texts(client.request_many("many.hooks", max_messages=1)) == ["me"]
+        with pytest.raises(natsync.NoRespondersError):
+            list(client.request_many("many.hooks.nobody"))
+        with pytest.raises(natsync.MaxPayloadExceeded):
+            client.request_many("many.hooks", b"x" * (2 << 20))
+        dropped = client.request_many("many.hooks")
+        del dropped
+        gc.collect()
+        eventually(lambda: len(told) == 8, PATIENCE)
+    assert told == [
+        ("started", "many.hooks"),
+        ("done", type(None)),
+        ("started", "many.hooks.nobody"),
+        ("done", natsync.NoRespondersError),
+        ("started", "many.hooks"),
+        ("done", natsync.MaxPayloadExceeded),
+        ("started", "many.hooks"),
+        ("done", type(None)),
+    ]
