@@ -1,4 +1,5 @@
-"""Integrations with other packages: each module needs its own extra, and nothing in natsync imports them.
+"""Integrations with other packages and frameworks: each module needs the extra of its name.
 
-`presence`, `body`, `sse` and `failures` are what those for WSGI frameworks have in common, and need no extra.
+Nothing in the library imports this package. `presence`, `body`, `sse` and `failures` are for every WSGI framework and
+need no extra.
 """

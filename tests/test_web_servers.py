@@ -1,0 +1,204 @@
+"""A browser that leaves, under each WSGI server: when the server notices, and that nothing is left behind.
+
+Real servers in processes of their own, a real nats-server, and a bare socket for a browser, which leaves by FIN or RST.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import natsync
+from eventsource import Browser
+from natsync.testing import NatsServer, eventually
+from web_servers import SERVERS, Web, serving
+
+pytestmark = pytest.mark.slow
+
+HERE = Path(__file__).parent
+PATIENCE = 20.0
+
+#: Chunks that are pulled after the browser has left, until the server closes the body: (after FIN, after RST). Without
+#: a look at the socket, each is one heartbeat. What a server keeps to itself is as in the table of docs/flask.md.
+PULLED = {
+    "werkzeug": (1, 1),
+    "sync": (2, 1),
+    "gthread": (2, 1),
+    "gevent": (2, 1),
+    "waitress": (3, 2),
+    "waitress-lookahead": (1, 1),
+}
+#: Those that let one see that the client has gone while there is nothing to write.
+LOOKING = [kind for kind in SERVERS if kind != "waitress"]
+ABANDONED = 200
+
+
+class Responder:
+    """The responder of web_app.py."""
+
+    def __init__(self, subscriber: natsync.Subscriber) -> None:
+        self.subscriber = subscriber
+        self.senders: list[natsync.ResponseSender] = []
+        self.left_at: list[float] = []
+        self._lock = threading.Lock()
+
+        @subscriber.handler("web.echo")
+        def echo(ctx: natsync.Context, request: natsync.Message) -> bytes:
+            return request.data
+
+        @subscriber.stream("web.given")
+        def given(ctx: natsync.Context, request: natsync.Message, sender: natsync.ResponseSender) -> None:
+            """Sends what the test sends through its sender."""
+            self.senders.append(sender)
+            sender.closed.wait(PATIENCE)
+
+        @subscriber.stream("web.silent")
+        def silent(ctx: natsync.Context, request: natsync.Message) -> Iterator[bytes]:
+            try:
+                yield b"first"
+                ctx.wait(PATIENCE)
+            finally:
+                self.left_at.append(time.monotonic())
+
+        @subscriber.stream("web.busy")
+        def busy(ctx: natsync.Context, request: natsync.Message) -> Iterator[bytes]:
+            yield b"first"
+            while not ctx.wait(0.01):
+                yield b"again"
+
+    def sender(self) -> natsync.ResponseSender:
+        eventually(lambda: self.senders, PATIENCE)
+        return self.senders.pop()
+
+
+@pytest.fixture(scope="module")
+def broker() -> Iterator[NatsServer]:
+    with NatsServer() as server:
+        yield server
+
+
+@pytest.fixture
+def responder(broker: NatsServer) -> Iterator[Responder]:
+    with natsync.Subscriber(broker.url) as subscriber:
+        yield Responder(subscriber)
+
+
+@pytest.fixture
+def client(broker: NatsServer) -> Iterator[natsync.Client]:
+    with natsync.Client(broker.url) as connected:
+        yield connected
+
+
+@pytest.fixture(params=SERVERS, scope="module")
+def kind(request: pytest.FixtureRequest) -> str:
+    assert isinstance(request.param, str)
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def web(kind: str, broker: NatsServer) -> Iterator[Web]:
+    with serving(kind, "web_app:app", url=broker.url, cwd=HERE) as running:
+        yield running
+
+
+def leave(browser: Browser, how: str) -> None:
+    browser.leave() if how == "FIN" else browser.reset()
+
+
+@pytest.mark.parametrize("how", ["FIN", "RST"])
+def test_how_many_chunks_a_server_pulls_after_its_client_has_left(
+    web: Web, kind: str, how: str, responder: Responder, client: natsync.Client
+) -> None:
+    news = client.subscribe("web.told.x")
+    client.flush()
+    with Browser(f"{web.url}/told/x") as browser:
+        assert news.next(PATIENCE).data == b"pulled"  # the comment at the beginning
+        sender = responder.sender()
+        sender.send(b"seen")
+        assert news.next(PATIENCE).data == b"pulled"
+        browser.wait_for(b"data: seen\n\n")
+        leave(browser, how)
+    pulled = 0
+    while True:
+        time.sleep(0.2)  # as heartbeats have it: time for the other side's answer to a write
+        if not sender.is_closed():
+            sender.send(b"unseen")
+        if news.next(PATIENCE).data == b"closed":
+            break
+        pulled += 1
+    print(f"{kind}: {pulled} chunks after {how}")  # shown by pytest -rP
+    assert pulled <= PULLED[kind][how == "RST"], f"{kind}: {pulled} chunks after {how}"
+    assert sender.closed.wait(PATIENCE)
+
+
+@pytest.mark.parametrize("how", ["FIN", "RST"])
+@pytest.mark.parametrize("kind", LOOKING, indirect=True)
+def test_a_stream_in_which_nothing_happens_ends_within_a_second(web: Web, how: str, responder: Responder) -> None:
+    with Browser(f"{web.url}/events/web.silent?heartbeat=60") as browser:
+        browser.wait_for(b"data: first\n\n")
+        left = time.monotonic()
+        leave(browser, how)
+        eventually(lambda: responder.left_at, PATIENCE)
+    assert responder.left_at[0] - left < 1.0
+
+
+@pytest.mark.parametrize("how", ["FIN", "RST"])
+def test_without_a_look_heartbeats_find_out(web: Web, kind: str, how: str, responder: Responder) -> None:
+    heartbeat = 0.5
+    with Browser(f"{web.url}/events/web.silent?look=no&heartbeat={heartbeat}") as browser:
+        browser.wait_for(b"data: first\n\n")
+        browser.wait_for(b": ping\n\n")
+        left = time.monotonic()
+        leave(browser, how)
+        eventually(lambda: responder.left_at, PATIENCE)
+    assert responder.left_at[0] - left < heartbeat * (PULLED[kind][how == "RST"] + 1)
+
+
+def stats(web: Web) -> dict[str, Any]:
+    with Browser(f"{web.url}/stats", headers="Connection: close\r\n") as browser:
+        found: dict[str, Any] = json.loads(browser.read_all())
+        return found
+
+
+def settled(web: Web, responder: Responder) -> dict[str, Any]:
+    """What the server's process holds once no stream is left."""
+    found: dict[str, Any] = {}
+
+    def quiet() -> bool:
+        found.update(stats(web))
+        return found["streams"] == found["leased"] == responder.subscriber.stats()["streams"] == 0
+
+    eventually(quiet, PATIENCE, f"not quiet: {found}")
+    return found
+
+
+@pytest.mark.timeout(240)
+def test_nothing_is_left_of_200_abandoned_requests(web: Web, kind: str, responder: Responder) -> None:
+    paths = ["/events/web.busy", "/leased/web.busy", "/events/web.silent?heartbeat=0.2"]
+
+    def abandon(number: int) -> None:
+        with Browser(web.url + paths[number % 3], timeout=60) as browser:
+            browser.wait_for(b"data: first\n\n")
+            leave(browser, "FIN" if number % 2 else "RST")
+
+    def many(count: int) -> dict[str, Any]:
+        with ThreadPoolExecutor(1 if kind == "sync" else 8) as browsers:
+            list(browsers.map(abandon, range(count)))
+        return settled(web, responder)
+
+    before = many(24)  # the threads and connections that a server keeps are there from here on
+    after = many(ABANDONED)
+    assert after["pid"] == before["pid"]
+    # Idle workers may have gone, and the pool may have made a connection more: it has 8 at the most, of three threads.
+    assert len(after["threads"]) <= len(before["threads"]) + 3 * 8, after["threads"]
+    eventually(lambda: stats(web)["sockets"] <= before["sockets"] + 8, PATIENCE)
+    assert [name for name in after["threads"] if "stream" in name] == []
+    with Browser(f"{web.url}/ping") as browser:
+        assert browser.status == 200
