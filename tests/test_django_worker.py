@@ -59,9 +59,11 @@ def worker(
 
 
 def pids(client: natsync.Client) -> set[int]:
-    """The processes that answer a few requests."""
-    replies = [client.request("site.process", timeout=PATIENCE) for _ in range(20)]
-    return {reply.json()["pid"] for reply in replies}
+    """The processes that answer a few requests; none if one is lost in a process that dies."""
+    try:
+        return {client.request("site.process", timeout=2).json()["pid"] for _ in range(20)}
+    except (natsync.RequestTimeout, natsync.NoRespondersError):
+        return set()
 
 
 # -- serving ---------------------------------------------------------------------------------------------------
@@ -260,6 +262,19 @@ def change(site: Path, old: str, new: str) -> None:
     os.utime(path, (later, later))
 
 
+@contextmanager
+def reloading(server: NatsServer, site: Path = SITE) -> Iterator[Child]:
+    """A worker with --reload whose handlers are live and whose files are watched."""
+    with worker(server, "--reload", site=site, env={"SITE_LOG_RELOADER": "yes"}) as running:
+        watched(running)
+        yield running
+
+
+def watched(running: Child, times: int = 1) -> None:
+    """Wait until Django's reloader has seen the handlers for the first time, in so many processes one after the other."""
+    eventually(lambda: sum("/handlers.py first seen" in line for line in running.err) >= times, PATIENCE)
+
+
 def answers(client: natsync.Client, text: str) -> bool:
     try:
         return client.request("site.version", timeout=PATIENCE).text() == text
@@ -269,7 +284,7 @@ def answers(client: natsync.Client, text: str) -> bool:
 
 @pytest.mark.slow
 def test_a_changed_handler_is_served(server: NatsServer, client: natsync.Client, site: Path) -> None:
-    with worker(server, "--reload", site=site) as running:
+    with reloading(server, site) as running:
         assert answers(client, "1")
         change(site, '"SITE_VERSION", "1"', '"SITE_VERSION", "2"')
         eventually(lambda: answers(client, "2"), PATIENCE)
@@ -279,7 +294,7 @@ def test_a_changed_handler_is_served(server: NatsServer, client: natsync.Client,
 
 @pytest.mark.slow
 def test_a_change_cancels_what_is_under_way(server: NatsServer, client: natsync.Client, site: Path) -> None:
-    with worker(server, "--reload", site=site) as running:
+    with reloading(server, site) as running:
         with client.stream("site.slow", "600", timeout=PATIENCE) as stream:
             assert next(stream) == b"begun"
             change(site, '"1"', '"2"')
@@ -292,9 +307,10 @@ def test_a_change_cancels_what_is_under_way(server: NatsServer, client: natsync.
 
 @pytest.mark.slow
 def test_a_handler_that_does_not_load_is_waited_for(server: NatsServer, client: natsync.Client, site: Path) -> None:
-    with worker(server, "--reload", site=site) as running:
+    with reloading(server, site) as running:
         change(site, '"1")', '"1"')
         running.wait_for_err("SyntaxError")
+        watched(running, 2)
         change(site, '"SITE_VERSION", "1"', '"SITE_VERSION", "2")')
         eventually(lambda: answers(client, "2"), PATIENCE)
         running.send(signal.SIGTERM)
@@ -303,13 +319,13 @@ def test_a_handler_that_does_not_load_is_waited_for(server: NatsServer, client: 
 
 @pytest.mark.slow
 def test_with_reload_too_sigterm_drains_and_a_second_one_cancels(server: NatsServer, client: natsync.Client) -> None:
-    with worker(server, "--reload") as running:
+    with reloading(server) as running:
         with client.stream("site.slow", "0.7", timeout=PATIENCE) as stream:
             assert next(stream) == b"begun"
             running.send(signal.SIGTERM)
             assert list(stream) == [b"finished"]
         assert running.wait() == 0, running
-    with worker(server, "--reload") as running, client.stream("site.slow", "600", timeout=PATIENCE) as stream:
+    with reloading(server) as running, client.stream("site.slow", "600", timeout=PATIENCE) as stream:
         assert next(stream) == b"begun"
         running.send(signal.SIGTERM)
         eventually(lambda: refuses(client, "site.version"), PATIENCE)

@@ -26,7 +26,7 @@ def opened(request: HttpRequest, subject: str):
 
 def stream(request: HttpRequest, subject: str):
     heartbeat = float(request.GET.get("heartbeat", "15"))
-    return sse_response(opened(request, subject), heartbeat=heartbeat, prefetch="prefetch" in request.GET)
+    return sse_response(opened(request, subject), heartbeat=heartbeat)
 
 
 def plain(request: HttpRequest, subject: str):

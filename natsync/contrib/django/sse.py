@@ -61,13 +61,12 @@ def sse_response(
     *,
     request: HttpRequest | None = None,
     end: str | None = "end",
-    prefetch: bool = False,
     status: int = 200,
     headers: Mapping[str, str] | None = None,
 ) -> StreamResponse:
     """The chunks of a stream as server-sent events, for a browser's EventSource.
 
-    The stream is the response's from here on: it is closed, which cancels its handler, when the browser has left, when
+    Returns at once. The stream is the response's from here on: it is closed, which cancels its handler, when the browser has left, when
     the server is done, when anything goes wrong, and at once for HEAD. A browser that leaves is noticed by the next
     write, which a heartbeat brings about; sooner, within half a second, where the server lets its socket be looked at
     (runserver does not, gunicorn does).
@@ -78,18 +77,15 @@ def sse_response(
         event: the type of the events; None is "message".
         request: the view's. Where it is not given, that which Django serves in this thread.
         end: the type of the event at the end of a complete stream; None sends none.
-        prefetch: wait for the first chunk, and raise here what goes wrong until then, so that the response can be
-            another one. Blocks as long as the stream's idle_timeout or timeout lets it.
         status, headers: of the response.
 
     Raises:
         InvalidArgument, TypeError: an argument cannot be used; the stream is closed.
-        With prefetch what the stream raises.
     """
     environ = _environ_of(request)
     body: Body = sse.EventBody(stream, heartbeat=heartbeat, event=event, end=end, gone=client_gone(environ))
     own = {**sse.HEADERS, **(headers or {})}
-    return _respond(body, environ, prefetch, content_type=sse.MIMETYPE, status=status, headers=own)
+    return _respond(body, environ, content_type=sse.MIMETYPE, status=status, headers=own)
 
 
 def stream_response(
@@ -97,7 +93,7 @@ def stream_response(
     content_type: str = "application/octet-stream",
     *,
     request: HttpRequest | None = None,
-    prefetch: bool = False,
+    prefetch: bool = True,
     status: int = 200,
     headers: Mapping[str, str] | None = None,
 ) -> StreamResponse:
@@ -105,21 +101,24 @@ def stream_response(
 
     A stream that fails breaks the response off, so that nobody takes it for complete. There is no heartbeat: where the
     client's socket cannot be looked at, the next chunk finds out that it has left.
+
+    With prefetch it blocks until the first chunk is there, and raises what goes wrong until then, so that the response
+    can still say so by its status.
     """
     environ = _environ_of(request)
     body = Body(stream, gone=client_gone(environ))
     own = {"X-Accel-Buffering": "no", **(headers or {})}
-    return _respond(body, environ, prefetch, content_type=content_type, status=status, headers=own)
+    if prefetch and environ.get("REQUEST_METHOD") != "HEAD":
+        body.prefetch()
+    return _respond(body, environ, content_type=content_type, status=status, headers=own)
 
 
-def _respond(body: Body, environ: Mapping[str, Any], prefetch: bool, **options: Any) -> StreamResponse:
+def _respond(body: Body, environ: Mapping[str, Any], **options: Any) -> StreamResponse:
     try:
         content: Any = body
         if environ.get("REQUEST_METHOD") == "HEAD":  # servers iterate it all the same, and throw it away
             body.close()
             content = ()
-        elif prefetch:
-            body.prefetch()
         return StreamResponse(content, **options)
     except BaseException:
         body.close()
