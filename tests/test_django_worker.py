@@ -271,8 +271,8 @@ def reloading(server: NatsServer, site: Path = SITE) -> Iterator[Child]:
 
 
 def watched(running: Child, times: int = 1) -> None:
-    """Wait until Django's reloader has seen the handlers for the first time, in so many processes one after the other."""
-    eventually(lambda: sum("/handlers.py first seen" in line for line in running.err) >= times, PATIENCE)
+    """Wait until the reloader has seen the handlers for the first time, in so many processes in turn."""
+    eventually(lambda: sum("django_site/handlers.py first seen" in line for line in running.err) >= times, PATIENCE)
 
 
 def answers(client: natsync.Client, text: str) -> bool:

@@ -66,10 +66,10 @@ def sse_response(
 ) -> StreamResponse:
     """The chunks of a stream as server-sent events, for a browser's EventSource.
 
-    Returns at once. The stream is the response's from here on: it is closed, which cancels its handler, when the browser has left, when
-    the server is done, when anything goes wrong, and at once for HEAD. A browser that leaves is noticed by the next
-    write, which a heartbeat brings about; sooner, within half a second, where the server lets its socket be looked at
-    (runserver does not, gunicorn does).
+    Returns at once. The stream is the response's from here on: it is closed, which cancels its handler, when the
+    browser has left, when the server is done, when anything goes wrong, and at once for HEAD. A browser that leaves is
+    noticed by the next write, which a heartbeat brings about; sooner, within half a second, where the server lets its
+    socket be looked at (runserver does not, gunicorn does).
 
     Args:
         stream: of Client.stream(), or its map(); chunks are bytes, text or natsync.contrib.sse.Event.
