@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import AsyncIterator, Mapping
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 from asgiref.sync import sync_to_async
@@ -21,8 +22,16 @@ from natsync.contrib.presence import client_gone
 
 GZIP = "django.middleware.gzip.GZipMiddleware"
 
-#: The WSGI environ of the request that this thread serves.
-_environ: ContextVar[Mapping[str, Any] | None] = ContextVar("natsync_environ", default=None)
+
+@dataclass
+class _Request:
+    """The request that this thread serves: its WSGI environ, and the bodies made for it."""
+
+    environ: Mapping[str, Any]
+    bodies: list[Body] = field(default_factory=list)
+
+
+_request: ContextVar[_Request | None] = ContextVar("natsync_request", default=None)
 
 
 class StreamResponse(StreamingHttpResponse):
@@ -114,6 +123,8 @@ def stream_response(
 
 
 def _respond(body: Body, environ: Mapping[str, Any], **options: Any) -> StreamResponse:
+    if (current := _request.get()) is not None:
+        current.bodies.append(body)
     try:
         content: Any = body
         if environ.get("REQUEST_METHOD") == "HEAD":  # servers iterate it all the same, and throw it away
@@ -129,17 +140,22 @@ def _environ_of(request: HttpRequest | None) -> Mapping[str, Any]:
     """The WSGI environ; of an ASGI request what is like it, without a socket."""
     if request is not None:
         return {**request.META, "REQUEST_METHOD": request.method}
-    return _environ.get() or {}
+    current = _request.get()
+    return {} if current is None else current.environ
 
 
 def _begin(*, environ: Mapping[str, Any] | None = None, scope: Mapping[str, Any] | None = None, **_: Any) -> None:
-    if scope is not None:
-        environ = {"REQUEST_METHOD": scope.get("method")}
-    _environ.set(environ)
+    if environ is None:
+        environ = {} if scope is None else {"REQUEST_METHOD": scope.get("method")}
+    _request.set(_Request(environ))
 
 
 def _finish(**_: Any) -> None:
-    _environ.set(None)
+    """The response is closed: so is the body of one that the view has made and not returned, because it raised."""
+    current = _request.get()
+    _request.set(None)
+    for body in () if current is None else current.bodies:
+        body.close()
 
 
 request_started.connect(_begin, dispatch_uid="natsync")
