@@ -32,5 +32,5 @@ if "SITE_LOG_RELOADER" in os.environ:  # so that a test can wait until the files
     LOGGING = {
         "version": 1,
         "handlers": {"stderr": {"class": "logging.StreamHandler"}},
-        "loggers": {"django.utils.autoreload": {"level": "DEBUG", "handlers": ["stderr"]}},
+        "loggers": {"django.utils.autoreload": {"level": "DEBUG", "handlers": ["stderr"], "propagate": False}},
     }
