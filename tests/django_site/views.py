@@ -9,24 +9,19 @@ from django.http import HttpRequest, JsonResponse, StreamingHttpResponse
 from natsync.contrib.django import client, sse_response, stream_response
 from natsync.streaming.stream import Stream
 
-#: Chunks that the server has pulled, by the id that the requester chose.
-pulled: dict[str, int] = {}
-
 
 def opened(request: HttpRequest, subject: str):
-    """A stream whose chunks are counted."""
-    name = request.GET.get("id", "")
-
-    def count(chunk: bytes) -> bytes:
-        pulled[name] = pulled.get(name, 0) + 1
-        return chunk
-
-    return client.stream(subject, request.GET.get("payload", ""), idle_timeout=60).map(count)
+    return client.stream(subject, request.GET.get("payload", ""), idle_timeout=60)
 
 
 def stream(request: HttpRequest, subject: str):
     heartbeat = float(request.GET.get("heartbeat", "15"))
     return sse_response(opened(request, subject), heartbeat=heartbeat)
+
+
+def unseen(request: HttpRequest, subject: str):
+    """Without heartbeats or a look at the socket: only a failed write tells that the browser has left."""
+    return sse_response(opened(request, subject), heartbeat=None, request=HttpRequest())
 
 
 def plain(request: HttpRequest, subject: str):
@@ -58,6 +53,5 @@ def state(request: HttpRequest):
             "threads": sorted(thread.name for thread in threading.enumerate()),
             "descriptors": len(os.listdir("/proc/self/fd")),
             "streams": len(streams),
-            "pulled": pulled,
         }
     )
