@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -11,19 +10,21 @@ from typing import Any
 import pytest
 
 import natsync
-from natsync.testing import NatsServer
+from natsync.testing import NatsServer, eventually
 from processes import run
 from support import ROOT
 
 django = pytest.importorskip("django")
 
-os.environ.setdefault("DJANGO_SETTINGS_MODULE", "django_site.settings")
-django.setup()
+with pytest.MonkeyPatch.context() as _patch:  # not for the processes that other tests start
+    _patch.setenv("DJANGO_SETTINGS_MODULE", "django_site.settings")
+    django.setup()
 
 from asgiref.sync import async_to_sync  # noqa: E402
 from django.conf import settings  # noqa: E402
 from django.core.checks import run_checks  # noqa: E402
 from django.core.exceptions import ImproperlyConfigured  # noqa: E402
+from django.db import connections  # noqa: E402
 from django.test import Client as Browser  # noqa: E402
 from django.test import RequestFactory, override_settings  # noqa: E402
 
@@ -155,6 +156,19 @@ def test_a_subject_that_cannot_be_is_refused_where_it_stands(subject: str) -> No
 def test_handlers_modules_of_apps_are_found() -> None:
     contrib.autodiscover()
     assert "site.version" in contrib.subscriber.subjects
+
+
+def test_the_thread_of_a_handler_closes_its_database_connections_at_its_end(
+    server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[str] = []
+    monkeypatch.setattr(type(connections), "close_all", lambda _: closed.append(threading.current_thread().name))
+    registry = contrib.Registry()
+    registry.handler("site.thread")(lambda ctx, request: threading.current_thread().name)
+    with registry.make_subscriber():
+        thread = contrib.get_client().request("site.thread", timeout=PATIENCE).text()
+        assert closed == []
+    eventually(lambda: closed == [thread], PATIENCE)
 
 
 # -- responses -----------------------------------------------------------------------------------------------------
