@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import socket
@@ -9,8 +10,10 @@ import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +21,7 @@ import natsync
 from natsync.testing import NatsServer, eventually
 from processes import NATSYNC, PATIENCE, Child, child, run
 from support import ROOT
+from web_servers import serving
 
 EXAMPLES = ROOT / "examples"
 
@@ -203,7 +207,7 @@ def test_flask_sse_turns_chunks_into_events(server: NatsServer, client: natsync.
             urllib.request.urlopen(f"{base}/upper?text=one", timeout=PATIENCE) as page,
         ):
             assert page.headers["Content-Type"].startswith("text/event-stream")
-            assert page.read() == b"data: ONE\n\ndata: two\ndata: lines\n\n"
+            assert page.read() == b": stream\n\ndata: ONE\n\ndata: two\ndata: lines\n\nevent: end\ndata: \n\n"
 
 
 def test_flask_sse_cancels_the_stream_when_the_browser_leaves(server: NatsServer) -> None:
@@ -225,3 +229,61 @@ def test_flask_sse_cancels_the_stream_when_the_browser_leaves(server: NatsServer
                 while b"data: again" not in browser.recv(65536):
                     pass
             assert stopped.wait(PATIENCE)
+
+
+# -- gunicorn's settings and Celery, see also test_flask_browser.py ------------------------------------------
+
+
+@pytest.mark.parametrize("settings", ["gunicorn.conf.py", "gunicorn_gevent.conf.py"])
+def test_gunicorn_streams_to_many_at_once(server: NatsServer, settings: str) -> None:
+    with natsync.Subscriber(server.url) as subscriber:
+
+        @subscriber.stream("words.upper")
+        def handler(ctx: natsync.Context, request: natsync.Message) -> Iterator[str]:
+            yield from request.text().upper().split()
+
+        def events(number: int) -> bytes:
+            with urllib.request.urlopen(f"{web.url}/upper?text=one+{number}", timeout=PATIENCE) as page:
+                body: bytes = page.read()
+                return body
+
+        # The address that serving() binds has precedence over the file's.
+        with (
+            serving("gunicorn", "flask_sse:app", "--config", settings, url=server.url, cwd=EXAMPLES) as web,
+            ThreadPoolExecutor(8) as browsers,
+        ):
+            answers = list(browsers.map(events, range(40)))
+        assert answers == [
+            b": stream\n\ndata: ONE\n\ndata: %d\n\nevent: end\ndata: \n\n" % number for number in range(40)
+        ]
+
+
+def test_celery_task(server: NatsServer, client: natsync.Client) -> None:
+    with child(*NATSYNC, "serve", "worker", url=server.url, cwd=EXAMPLES):
+        wait_until_served(client, "words.count")
+        assert run_example("celery_task.py", server) == ["ONE PIECE AFTER THE OTHER"]
+
+
+def test_celery_task_in_processes_that_a_worker_has_forked(
+    server: NatsServer, client: natsync.Client, tmp_path: Path
+) -> None:
+    folders = {name: str(tmp_path) for name in ("data_folder_in", "data_folder_out", "control_folder")}
+    env = {
+        "CELERY_BROKER_URL": "filesystem://",
+        "CELERY_TRANSPORT_OPTIONS": json.dumps(folders),
+        "CELERY_RESULT_BACKEND": f"file://{tmp_path}",
+    }
+    ask = (
+        "import celery_task as c; asked = [c.upper.delay(f'one {n}') for n in range(8)];"
+        "print(*sorted(' '.join(one.get(timeout=20)['words']) for one in asked), sep='\\n')"
+    )
+    command = (sys.executable, "-m", "celery", "--app", "celery_task", "worker", "--concurrency", "2")
+    with (
+        child(*NATSYNC, "serve", "worker", url=server.url, cwd=EXAMPLES),
+        child(*command, "--without-gossip", "--without-mingle", url=server.url, cwd=EXAMPLES, env=env) as celery,
+    ):
+        wait_until_served(client, "words.count")
+        asked = run(sys.executable, "-c", ask, url=server.url, cwd=EXAMPLES, env=env)
+        assert asked.out == [f"ONE {number}" for number in range(8)], (asked, celery)
+        celery.send(signal.SIGTERM)
+        assert celery.wait() == 0, celery

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import pytest
 import natsync
 from eventsource import Browser
 from natsync.testing import NatsServer, eventually
-from web_servers import SERVERS, Web, serving
+from web_servers import Web, serving
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +36,7 @@ PULLED = {
     "waitress-lookahead": (1, 1),
 }
 #: Those that let one see that the client has gone while there is nothing to write.
-LOOKING = [kind for kind in SERVERS if kind != "waitress"]
+LOOKING = [kind for kind in PULLED if kind != "waitress"]
 ABANDONED = 200
 
 
@@ -96,7 +96,7 @@ def client(broker: NatsServer) -> Iterator[natsync.Client]:
         yield connected
 
 
-@pytest.fixture(params=SERVERS, scope="module")
+@pytest.fixture(params=PULLED, scope="module")
 def kind(request: pytest.FixtureRequest) -> str:
     assert isinstance(request.param, str)
     return request.param
@@ -112,12 +112,8 @@ def leave(browser: Browser, how: str) -> None:
     browser.leave() if how == "FIN" else browser.reset()
 
 
-@pytest.mark.parametrize("how", ["FIN", "RST"])
-def test_how_many_chunks_a_server_pulls_after_its_client_has_left(
-    web: Web, kind: str, how: str, responder: Responder, client: natsync.Client
-) -> None:
-    news = client.subscribe("web.told.x")
-    client.flush()
+def pulled_after(web: Web, how: str, responder: Responder, news: natsync.Subscription) -> int:
+    """Chunks that the server pulls from when its client has left until it closes the body."""
     with Browser(f"{web.url}/told/x") as browser:
         assert news.next(PATIENCE).data == b"pulled"  # the comment at the beginning
         sender = responder.sender()
@@ -133,32 +129,53 @@ def test_how_many_chunks_a_server_pulls_after_its_client_has_left(
         if news.next(PATIENCE).data == b"closed":
             break
         pulled += 1
-    print(f"{kind}: {pulled} chunks after {how}")  # shown by pytest -rP
-    assert pulled <= PULLED[kind][how == "RST"], f"{kind}: {pulled} chunks after {how}"
     assert sender.closed.wait(PATIENCE)
+    return pulled
+
+
+@pytest.mark.parametrize("how", ["FIN", "RST"])
+def test_how_many_chunks_a_server_pulls_after_its_client_has_left(
+    web: Web, kind: str, how: str, responder: Responder, client: natsync.Client
+) -> None:
+    news = client.subscribe("web.told.x")
+    client.flush()
+    most = PULLED[kind][how == "RST"]
+    pulled = quickest(most + 1, lambda: pulled_after(web, how, responder, news))
+    print(f"{kind}: {pulled} chunks after {how}")  # shown by pytest -rP
+    assert 0 < pulled <= most
+
+
+def quickest(limit: float, measure: Callable[[], float], tries: int = 3) -> float:
+    """The shortest of up to three times: a loaded machine may hold anything up, but not each time."""
+    times: list[float] = []
+    while len(times) < tries and min(times, default=limit) >= limit:
+        times.append(measure())
+    return min(times)
+
+
+def time_to_notice(web: Web, path: str, how: str, responder: Responder, until: bytes = b"data: first\n\n") -> float:
+    """Seconds from the moment that the browser leaves until the handler's finally."""
+    responder.left_at.clear()
+    with Browser(f"{web.url}/events/{path}") as browser:
+        browser.wait_for(until)
+        left = time.monotonic()
+        leave(browser, how)
+        eventually(lambda: responder.left_at, PATIENCE)
+    return responder.left_at[0] - left
 
 
 @pytest.mark.parametrize("how", ["FIN", "RST"])
 @pytest.mark.parametrize("kind", LOOKING, indirect=True)
 def test_a_stream_in_which_nothing_happens_ends_within_a_second(web: Web, how: str, responder: Responder) -> None:
-    with Browser(f"{web.url}/events/web.silent?heartbeat=60") as browser:
-        browser.wait_for(b"data: first\n\n")
-        left = time.monotonic()
-        leave(browser, how)
-        eventually(lambda: responder.left_at, PATIENCE)
-    assert responder.left_at[0] - left < 1.0
+    assert quickest(1.0, lambda: time_to_notice(web, "web.silent?heartbeat=60", how, responder)) < 1.0
 
 
 @pytest.mark.parametrize("how", ["FIN", "RST"])
 def test_without_a_look_heartbeats_find_out(web: Web, kind: str, how: str, responder: Responder) -> None:
     heartbeat = 0.5
-    with Browser(f"{web.url}/events/web.silent?look=no&heartbeat={heartbeat}") as browser:
-        browser.wait_for(b"data: first\n\n")
-        browser.wait_for(b": ping\n\n")
-        left = time.monotonic()
-        leave(browser, how)
-        eventually(lambda: responder.left_at, PATIENCE)
-    assert responder.left_at[0] - left < heartbeat * (PULLED[kind][how == "RST"] + 1)
+    limit = heartbeat * (PULLED[kind][how == "RST"] + 1)
+    path = f"web.silent?look=no&heartbeat={heartbeat}"
+    assert quickest(limit, lambda: time_to_notice(web, path, how, responder, until=b": ping\n\n")) < limit
 
 
 def stats(web: Web) -> dict[str, Any]:

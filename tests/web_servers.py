@@ -20,6 +20,7 @@ SERVERS = {
     "sync": ["-m", "gunicorn", "--worker-class", "sync"],
     "gthread": ["-m", "gunicorn", "--worker-class", "gthread", "--threads", "16"],
     "gevent": ["-m", "gunicorn", "--worker-class", "gevent"],
+    "gunicorn": ["-m", "gunicorn"],  # as a configuration file says
     "waitress": ["-m", "waitress", "--listen", "127.0.0.1:0", "--threads", "16"],
     "waitress-lookahead": ["-m", "waitress", "--listen", "127.0.0.1:0", "--threads", "16",
                            "--channel-request-lookahead", "1"],
