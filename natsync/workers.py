@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-from natsync.concurrency import Deadline, fork_generation, join_all
+from natsync.concurrency import Deadline, fork_generation, join_all, run_safely
 
 log = logging.getLogger("natsync.workers")
 
@@ -18,6 +18,18 @@ log = logging.getLogger("natsync.workers")
 IDLE_SECONDS = 10.0
 
 Task = Callable[[], object]
+
+_thread = threading.local()
+
+
+def at_thread_end(callback: Callable[[], object]) -> None:
+    """Have callback() called on the calling worker thread when that ends; asked for again, it counts once.
+
+    For what handlers keep in each thread, such as database connections. Threads that are nobody's workers never call.
+    """
+    callbacks: list[Callable[[], object]] = _thread.__dict__.setdefault("callbacks", [])
+    if callback not in callbacks:
+        callbacks.append(callback)
 
 
 class WorkerPool:
@@ -100,6 +112,8 @@ class WorkerPool:
                 del task  # an idle worker must not keep its last handler's objects alive
         finally:
             if generation == fork_generation():
+                for callback in _thread.__dict__.pop("callbacks", ()):
+                    run_safely(callback, "what is due at the end of a thread")
                 with self._lock:
                     self._threads.discard(threading.current_thread())
 

@@ -151,10 +151,11 @@ def test_the_testing_tools_are_there_without_an_import_of_their_own() -> None:
     assert done.stdout.strip() == "NatsServer", done.stderr
 
 
-def test_a_framework_that_is_missing_is_one_line_which_says_what_to_install() -> None:
-    done = run_python("import sys; sys.modules['flask'] = None\nimport natsync.contrib.flask")
-    assert done.stderr.splitlines()[-1] == (
-        'ImportError: natsync.contrib.flask needs Flask: pip install "natsync[flask]"'
+@pytest.mark.parametrize(("module", "name"), [("flask", "Flask"), ("django", "Django")])
+def test_a_framework_that_is_missing_is_one_line_which_says_what_to_install(module: str, name: str) -> None:
+    done = run_python(f"import sys; sys.modules['{module}'] = None\nimport natsync.contrib.{module}")
+    assert done.stderr.splitlines()[-1].partition(": ")[2] == (
+        f'natsync.contrib.{module} needs {name}: pip install "natsync[{module}]"'
     )
 
 

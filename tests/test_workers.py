@@ -486,3 +486,30 @@ def test_a_lane_with_a_limit_forgets_what_is_beyond_it_and_goes_on() -> None:
     assert lane.submit(partial(ran.append, 3))
     pool.close(Deadline.after(5))
     assert ran == [0, 1, 2, 3]
+
+
+# -- the end of a thread -------------------------------------------------------------------------------------------
+
+
+def test_a_thread_calls_at_its_end_what_was_asked_for_once(make_pool: Callable[[int], WorkerPool]) -> None:
+    ended: list[str] = []
+    done = threading.Event()
+
+    def note() -> None:
+        ended.append(threading.current_thread().name)
+
+    def fail() -> None:
+        raise RuntimeError("does not keep the others from their turn")
+
+    def task() -> None:
+        workers.at_thread_end(fail)
+        workers.at_thread_end(note)
+
+    pool = make_pool(1)
+    pool.submit(task)
+    pool.submit(task)
+    pool.submit(done.set)
+    assert done.wait(5)
+    assert ended == []
+    pool.close(Deadline.after(5))
+    assert ended == ["natsync-test-worker-1"]

@@ -1,0 +1,219 @@
+"""A browser that leaves a Django view with a stream: under runserver and gunicorn, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+import natsync
+from eventsource import Browser
+from natsync.testing import NatsServer, eventually
+from processes import PATIENCE, child
+from support import ROOT
+
+pytest.importorskip("django")
+pytestmark = pytest.mark.slow
+
+TESTS = ROOT / "tests"
+GUNICORN = [sys.executable, "-m", "gunicorn", "--bind", "127.0.0.1:0", "--pythonpath", str(TESTS)]
+COMMANDS = {
+    "runserver": [sys.executable, "-u", str(TESTS / "django_site" / "manage.py"), "runserver", "--noreload",
+                  "127.0.0.1:0"],
+    "sync": [*GUNICORN, "--worker-class", "sync", "django_site.wsgi"],
+    "gthread": [*GUNICORN, "--worker-class", "gthread", "--threads", "16", "--preload", "django_site.wsgi"],
+}  # fmt: skip
+#: Chunks that are pulled after the browser has left, until the body is closed, at the most: (FIN, RST).
+PULLED = {"runserver": (2, 1), "sync": (2, 1), "gthread": (2, 1)}
+ABANDONED = 200
+
+
+class Responder:
+    """The handlers of the views' streams."""
+
+    def __init__(self, subscriber: natsync.Subscriber) -> None:
+        self.subscriber = subscriber
+        self.senders: list[natsync.ResponseSender] = []
+        self.left_at: list[float] = []
+
+        @subscriber.stream("site.given")
+        def given(ctx: natsync.Context, request: natsync.Message, sender: natsync.ResponseSender) -> None:
+            """Sends what the test sends through its sender."""
+            self.senders.append(sender)
+            sender.closed.wait(PATIENCE)
+
+        @subscriber.stream("site.silent")
+        def silent(ctx: natsync.Context, request: natsync.Message) -> Iterator[bytes]:
+            try:
+                yield b"first"
+                ctx.wait(PATIENCE)
+            finally:
+                self.left_at.append(time.monotonic())
+
+        @subscriber.stream("site.busy")
+        def busy(ctx: natsync.Context, request: natsync.Message) -> Iterator[bytes]:
+            yield b"first"
+            while not ctx.wait(0.01):
+                yield b"again"
+
+
+@pytest.fixture(scope="module")
+def broker() -> Iterator[NatsServer]:
+    with NatsServer() as server:
+        yield server
+
+
+@pytest.fixture
+def responder(broker: NatsServer) -> Iterator[Responder]:
+    with natsync.Subscriber(broker.url) as subscriber:
+        yield Responder(subscriber)
+
+
+@contextmanager
+def serving(kind: str, broker: NatsServer) -> Iterator[str]:
+    """The project under a server, which has to leave without a traceback; its URL."""
+    found: list[str] = []
+    with child(*COMMANDS[kind], url=broker.url, cwd=ROOT) as running:
+
+        def listens() -> bool:
+            found[:] = re.findall(r"(?:http://)?127\.0\.0\.1:[1-9]\d*", "\n".join([*running.err, *running.out]))
+            return bool(found)
+
+        if kind == "runserver":  # which says port 0 when it is told port 0
+            eventually(lambda: found.extend(listening(running.process.pid)) or found, PATIENCE, f"{running!r}")
+        else:
+            eventually(listens, PATIENCE, f"{running!r}")
+        yield found[0] if found[0].startswith("http") else f"http://{found[0]}"
+        running.send(signal.SIGINT if kind == "runserver" else signal.SIGTERM)
+        running.wait()
+    assert not re.search("Traceback|ResourceWarning|WORKER TIMEOUT", "\n".join(running.err)), running
+
+
+def listening(pid: int) -> list[str]:
+    """Where the process listens, by the kernel's table."""
+    inodes = set()
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            inodes.update(re.findall(r"socket:\[(\d+)\]", os.readlink(f"/proc/{pid}/fd/{name}")))
+        except FileNotFoundError:
+            continue
+    with open(f"/proc/{pid}/net/tcp") as table:
+        rows = [line.split() for line in list(table)[1:]]
+    return [f"127.0.0.1:{int(row[1].split(':')[1], 16)}" for row in rows if row[3] == "0A" and row[9] in inodes]
+
+
+@pytest.fixture(params=COMMANDS, scope="module")
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def site(kind: str, broker: NatsServer) -> Iterator[str]:
+    with serving(kind, broker) as url:
+        yield url
+
+
+def leave(browser: Browser, how: str) -> None:
+    browser.leave() if how == "FIN" else browser.reset()
+
+
+def quickest(limit: float, measure: Callable[[], float], tries: int = 3) -> float:
+    """The least of up to three: a loaded machine may hold anything up, but not each time."""
+    seen: list[float] = []
+    while len(seen) < tries and min(seen, default=limit) >= limit:
+        seen.append(measure())
+    return min(seen)
+
+
+def state(site: str) -> dict[str, Any]:
+    with Browser(f"{site}/state", headers="Connection: close\r\n") as browser:
+        found: dict[str, Any] = json.loads(browser.read_all())
+        return found
+
+
+# -- how it is noticed ---------------------------------------------------------------------------------------------
+
+
+def pulled_after(site: str, how: str, responder: Responder) -> int:
+    """Chunks that the server pulls from when its client has left until it closes the body."""
+    with Browser(f"{site}/unseen/site.given") as browser:
+        eventually(lambda: responder.senders, PATIENCE)
+        sender = responder.senders.pop()
+        sender.send(b"seen")
+        browser.wait_for(b"data: seen\n\n")
+        leave(browser, how)
+    for number in range(1, 10):
+        time.sleep(0.2)  # as heartbeats have it: time for the other side's answer to a write
+        sender.send(b"unseen")
+        if sender.closed.wait(0.5):
+            return number
+    raise AssertionError("the server never closed the body")
+
+
+@pytest.mark.parametrize("how", ["FIN", "RST"])
+def test_how_many_chunks_a_server_pulls_after_its_client_has_left(
+    site: str, kind: str, how: str, responder: Responder
+) -> None:
+    most = PULLED[kind][how == "RST"]
+    pulled = quickest(most + 1, lambda: pulled_after(site, how, responder))
+    print(f"{kind}: {pulled} chunks after {how}")  # shown by pytest -rP
+    assert 0 < pulled <= most
+
+
+def time_to_notice(site: str, query: str, how: str, responder: Responder) -> float:
+    """Seconds from the moment that the browser leaves until the handler's finally."""
+    responder.left_at.clear()
+    with Browser(f"{site}/stream/site.silent?{query}") as browser:
+        browser.wait_for(b"data: first\n\n")
+        left = time.monotonic()
+        leave(browser, how)
+        eventually(lambda: responder.left_at, PATIENCE)
+    return responder.left_at[0] - left
+
+
+@pytest.mark.parametrize("how", ["FIN", "RST"])
+def test_a_browser_that_leaves_a_silent_stream_is_noticed(site: str, kind: str, how: str, responder: Responder) -> None:
+    """By the look at the socket within a second; by heartbeats where there is none to look at."""
+    query, limit = ("heartbeat=60", 1.0) if kind != "runserver" else ("heartbeat=0.5", 0.5 * 3)
+    assert quickest(limit, lambda: time_to_notice(site, query, how, responder)) < limit
+
+
+# -- what is left --------------------------------------------------------------------------------------------------
+
+
+def test_a_head_request_and_a_view_that_raises_leave_nothing(site: str, responder: Responder) -> None:
+    for method, path, status in (("HEAD", "stream/site.silent", 200), ("GET", "raises/site.silent", 500)):
+        with Browser(f"{site}/{path}", method=method) as browser:
+            assert browser.status == status
+        eventually(lambda: state(site)["streams"] == responder.subscriber.stats()["streams"] == 0, PATIENCE)
+
+
+@pytest.mark.timeout(240)
+def test_nothing_is_left_of_200_abandoned_requests(site: str, kind: str, responder: Responder) -> None:
+    paths = ["/stream/site.busy", "/generator/site.busy", "/stream/site.silent?heartbeat=0.2"]
+
+    def abandon(number: int) -> None:
+        with Browser(site + paths[number % 3], timeout=60) as browser:
+            browser.wait_for(b"first")
+            leave(browser, "FIN" if number % 2 else "RST")
+
+    def many(count: int) -> dict[str, Any]:
+        with ThreadPoolExecutor(1 if kind == "sync" else 8) as browsers:
+            list(browsers.map(abandon, range(count)))
+        eventually(lambda: state(site)["streams"] == responder.subscriber.stats()["streams"] == 0, PATIENCE)
+        return state(site)
+
+    before = many(24)  # the threads that a server keeps are there from here on
+    after = many(ABANDONED)
+    assert after["pid"] == before["pid"]
+    eventually(lambda: len(state(site)["threads"]) <= len(before["threads"]) + 2, PATIENCE)
+    eventually(lambda: state(site)["descriptors"] <= before["descriptors"] + 4, PATIENCE)

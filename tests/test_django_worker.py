@@ -1,0 +1,333 @@
+"""`manage.py natsync_worker` as a child process: how it serves, ends, heals its database connections and reloads."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import natsync
+from natsync.testing import NatsServer, eventually
+from processes import PATIENCE, Child, child, run
+from support import ROOT
+
+pytest.importorskip("django")
+
+SITE = ROOT / "tests" / "django_site"
+
+
+@pytest.fixture
+def server(make_nats_server: Callable[..., NatsServer]) -> NatsServer:
+    """A server of the test's own: the project's subjects are fixed."""
+    return make_nats_server()
+
+
+@pytest.fixture
+def client(server: NatsServer) -> Iterator[natsync.Client]:
+    with natsync.Client(server.url) as client:
+        yield client
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> dict[str, str]:
+    """The environment with a database on disk that has the project's tables."""
+    environment = {"SITE_DB": str(tmp_path / "site.sqlite3")}
+    made = run(*manage("migrate", "--run-syncdb", "-v0"), env=environment)
+    assert made.process.returncode == 0, made
+    return environment
+
+
+def manage(*arguments: str, site: Path = SITE) -> tuple[str, ...]:
+    return sys.executable, str(site / "manage.py"), *arguments
+
+
+@contextmanager
+def worker(
+    server: NatsServer, *arguments: str, env: dict[str, str] | None = None, site: Path = SITE
+) -> Iterator[Child]:
+    """A worker whose handlers are live."""
+    with child(*manage("natsync_worker", *arguments, site=site), url=server.url, env=env) as running:
+        running.wait_for_out("is ready")
+        yield running
+
+
+def pids(client: natsync.Client) -> set[int]:
+    """The processes that answer a few requests; none if one is lost in a process that dies."""
+    try:
+        return {client.request("site.process", timeout=2).json()["pid"] for _ in range(20)}
+    except (natsync.RequestTimeout, natsync.NoRespondersError):
+        return set()
+
+
+# -- serving ---------------------------------------------------------------------------------------------------
+
+
+def test_it_serves_what_the_apps_register_and_says_so(server: NatsServer, client: natsync.Client) -> None:
+    with worker(server) as running:
+        assert client.request("site.version", timeout=PATIENCE).text() == "1"
+        assert "serving site.version in queue group django_site" in running.out
+        assert "serving site.noted" in running.out
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"), [("--queue=mine", "site.version in queue group mine"), ("--queue=", "site.version")]
+)
+def test_the_queue_group_can_be_named(server: NatsServer, argument: str, said: str) -> None:
+    with worker(server, argument) as running:
+        assert f"serving {said}" in running.out
+
+
+# -- ending ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_idle_worker_ends_with_0(server: NatsServer, number: signal.Signals) -> None:
+    with worker(server) as running:
+        running.send(number)
+        assert running.wait() == 0, running
+
+
+def test_sigterm_drains(server: NatsServer, client: natsync.Client) -> None:
+    with worker(server) as running, client.stream("site.slow", "0.7", timeout=PATIENCE) as stream:
+        assert next(stream) == b"begun"
+        running.send(signal.SIGTERM)
+        assert list(stream) == [b"finished"]
+        assert running.wait() == 0, running
+
+
+def test_a_second_signal_cancels_and_the_status_is_4(server: NatsServer, client: natsync.Client) -> None:
+    with worker(server) as running, client.stream("site.slow", "600", timeout=PATIENCE) as stream:
+        assert next(stream) == b"begun"
+        running.send(signal.SIGTERM)
+        eventually(lambda: refuses(client, "site.version"), PATIENCE)  # it drains
+        running.send(signal.SIGTERM)
+        with pytest.raises(natsync.StreamError):
+            list(stream)
+        assert running.wait() == 4, running
+
+
+def refuses(client: natsync.Client, subject: str) -> bool:
+    try:
+        client.request(subject, timeout=PATIENCE)
+    except natsync.NoRespondersError:
+        return True
+    return False
+
+
+def test_what_outlasts_the_shutdown_timeout_is_cancelled_and_the_status_is_4(
+    server: NatsServer, client: natsync.Client
+) -> None:
+    with (
+        worker(server, "--shutdown-timeout", "0.3") as running,
+        client.stream("site.slow", "600", timeout=PATIENCE) as stream,
+    ):
+        assert next(stream) == b"begun"
+        running.send(signal.SIGTERM)
+        with pytest.raises(natsync.StreamError):
+            list(stream)
+        assert running.wait() == 4, running
+
+
+def test_a_handler_that_heeds_nothing_does_not_keep_the_worker(server: NatsServer, client: natsync.Client) -> None:
+    with (
+        worker(server, "--shutdown-timeout", "0.2") as running,
+        client.stream("site.stubborn", "600", timeout=PATIENCE) as stream,
+    ):
+        assert next(stream) == b"begun"
+        running.send(signal.SIGTERM)
+        assert running.wait() == 4, running
+
+
+def test_without_a_server_the_status_is_1_and_one_line_says_why(server: NatsServer) -> None:
+    server.stop()
+    ended = run(*manage("natsync_worker"), url=server.url)
+    assert ended.process.returncode == 1
+    assert [line for line in ended.err if "no server could be reached" in line], ended
+    assert "Traceback" not in "\n".join(ended.err)
+
+
+def test_a_bad_setting_is_found_by_the_checks_and_the_status_is_1() -> None:
+    ended = run(*manage("natsync_worker"), url="http://nowhere")
+    assert ended.process.returncode == 1
+    assert any("natsync.E003" in line for line in ended.err), ended
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--workers", "0"], ["--shutdown-timeout", "soon"], ["--nonsense"], ["--workers=2", "--reload"]]
+)
+def test_the_status_of_a_wrong_command_line_is_2(server: NatsServer, arguments: list[str]) -> None:
+    ended = run(*manage("natsync_worker", *arguments), url=server.url)
+    assert ended.process.returncode == 2, ended
+
+
+# -- several processes ---------------------------------------------------------------------------------------------
+
+
+def test_workers_share_the_requests_and_drain_together(server: NatsServer, client: natsync.Client) -> None:
+    with worker(server, "--workers", "3") as running:
+        eventually(lambda: sum("is ready" in line for line in running.out) == 3, PATIENCE)
+        eventually(lambda: len(pids(client)) == 3, PATIENCE)
+        with client.stream("site.slow", "0.7", timeout=PATIENCE) as stream:
+            assert next(stream) == b"begun"
+            running.send(signal.SIGTERM)
+            assert list(stream) == [b"finished"]
+        assert running.wait() == 0, running
+
+
+def test_a_killed_worker_is_replaced(server: NatsServer, client: natsync.Client) -> None:
+    with worker(server, "--workers", "2") as running:
+        eventually(lambda: len(pids(client)) == 2, PATIENCE)
+        time.sleep(1.1)  # a worker that is killed within its first second is a fault that would strike all
+        victim = min(pids(client))
+        os.kill(victim, signal.SIGKILL)
+        eventually(lambda: len(now := pids(client)) == 2 and victim not in now, PATIENCE)
+        running.send(signal.SIGTERM)
+        assert running.wait() == 0, running
+
+
+def test_a_second_signal_reaches_the_workers_too(server: NatsServer, client: natsync.Client) -> None:
+    with (
+        worker(server, "--workers", "2") as running,
+        client.stream("site.slow", "600", timeout=PATIENCE) as stream,
+    ):
+        assert next(stream) == b"begun"
+        running.send(signal.SIGINT)
+        eventually(lambda: refuses(client, "site.version"), PATIENCE)
+        running.send(signal.SIGINT)
+        assert running.wait() == 4, running
+
+
+def test_workers_do_not_outlive_a_killed_parent(server: NatsServer, client: natsync.Client) -> None:
+    with worker(server, "--workers", "2") as running:
+        eventually(lambda: len(pids(client)) == 2, PATIENCE)
+        running.send(signal.SIGKILL)
+        eventually(lambda: refuses(client, "site.version"), PATIENCE)
+        assert running.wait() == -signal.SIGKILL
+
+
+def test_workers_that_cannot_begin_end_all(server: NatsServer) -> None:
+    server.stop()
+    assert run(*manage("natsync_worker", "--workers=2"), url=server.url).process.returncode == 1
+
+
+# -- the database --------------------------------------------------------------------------------------------------
+
+
+def test_handlers_use_the_orm_and_keep_their_connection(
+    server: NatsServer, client: natsync.Client, database: dict[str, str]
+) -> None:
+    with worker(server, env=database):
+        seen = [client.request("site.note", f"note {n}", timeout=PATIENCE).json() for n in range(3)]
+        assert [one["notes"] for one in seen] == [1, 2, 3]
+        assert len({one["connection"] for one in seen}) == 1  # CONN_MAX_AGE is None
+        client.publish("site.noted", "by a message")
+        eventually(lambda: list(client.stream("site.notes", timeout=PATIENCE))[-1:] == [b"by a message"], PATIENCE)
+
+
+def test_a_connection_that_dies_between_handlers_is_healed(
+    server: NatsServer, client: natsync.Client, database: dict[str, str]
+) -> None:
+    with worker(server, env=database) as running:  # whose CONN_HEALTH_CHECKS is off
+        client.request("site.note", "one", timeout=PATIENCE)
+        for expected in (2, 3):
+            client.request("site.kill-connection", timeout=PATIENCE)
+            assert client.request("site.note", "another", timeout=PATIENCE).json()["notes"] == expected
+        assert "Traceback" not in "\n".join(running.err)
+
+
+# -- reloading -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A copy of the project that a test may change."""
+    copy = tmp_path / "django_site"
+    shutil.copytree(SITE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    return copy
+
+
+def change(site: Path, old: str, new: str) -> None:
+    path = site / "handlers.py"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    later = path.stat().st_mtime + 2  # the reloader compares times, which may be coarse
+    os.utime(path, (later, later))
+
+
+@contextmanager
+def reloading(server: NatsServer, site: Path = SITE) -> Iterator[Child]:
+    """A worker with --reload whose handlers are live and whose files are watched."""
+    with worker(server, "--reload", site=site, env={"SITE_LOG_RELOADER": "yes"}) as running:
+        watched(running)
+        yield running
+
+
+def watched(running: Child, times: int = 1) -> None:
+    """Wait until the reloader has seen the handlers for the first time, in so many processes in turn."""
+    eventually(lambda: sum("django_site/handlers.py first seen" in line for line in running.err) >= times, PATIENCE)
+
+
+def answers(client: natsync.Client, text: str) -> bool:
+    try:
+        return client.request("site.version", timeout=PATIENCE).text() == text
+    except natsync.NoRespondersError:
+        return False
+
+
+@pytest.mark.slow
+def test_a_changed_handler_is_served(server: NatsServer, client: natsync.Client, site: Path) -> None:
+    with reloading(server, site) as running:
+        assert answers(client, "1")
+        change(site, '"SITE_VERSION", "1"', '"SITE_VERSION", "2"')
+        eventually(lambda: answers(client, "2"), PATIENCE)
+        running.send(signal.SIGTERM)
+        assert running.wait() == 0, running
+
+
+@pytest.mark.slow
+def test_a_change_cancels_what_is_under_way(server: NatsServer, client: natsync.Client, site: Path) -> None:
+    with reloading(server, site) as running:
+        with client.stream("site.slow", "600", timeout=PATIENCE) as stream:
+            assert next(stream) == b"begun"
+            change(site, '"1"', '"2"')
+            with pytest.raises(natsync.StreamError):
+                list(stream)
+        eventually(lambda: answers(client, "2"), PATIENCE)
+        running.send(signal.SIGINT)
+        assert running.wait() == 0, running
+
+
+@pytest.mark.slow
+def test_a_handler_that_does_not_load_is_waited_for(server: NatsServer, client: natsync.Client, site: Path) -> None:
+    with reloading(server, site) as running:
+        change(site, '"1")', '"1"')
+        running.wait_for_err("SyntaxError")
+        watched(running, 2)
+        change(site, '"SITE_VERSION", "1"', '"SITE_VERSION", "2")')
+        eventually(lambda: answers(client, "2"), PATIENCE)
+        running.send(signal.SIGTERM)
+        assert running.wait() == 0, running
+
+
+@pytest.mark.slow
+def test_with_reload_too_sigterm_drains_and_a_second_one_cancels(server: NatsServer, client: natsync.Client) -> None:
+    with reloading(server) as running:
+        with client.stream("site.slow", "0.7", timeout=PATIENCE) as stream:
+            assert next(stream) == b"begun"
+            running.send(signal.SIGTERM)
+            assert list(stream) == [b"finished"]
+        assert running.wait() == 0, running
+    with reloading(server) as running, client.stream("site.slow", "600", timeout=PATIENCE) as stream:
+        assert next(stream) == b"begun"
+        running.send(signal.SIGTERM)
+        eventually(lambda: refuses(client, "site.version"), PATIENCE)
+        running.send(signal.SIGTERM)
+        assert running.wait() == 4, running
