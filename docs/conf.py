@@ -42,6 +42,7 @@ napoleon_use_ivar = True
 napoleon_use_rtype = False
 
 _GLOB = re.compile(r"^(\[\w\]\w+\*)\n", re.MULTILINE)
+_SECTION = re.compile(r"(Args|Attributes|Raises) \((.+)\):")
 _LINK = re.compile(r"\[([^\]]+)\]\(([^)#:\s]+)(#[\w-]+)?\)")
 #: Files outside of this directory that are pages here.
 _PAGES = {ROOT / "README.md": "readme.md", ROOT / "CHANGELOG.md": "changelog.md"}
@@ -79,11 +80,17 @@ def _include_read(app: sphinx.application.Sphinx, path: Path, page: str, content
 
 
 def _docstring(app: object, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    """Indented examples behind a colon are code; so they are written in docstrings, where `::` would be noise."""
-    for index in range(len(lines) - 2):
-        behind = lines[index + 2]
-        if lines[index].endswith(":") and not lines[index + 1].strip() and behind.startswith("    "):
-            lines[index] += ":"
+    """Docstrings do without reStructuredText's noise: what is indented is code; a section's title may have a note."""
+    done: list[str] = []
+    for line, following, behind in zip(lines, [*lines[1:], "."], [*lines[2:], "", ""], strict=True):
+        section = _SECTION.fullmatch(line)
+        if section is not None:
+            done += [f"({section[2]})", "", f"{section[1]}:"]
+        elif line and not line.startswith(" ") and not following and behind.startswith("    "):
+            done += [f"{line}:"] if line.endswith(":") else [line, "", "::"]
+        else:
+            done.append(line)
+    lines[:] = done
 
 
 def setup(app: sphinx.application.Sphinx) -> None:

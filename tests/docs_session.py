@@ -1,7 +1,7 @@
 """A program that runs the Python blocks of one page in one namespace, as they come, a line of JSON each, on stdin.
 
-It answers each with a line of JSON: what it printed, and the traceback if it raised. A block that serves for ever is run
-in a thread; the answer comes when its handlers are live.
+It answers each with a line of JSON: what it printed, and the traceback if it raised. A block that serves for ever is
+run in a thread; the answer comes when its handlers are live.
 """
 
 from __future__ import annotations

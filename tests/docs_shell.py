@@ -14,9 +14,9 @@ from support import ROOT
 
 #: Commands of others, whose options are theirs.
 OTHERS = {
-    "cd", "curl", "docker", "eval", "export", "flask", "gunicorn", "head", "jq", "kill", "kubectl", "mkdir", "mypy",
-    "nats", "nats-server", "nk", "nsc", "pip", "pytest", "python", "python3", "ruff", "set", "sleep", "sphinx-build",
-    "tee", "test", "uwsgi",
+    ".", "cd", "curl", "docker", "eval", "export", "flask", "gunicorn", "head", "jq", "kill", "kubectl", "mkdir",
+    "mypy", "nats", "nats-server", "nk", "nsc", "pip", "pytest", "python", "python3", "ruff", "set", "sleep",
+    "sphinx-build", "tee", "test", "uwsgi",
 }  # fmt: skip
 _EXTRAS = re.compile(r"(?:natsync|\.)\[([\w,-]+)\]")
 _ASSIGNMENT = re.compile(r"\w+=\S*")

@@ -6,6 +6,7 @@ stands for it, and other ports of the page for free ones. Shell blocks are looke
 
 from __future__ import annotations
 
+import configparser
 import importlib.metadata
 import json
 import os
@@ -167,6 +168,8 @@ class Reader:
             json.loads(block.text)
         elif block.language == "yaml":
             assert all(list(yaml.safe_load_all(block.text))), self.at(block)
+        elif block.language == "ini":
+            configparser.ConfigParser().read_string(block.text)
         elif block.language == "dockerfile":
             self.dockerfile(block)
         elif block.language not in NO_CODE:
