@@ -82,7 +82,7 @@ def _include_read(app: sphinx.application.Sphinx, path: Path, page: str, content
 def _docstring(app: object, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
     """Docstrings do without reStructuredText's noise: what is indented is code; a section's title may have a note."""
     done: list[str] = []
-    for line, following, behind in zip(lines, [*lines[1:], "."], [*lines[2:], "", ""], strict=True):
+    for line, following, behind in zip(lines, [*lines[1:], "."], [*lines[2:], "", ""], strict=False):
         section = _SECTION.fullmatch(line)
         if section is not None:
             done += [f"({section[2]})", "", f"{section[1]}:"]
