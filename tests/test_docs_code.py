@@ -135,6 +135,8 @@ class Reader:
     # -- shell ---------------------------------------------------------------------------------------------------
 
     def shell(self, block: Block) -> None:
+        if "no-run" in block.marks:
+            return
         assert docs_shell.complaints(block.text) == [], self.at(block)
         if "run" in block.marks:
             child = self._start(block, "bash", "-e", "-c", self.local(block.text))
