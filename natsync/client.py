@@ -428,7 +428,7 @@ class Client:
         core.flush(deadline)
 
     def rtt(self, timeout: float | None = FLUSH_SECONDS) -> float:
-        """Seconds from here to the server and back. Raises as flush() does."""
+        """Seconds from here to the server and back. Blocks and raises as flush() does."""
         self.flush(timeout)  # so that what waits to be sent is not measured
         begin = time.perf_counter()
         self.flush(timeout)
@@ -515,10 +515,11 @@ class Client:
     ) -> None:
         """Publish a request and call processor(message) for every message of the answer, here, until it ends.
 
-        The Go system's form: the processor sees the END and ERROR messages too (.is_end, .error; .data is the
-        sentinel). It stops the stream by returning False, and by nothing else. With retry, the whole request is run
-        again after an error, unless it was cancelled or overdue. client_id goes along as the header Connect-ID, and is
-        published to client.offline when ctx is cancelled, for responders of that system.
+        Blocks until then; timeout and idle_timeout are those of stream(). The Go system's form: the processor sees the
+        END and ERROR messages too (.is_end, .error; .data is the sentinel). It stops the stream by returning False, and
+        by nothing else. With retry, the whole request is run again after an error, unless it was cancelled or overdue.
+        client_id goes along as the header Connect-ID, and is published to client.offline when ctx is cancelled, for
+        responders of that system.
 
         Raises:
             HandlerError: an ERROR message came; the processor has seen it.
@@ -626,7 +627,7 @@ after_fork_in_child(_renew_in_child)
 
 
 def connect(servers: Servers = None, **options: Any) -> Client:
-    """A Client that is open already; see Client and Client.open()."""
+    """A Client that is open already; takes what Client takes, blocks and raises as Client.open() does."""
     return Client(servers, **options).open()
 
 

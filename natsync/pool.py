@@ -252,12 +252,15 @@ class ConnectionPool:
     # -- the client's verbs --------------------------------------------------------------------------------------
 
     def publish(self, subject: str, payload: Payload = b"", **arguments: Any) -> None:
-        """Client.publish() on a borrowed connection."""
+        """Client.publish() on a borrowed connection. Blocks for one as connection() does; raises what both raise."""
         with self.connection() as client:
             client.publish(subject, payload, **arguments)
 
     def request(self, subject: str, payload: Payload = b"", **arguments: Any) -> Message:
-        """Client.request() on a borrowed connection, which is held until the reply is there."""
+        """Client.request() on a borrowed connection, which is held until the reply is there.
+
+        Blocks for both, within the request's timeout, and raises what both raise.
+        """
         with self._within({"timeout": REQUEST_SECONDS, **arguments}) as (client, rest):
             return client.request(subject, payload, **rest)
 
@@ -266,7 +269,10 @@ class ConnectionPool:
         return self._held(Client.request_many, subject, payload, {"timeout": REQUEST_SECONDS, **arguments})
 
     def stream(self, subject: str, payload: Payload = b"", **arguments: Any) -> Stream:
-        """Client.stream() on a borrowed connection, which is held until the stream is over."""
+        """Client.stream() on a borrowed connection, which is held until the stream is over.
+
+        Blocks for the connection, and raises what connection() and Client.stream() raise.
+        """
         return self._held(Client.stream, subject, payload, arguments)
 
     def _held(self, verb: Callable[..., A], subject: str, payload: Payload, arguments: dict[str, Any]) -> A:
@@ -292,7 +298,10 @@ class ConnectionPool:
     def stream_request(
         self, subject: str, payload: Payload, processor: Callable[[Message], object], **arguments: Any
     ) -> None:
-        """Client.stream_request() on a borrowed connection, which is held until it returns."""
+        """Client.stream_request() on a borrowed connection, which is held until it returns.
+
+        Blocks for both, and raises what both raise.
+        """
         with self._within(arguments) as (client, rest):
             client.stream_request(subject, payload, processor, **rest)
 

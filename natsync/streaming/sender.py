@@ -329,7 +329,7 @@ class ResponseSender:
         return self._core.try_send(to_bytes(data))
 
     def send_many(self, chunks: Iterable[Payload], *, timeout: float | None = None) -> int:
-        """Queue several chunks in order, to leave together; the number of the last. Raises as send() does.
+        """Queue several chunks in order, to leave together; the number of the last. Blocks and raises as send() does.
 
         The iterable is used up and every chunk checked before the first is queued.
         """

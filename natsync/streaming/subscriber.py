@@ -127,7 +127,7 @@ class Subscriber:
         handler(ctx, request, sender) may return at once and go on sending from threads of its own; it must end the
         sender. handler(ctx, request) returning an iterator (or a generator function) ends by itself. Each request
         has a thread of its own for as long as its handler runs. Beyond max_streams at once on this registration, and
-        beyond the subscriber's own, requests are refused. Live at the server when this returns.
+        beyond the subscriber's own, requests are refused. Blocks until it is live at the server.
 
         Raises:
             InvalidArgument, TypeError: the subject, the queue or the handler cannot be used; nothing was registered.
@@ -209,7 +209,7 @@ class Subscriber:
     def stream(self, subject: str, *, queue: str | None = None, max_streams: int | None = None) -> Callable[[F], F]:
         """Decorator form of stream_subscribe(): @subscriber.stream("llm.chat", queue="llm").
 
-        The function is checked here and returned unchanged.
+        The function is checked here and returned unchanged. Raises as stream_subscribe() does.
         """
 
         _check_limit("max_streams", max_streams)
@@ -392,7 +392,7 @@ class Subscriber:
     def serve_forever(
         self, *, shutdown_timeout: float | None = CLOSE_SECONDS, ready: Callable[[], object] | None = None
     ) -> None:
-        """Open, and serve until SIGINT, SIGTERM, stop() or close(); then shut down and return.
+        """Block: open, and serve until SIGINT, SIGTERM, stop() or close(); then shut down and return.
 
         The first signal drains: no new requests, those under way get shutdown_timeout seconds. A second one cancels
         them. Off the main thread no signals are caught. ready() is called, here, once all handlers are live.

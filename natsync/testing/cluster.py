@@ -70,7 +70,7 @@ class NatsCluster:
         return [server.url for server in self.servers]
 
     def start(self) -> NatsCluster:
-        """Start all nodes, and return when each has its routes to all others.
+        """Start all nodes; blocks until each has its routes to all others.
 
         Raises:
             ServerNotFound: there is no nats-server binary.
@@ -121,7 +121,10 @@ class NatsCluster:
         self.servers[index].kill()
 
     def restart(self, index: int) -> NatsServer:
-        """Stop a node if it runs, start it on the ports it had, and return it when it is in the cluster again."""
+        """Stop a node if it runs, start it on the ports it had, and return it when it is in the cluster again.
+
+        Raises as start() does.
+        """
         self._configure(index)
         server = self.servers[index].restart()
         self.wait_joined()

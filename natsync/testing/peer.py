@@ -59,6 +59,7 @@ class PeerConnection:
             return self._take(len(self._received))
 
     def send(self, data: bytes) -> None:
+        """Send these bytes, whole; blocks while the client does not read."""
         self.sock.sendall(data)
 
     def send_info(self, **fields: Any) -> None:
@@ -166,6 +167,7 @@ class ScriptedPeer:
 
     @property
     def url(self) -> str:
+        """Where clients connect, once started."""
         host = f"[{self._host}]" if ":" in self._host else self._host
         return f"nats://{host}:{self.port}"
 
@@ -176,7 +178,11 @@ class ScriptedPeer:
             return len(self._running)
 
     def start(self) -> ScriptedPeer:
-        """Listen; the port is known and clients can connect when this returns."""
+        """Listen; the port is known and clients can connect when this returns.
+
+        Raises:
+            RuntimeError: it was started before.
+        """
         if self._listener is not None or self._stopping.is_set():
             raise RuntimeError("a peer starts once")
         self._listener = socket.create_server((self._host, 0), family=self._family)

@@ -171,7 +171,11 @@ class FaultProxy:
     # --- start and stop -------------------------------------------------------------------------------------
 
     def start(self) -> FaultProxy:
-        """Listen; clients can connect when this returns."""
+        """Listen; clients can connect when this returns.
+
+        Raises:
+            RuntimeError: it was started before.
+        """
         if self._thread is not None:
             raise RuntimeError("a proxy starts once")
         listener = socket.socket()

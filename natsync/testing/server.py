@@ -113,6 +113,7 @@ class NatsServer:
 
     @property
     def url(self) -> str:
+        """Where clients connect; known as long as port is."""
         return f"nats://{HOST}:{self.port}"
 
     @property
@@ -122,6 +123,7 @@ class NatsServer:
 
     @property
     def running(self) -> bool:
+        """Whether the process is there; a paused one counts."""
         process = self._process
         return process is not None and process.poll() is None
 
@@ -167,7 +169,7 @@ class NatsServer:
         return self
 
     def stop(self, timeout: float = STOP_TIMEOUT) -> None:
-        """End the server by SIGTERM, or by SIGKILL after timeout seconds. Idempotent.
+        """End the server by SIGTERM, or by SIGKILL after timeout seconds; blocks until it has ended. Idempotent.
 
         A paused server is resumed for it.
         """
@@ -206,7 +208,7 @@ class NatsServer:
             process.wait()
 
     def restart(self) -> NatsServer:
-        """Stop the server if it runs, and start it on the same port with the same data."""
+        """Stop the server if it runs, and start it on the same port with the same data. Raises as start() does."""
         self.stop()
         return self.start()
 
