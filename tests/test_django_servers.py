@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
+import socket
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +22,9 @@ import pytest
 import natsync
 from eventsource import Browser
 from natsync.testing import NatsServer, eventually
-from processes import PATIENCE, child
+from processes import PATIENCE, Child, child
 from support import ROOT
+from thirdparty import ThirdParty
 
 pytest.importorskip("django")
 pytestmark = pytest.mark.slow
@@ -27,10 +32,10 @@ pytestmark = pytest.mark.slow
 TESTS = ROOT / "tests"
 GUNICORN = [sys.executable, "-m", "gunicorn", "--bind", "127.0.0.1:0", "--pythonpath", str(TESTS)]
 COMMANDS = {
-    "runserver": [sys.executable, "-u", str(TESTS / "django_site" / "manage.py"), "runserver", "--noreload",
-                  "127.0.0.1:0"],
-    "sync": [*GUNICORN, "--worker-class", "sync", "django_site.wsgi"],
-    "gthread": [*GUNICORN, "--worker-class", "gthread", "--threads", "16", "--preload", "django_site.wsgi"],
+    "runserver": [sys.executable, "-u", str(TESTS / "django_site" / "manage.py"), "runserver", "127.0.0.1:0",
+                  "--noreload"],
+    "sync": [*GUNICORN, "django_site.wsgi", "--worker-class", "sync"],
+    "gthread": [*GUNICORN, "django_site.wsgi", "--worker-class", "gthread", "--threads", "16", "--preload"],
 }  # fmt: skip
 #: Chunks that are pulled after the browser has left, until the body is closed, at the most: (FIN, RST).
 PULLED = {"runserver": (2, 1), "sync": (2, 1), "gthread": (2, 1)}
@@ -44,6 +49,7 @@ class Responder:
         self.subscriber = subscriber
         self.senders: list[natsync.ResponseSender] = []
         self.left_at: list[float] = []
+        self.third_party: str | None = None
 
         @subscriber.stream("site.given")
         def given(ctx: natsync.Context, request: natsync.Message, sender: natsync.ResponseSender) -> None:
@@ -56,6 +62,14 @@ class Responder:
             try:
                 yield b"first"
                 ctx.wait(PATIENCE)
+            finally:
+                self.left_at.append(time.monotonic())
+
+        @subscriber.stream("site.third-party")
+        def forward(ctx: natsync.Context, request: natsync.Message) -> Iterator[bytes]:
+            try:
+                with ctx.closing(urllib.request.urlopen(f"{self.third_party}/hang")) as lines:
+                    yield from lines
             finally:
                 self.left_at.append(time.monotonic())
 
@@ -79,10 +93,15 @@ def responder(broker: NatsServer) -> Iterator[Responder]:
 
 
 @contextmanager
-def serving(kind: str, broker: NatsServer) -> Iterator[str]:
-    """The project under a server, which has to leave without a traceback; its URL."""
+def serving(
+    kind: str, broker: NatsServer, *arguments: str, env: dict[str, str] | None = None, told: list[Child] | None = None
+) -> Iterator[str]:
+    """The project under a server, which has to leave without a traceback; its URL.
+
+    told: takes the process, and then it may end as it likes.
+    """
     found: list[str] = []
-    with child(*COMMANDS[kind], url=broker.url, cwd=ROOT) as running:
+    with child(*COMMANDS[kind], *arguments, url=broker.url, cwd=ROOT, env=env) as running:
 
         def listens() -> bool:
             found[:] = re.findall(r"(?:http://)?127\.0\.0\.1:[1-9]\d*", "\n".join([*running.err, *running.out]))
@@ -92,10 +111,14 @@ def serving(kind: str, broker: NatsServer) -> Iterator[str]:
             eventually(lambda: found.extend(listening(running.process.pid)) or found, PATIENCE, f"{running!r}")
         else:
             eventually(listens, PATIENCE, f"{running!r}")
+        if told is not None:
+            told.append(running)
         yield found[0] if found[0].startswith("http") else f"http://{found[0]}"
         running.send(signal.SIGINT if kind == "runserver" else signal.SIGTERM)
         running.wait()
-    assert not re.search("Traceback|ResourceWarning|WORKER TIMEOUT", "\n".join(running.err)), running
+    assert told is not None or not re.search("Traceback|ResourceWarning|WORKER TIMEOUT", "\n".join(running.err)), (
+        running
+    )
 
 
 def listening(pid: int) -> list[str]:
@@ -187,6 +210,20 @@ def test_a_browser_that_leaves_a_silent_stream_is_noticed(site: str, kind: str, 
     assert quickest(limit, lambda: time_to_notice(site, query, how, responder)) < limit
 
 
+def test_a_browser_that_leaves_ends_the_read_from_the_third_party(
+    site: str, kind: str, broker: NatsServer, responder: Responder
+) -> None:
+    """All the way: browser, stream, the handler's ctx, the socket of its HTTP read, which is blocked."""
+    with ThirdParty() as third_party:
+        responder.third_party = third_party.url
+        with Browser(f"{site}/stream/site.third-party?heartbeat={60 if kind != 'runserver' else 0.3}") as browser:
+            browser.wait_for(b'data: {"piece": 0}')
+            assert third_party.hanging.wait(PATIENCE)
+            browser.leave()
+        eventually(lambda: responder.left_at, PATIENCE)
+        assert not third_party.released.is_set()  # it has not let go by itself
+
+
 # -- what is left --------------------------------------------------------------------------------------------------
 
 
@@ -217,3 +254,67 @@ def test_nothing_is_left_of_200_abandoned_requests(site: str, kind: str, respond
     assert after["pid"] == before["pid"]
     eventually(lambda: len(state(site)["threads"]) <= len(before["threads"]) + 2, PATIENCE)
     eventually(lambda: state(site)["descriptors"] <= before["descriptors"] + 4, PATIENCE)
+
+
+# -- processes that end while they stream --------------------------------------------------------------------------
+
+#: So that the responder finds out soon about a process that ended without a word.
+SOON = {"SITE_RESUME_GRACE": "1", "SITE_HEARTBEAT": "0.5"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "number"),
+    [
+        ("sync", ["--timeout", "2"], None),  # SystemExit inside next()
+        ("sync", ["--graceful-timeout", "1"], signal.SIGTERM),
+        ("gthread", ["--graceful-timeout", "1"], signal.SIGTERM),
+        ("runserver", [], signal.SIGINT),
+        ("runserver", [], signal.SIGKILL),
+    ],
+    ids=["sync-timeout", "sync-SIGTERM", "gthread-SIGTERM", "runserver-SIGINT", "runserver-SIGKILL"],
+)
+def test_a_process_that_ends_leaves_no_handler_behind(
+    kind: str, arguments: list[str], number: signal.Signals | None, broker: NatsServer, responder: Responder
+) -> None:
+    told: list[Child] = []
+    with (
+        serving(kind, broker, *arguments, env=SOON, told=told) as site,
+        Browser(f"{site}/stream/site.silent?heartbeat=60") as browser,
+    ):
+        browser.wait_for(b"data: first\n\n")
+        begin = time.monotonic()
+        if number is not None:
+            told[0].send(number)
+        eventually(lambda: responder.left_at, PATIENCE, f"the handler runs on: {told[0]!r}")
+        assert responder.left_at[0] - begin < PATIENCE / 2  # by itself it would have gone on for all of it
+
+
+def test_a_reload_of_runserver_leaves_no_handler_behind(
+    broker: NatsServer, responder: Responder, tmp_path: Path
+) -> None:
+    copy = tmp_path / "django_site"
+    shutil.copytree(TESTS / "django_site", copy, ignore=shutil.ignore_patterns("__pycache__"))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+
+    def process() -> int | None:
+        try:
+            return int(state(f"http://{address}")["pid"])
+        except (OSError, EOFError):
+            return None
+
+    command = [sys.executable, str(copy / "manage.py"), "runserver", address]
+    with child(*command, url=broker.url, env=SOON) as running:
+        former = eventually(process, PATIENCE)
+        with Browser(f"http://{address}/stream/site.silent?heartbeat=60") as browser:
+            browser.wait_for(b"data: first\n\n")
+
+            def reloaded() -> bool:
+                later = time.time() + 5  # again and again: the reloader may not have seen the file before
+                os.utime(copy / "views.py", (later, later))
+                return process() not in (None, former)
+
+            eventually(reloaded, PATIENCE, f"{running!r}")
+            eventually(lambda: responder.left_at, PATIENCE / 2, f"the handler runs on: {running!r}")
+        running.send(signal.SIGTERM)
+        running.wait()

@@ -26,11 +26,10 @@ DATABASES = {
 }
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 # Without a URL: NATS_URL, which the tests set for the processes they start.
-NATSYNC = {"NAME": "django-site", "CONNECT_TIMEOUT": 5, "RECONNECT_WAIT": 0.1}
-
-if "SITE_LOG_RELOADER" in os.environ:  # so that a test can wait until the files are watched
-    LOGGING = {
-        "version": 1,
-        "handlers": {"stderr": {"class": "logging.StreamHandler"}},
-        "loggers": {"django.utils.autoreload": {"level": "DEBUG", "handlers": ["stderr"], "propagate": False}},
-    }
+NATSYNC = {
+    "NAME": "django-site",
+    "CONNECT_TIMEOUT": 5,
+    "RECONNECT_WAIT": 0.1,
+    "RESUME_GRACE": float(os.environ.get("SITE_RESUME_GRACE", "10")),
+    "HEARTBEAT": float(os.environ.get("SITE_HEARTBEAT", "5")),
+}

@@ -3,7 +3,7 @@
 Django's own run_with_reloader() kills the inner process when the outer one gets a signal, and leaves no room for
 draining. So the two ends are here: the outer process, which runs the inner one again when a file has changed, and the
 inner one's main thread, which watches the files while the worker runs in a thread of its own. What is watched, and how,
-is Django's.
+is Django's: once a second, by the files' times.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 from django.utils import autoreload
 
@@ -30,6 +31,8 @@ log = logging.getLogger("natsync.worker")
 RELOAD_SECONDS = 1.0
 #: Seconds for cancelled handlers to leave, before the process goes without them.
 LEAVE_SECONDS = 3.0
+#: Seconds to wait for the first look at the files, which takes a fraction of one.
+WATCH_SECONDS = 10.0
 #: The variable by which the inner process knows the pipe that ends with the outer one.
 LIFELINE = "NATSYNC_LIFELINE"
 #: The status by which the inner process asks to be run again (django.utils.autoreload).
@@ -76,6 +79,26 @@ def _status(returncode: int) -> int:
     return 128 - returncode if returncode < 0 else returncode
 
 
+class _Reloader(autoreload.StatReloader):
+    """Django's, that tells when it knows of the files as they were loaded: what is changed later is noticed.
+
+    Attributes:
+        loaded: to be set when all is loaded.
+        watching: set once it has looked at the files after that.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loaded = threading.Event()
+        self.watching = threading.Event()
+
+    def snapshot_files(self) -> Iterator[Any]:
+        loaded = self.loaded.is_set()
+        yield from super().snapshot_files()
+        if loaded:
+            self.watching.set()
+
+
 class _Told(BaseException):
     """A signal came: leave the reloader's loop, wherever it is."""
 
@@ -90,13 +113,15 @@ class _Inner:
         self._status: int | None = None
         self._finished = threading.Event()
         self._told = False
+        self._reloader = _Reloader()
 
     def run(self) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._signalled)
         try:
-            autoreload.start_django(autoreload.get_reloader(), self._work)
+            autoreload.start_django(self._reloader, self._work)
         except _Told:
+            self._reloader.watching.set()
             self._finished.wait()
         except SystemExit:  # a file has changed
             self._told = True
@@ -109,6 +134,8 @@ class _Inner:
             self._worker = worker = self._make_worker()
             if self._told:
                 worker.tell("a signal")
+            self._reloader.loaded.set()
+            self._reloader.watching.wait(WATCH_SECONDS)
             self._status = self._serve(worker)
         finally:
             self._finished.set()
