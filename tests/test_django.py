@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import django
 import pytest
 
 import natsync
@@ -14,21 +15,19 @@ from natsync.testing import NatsServer, eventually
 from processes import run
 from support import ROOT
 
-django = pytest.importorskip("django")
-
 with pytest.MonkeyPatch.context() as _patch:  # not for the processes that other tests start
     _patch.setenv("DJANGO_SETTINGS_MODULE", "django_site.settings")
     django.setup()
 
-from asgiref.sync import async_to_sync  # noqa: E402
-from django.conf import settings  # noqa: E402
-from django.core.checks import run_checks  # noqa: E402
-from django.core.exceptions import ImproperlyConfigured  # noqa: E402
-from django.db import connections  # noqa: E402
-from django.test import Client as Browser  # noqa: E402
-from django.test import RequestFactory, override_settings  # noqa: E402
+from asgiref.sync import async_to_sync
+from django.conf import settings
+from django.core.checks import run_checks
+from django.core.exceptions import ImproperlyConfigured
+from django.db import connections
+from django.test import Client as Browser
+from django.test import RequestFactory, override_settings
 
-from natsync.contrib import django as contrib  # noqa: E402
+from natsync.contrib import django as contrib
 
 PATIENCE = 20.0
 

@@ -18,7 +18,6 @@ from natsync.testing import NatsServer, eventually
 from processes import PATIENCE, child, run
 from support import ROOT
 
-pytest.importorskip("django")
 pytestmark = pytest.mark.slow
 
 PROJECT = ROOT / "examples" / "django_project"

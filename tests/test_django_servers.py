@@ -26,7 +26,6 @@ from processes import PATIENCE, Child, child
 from support import ROOT
 from thirdparty import ThirdParty
 
-pytest.importorskip("django")
 pytestmark = pytest.mark.slow
 
 TESTS = ROOT / "tests"

@@ -18,8 +18,6 @@ from natsync.testing import NatsServer, eventually
 from processes import PATIENCE, Child, child, run
 from support import ROOT
 
-pytest.importorskip("django")
-
 SITE = ROOT / "tests" / "django_site"
 
 
