@@ -1,13 +1,13 @@
 """Subscribers in the foreground: one, or several at once, until SIGINT or SIGTERM."""
 
 import logging
-import queue
 import signal
 import threading
 from collections.abc import Callable
 from types import FrameType
 
 import natsync
+from natsync.streaming.serving import Inbox
 
 log = logging.getLogger("natsync.serve")
 
@@ -28,8 +28,7 @@ def serve_all(
     if len(subscribers) == 1:
         subscribers[0].serve_forever(shutdown_timeout=shutdown_timeout, ready=ready)
         return
-    # SimpleQueue, because a signal handler may take no lock that the thread it interrupts may hold.
-    events: queue.SimpleQueue[str] = queue.SimpleQueue()
+    events = Inbox()
     failures: list[BaseException] = []
 
     def serve(subscriber: natsync.Subscriber) -> None:
@@ -43,22 +42,19 @@ def serve_all(
     def caught(number: int, frame: FrameType | None) -> None:
         events.put(signal.Signals(number).name)
 
-    former = {number: signal.signal(number, caught) for number in (signal.SIGINT, signal.SIGTERM)}
     threads = [threading.Thread(target=serve, args=(one,), daemon=True) for one in subscribers]
     try:
-        for thread in threads:
-            thread.start()
-        _attend(subscribers, events, ready)
+        with events.signals(caught, signal.SIGINT, signal.SIGTERM):
+            for thread in threads:
+                thread.start()
+            _attend(subscribers, events, ready)
     finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+        events.close()
     if failures:
         raise failures[0]
 
 
-def _attend(
-    subscribers: list[natsync.Subscriber], events: "queue.SimpleQueue[str]", ready: Callable[[], object]
-) -> None:
+def _attend(subscribers: list[natsync.Subscriber], events: Inbox, ready: Callable[[], object]) -> None:
     """The main thread's part: returns when all have ended."""
     begun = ended = signals = 0
     while ended < len(subscribers):

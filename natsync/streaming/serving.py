@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
-import queue
 import signal
+import socket
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -17,15 +19,53 @@ log = logging.getLogger("natsync.streaming")
 _DONE = "done"
 
 
-class Serving:
-    """Waits for a reason to stop, then shuts down.
+class Inbox:
+    """Words for a thread that waits for them, from other threads and from signal handlers.
 
-    Reasons come through a SimpleQueue, because a signal handler may take no lock that the thread it interrupts may
-    hold, and putting into this queue takes none.
+    put() takes no lock, which the thread that a signal interrupts might hold. And the wait is for a socket, into which
+    the interpreter itself writes when a signal comes: one that falls between the last look for signals and a wait on a
+    lock would wake nobody.
     """
 
     def __init__(self) -> None:
-        self._reasons: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._words: deque[str] = deque()
+        self._incoming, self._outgoing = socket.socketpair()
+        self._outgoing.setblocking(False)
+
+    def put(self, word: str) -> None:
+        """Have it taken; does not wait. Without effect once closed."""
+        self._words.append(word)
+        with suppress(OSError):  # full, so the reader is awake anyway; or closed
+            self._outgoing.send(b"\0")
+
+    def get(self) -> str:
+        """The next word; blocks until there is one."""
+        while not self._words:
+            self._incoming.recv(4096)
+        return self._words.popleft()
+
+    @contextmanager
+    def signals(self, caught: Callable[[int, FrameType | None], object], *numbers: int) -> Iterator[None]:
+        """Within the block caught(number, frame) handles the signals, and each ends a wait. Main thread only."""
+        pipe = signal.set_wakeup_fd(self._outgoing.fileno(), warn_on_full_buffer=False)
+        former: dict[int, Any] = {number: signal.signal(number, caught) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(pipe)
+
+    def close(self) -> None:
+        self._incoming.close()
+        self._outgoing.close()
+
+
+class Serving:
+    """Waits for a reason to stop, then shuts down. For one run()."""
+
+    def __init__(self) -> None:
+        self._reasons = Inbox()
 
     def stop(self, reason: str) -> None:
         """Have the wait end; from any thread, does not wait."""
@@ -36,19 +76,19 @@ class Serving:
 
         SIGINT and SIGTERM are caught if this is the main thread.
         """
-        previous = self._catch_signals()
         try:
-            begin()
-            log.info("shutting down: %s", self._reasons.get())
-            self._shut_down(close, cancel)
+            with self._signals_caught():
+                begin()
+                log.info("shutting down: %s", self._reasons.get())
+                self._shut_down(close, cancel)
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+            self._reasons.close()
 
-    def _catch_signals(self) -> dict[int, Any]:
+    @contextmanager
+    def _signals_caught(self) -> Iterator[None]:
         if threading.current_thread() is not threading.main_thread():
-            return {}
-
+            yield
+            return
         generation = fork_generation()
 
         def caught(number: int, frame: FrameType | None) -> None:
@@ -57,7 +97,8 @@ class Serving:
                 signal.raise_signal(number)
             self._reasons.put(signal.Signals(number).name)
 
-        return {number: signal.signal(number, caught) for number in (signal.SIGINT, signal.SIGTERM)}
+        with self._reasons.signals(caught, signal.SIGINT, signal.SIGTERM):
+            yield
 
     def _shut_down(self, close: Callable[[], object], cancel: Callable[[str], object]) -> None:
         """close() in a thread of its own, while this one listens for a second signal."""
