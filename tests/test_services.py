@@ -351,6 +351,9 @@ import nats
 from nats.micro import ServiceConfig, add_service
 from nats.micro.request import ServiceError
 
+# nats-py's micro uses it.
+pytestmark = pytest.mark.filterwarnings("ignore:datetime.datetime.utcnow:DeprecationWarning")
+
 async def main():
     connection = await nats.connect(sys.argv[1])
     config = ServiceConfig(name="theirs", version="2.0.0", description="of others", metadata={"by": "nats-py"})
