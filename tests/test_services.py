@@ -22,6 +22,9 @@ from rawclient import PATIENCE
 from support import run_python
 from test_interop_nats_py import Loop
 
+# The micro of nats-py calls utcnow().
+pytestmark = pytest.mark.filterwarnings("ignore:datetime.datetime.utcnow:DeprecationWarning")
+
 
 @pytest.fixture
 def server(make_nats_server: Any) -> NatsServer:
@@ -350,9 +353,6 @@ import asyncio, sys
 import nats
 from nats.micro import ServiceConfig, add_service
 from nats.micro.request import ServiceError
-
-# nats-py's micro uses it.
-pytestmark = pytest.mark.filterwarnings("ignore:datetime.datetime.utcnow:DeprecationWarning")
 
 async def main():
     connection = await nats.connect(sys.argv[1])
