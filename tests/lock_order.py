@@ -45,7 +45,7 @@ RUNNERS = ("/_pytest/", "/pluggy/")
 #: Classes whose locks are signals: taken to wait, given back by another thread.
 SIGNALS = {"Signal"}
 #: Locks that are held over a wait on purpose: they admit one waiter at a time, and nobody else wants them.
-TURNSTILES = {"Call._taking"}
+TURNSTILES = {"Call._taking", "Replies._taking"}
 #: Modules that interrupt natsync everywhere, thousands of times. They are left out: a lock of C is taken and entered in
 #: one step, which an interrupt cannot divide; one of Python's may stay taken.
 INTERRUPTED = {"test_interrupts"}
@@ -262,6 +262,21 @@ class _SignalLock:
         self._lock.release()
 
 
+class _Maker:
+    """Stands for threading.Lock or RLock. No function: it may be a class's attribute, and must not become its method."""
+
+    def __init__(self, recorder: Recorder, plain: Callable[[], Any], kept: type[_Lock]) -> None:
+        self._recorder, self._plain, self._kept = recorder, plain, kept
+
+    def __call__(self) -> Any:
+        frame = sys._getframe(1)
+        if not _is_ours(frame):
+            return self._plain()
+        name = _name(frame)
+        signal = self._kept is _Lock and name.partition(".")[0] in SIGNALS
+        return _SignalLock(self._recorder) if signal else self._kept(self._recorder, name)
+
+
 def documented(name: str) -> str:
     """What the documented order calls the class of a lock."""
     owner = name.partition(".")[0]
@@ -348,19 +363,8 @@ def _defines(kind: type, frame: FrameType) -> bool:
 def instrument(recorder: Recorder, patch: pytest.MonkeyPatch) -> None:
     """Have all locks that natsync makes from now on, and all that may block, tell the recorder."""
 
-    def lock() -> Any:
-        frame = sys._getframe(1)
-        if not _is_ours(frame):
-            return _make_lock()
-        name = _name(frame)
-        return _SignalLock(recorder) if name.partition(".")[0] in SIGNALS else _Lock(recorder, name)
-
-    def rlock() -> Any:
-        frame = sys._getframe(1)
-        return _RLock(recorder, _name(frame)) if _is_ours(frame) else _make_rlock()
-
-    patch.setattr(threading, "Lock", lock)
-    patch.setattr(threading, "RLock", rlock)
+    patch.setattr(threading, "Lock", _Maker(recorder, _make_lock, _Lock))
+    patch.setattr(threading, "RLock", _Maker(recorder, _make_rlock, _RLock))
     for kind, name in (
         (socket.socket, "recv"), (socket.socket, "sendall"), (socket.socket, "send"), (socket.socket, "connect"),
         (threading.Thread, "join"),

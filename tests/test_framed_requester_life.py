@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -16,6 +18,7 @@ import natsync
 from broker import SLACK, Outcome
 from framed import SUBJECT, Answer, Table, account, block, chunks, failure, failure_of, take
 from natsync.streaming import peers
+from natsync.streaming.calls import Calls
 from natsync.testing import NatsServer, eventually
 from rawclient import END, ERROR, PATIENCE
 from support import run_python
@@ -193,6 +196,21 @@ def test_closing_the_client_behind_stream_tells_a_responder_that_answers_at_once
     assert answer.until(b"x ")
     assert closing.within(SLACK) is None
     assert isinstance(failure_of(stream), natsync.ConnectionClosed)
+
+
+def test_a_stream_left_while_the_client_closes_keeps_no_timer(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = table.client(resume_grace=30)
+    stream = client.stream(SUBJECT)
+    table.request()
+    part = Calls.part
+
+    def closed_first(*args: Any, **kwargs: Any) -> None:
+        client.close()
+        part(*args, **kwargs)
+
+    monkeypatch.setattr(Calls, "part", closed_first)
+    stream.close()
+    eventually(lambda: not any(thread.name == "natsync-timer" for thread in threading.enumerate()), SLACK)
 
 
 def test_a_deadline_is_told_as_code_4(table: Table) -> None:

@@ -13,6 +13,7 @@ import time
 from natsync.concurrency import Deadline, SafeEvent
 from natsync.connection import Connection
 from natsync.errors import Code
+from natsync.links import Status
 from natsync.message import Item
 from natsync.mux import Waiter
 from natsync.protocol import encode_pub
@@ -169,6 +170,8 @@ class Calls(Waiter):
             self._farewells.add(farewell)
         self.connection.mux.register(token, farewell)
         farewell.speak()
+        if self.connection.status is Status.CLOSED:  # the waiters may have been told of that already
+            farewell.connection_closed(self.connection.closed_error())
 
     def parted(self, farewell: Farewell) -> None:
         """The responder has answered, or will not."""

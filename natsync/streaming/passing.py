@@ -130,14 +130,13 @@ class Passing(SenderCore):
         self._telling = threading.Lock()
 
     def _passed(self, data: bytes) -> bytes:
-        if self._told:
-            return self.passage.send(data)
-        with self._telling:  # whoever comes second must not be first: the headers go with the first chunk
-            data = self.passage.send(data)
-            if not self._told:
-                for key in self.passage.reply_headers:
-                    self.set_header(key, self.passage.reply_headers[key])
-                self._told = True
+        data = self.passage.send(data)
+        if not self._told:
+            with self._telling:  # another thread's first chunk does not overtake the headers either
+                if not self._told:
+                    for key in list(self.passage.reply_headers):
+                        self.set_header(key, self.passage.reply_headers[key])
+                    self._told = True
         return data
 
     def send(self, data: bytes, deadline: Deadline) -> int:
