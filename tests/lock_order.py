@@ -263,7 +263,7 @@ class _SignalLock:
 
 
 class _Maker:
-    """Stands for threading.Lock or RLock. No function: it may be a class's attribute, and must not become its method."""
+    """Stands for threading.Lock or RLock. No function, for a class may have it for an attribute and not a method."""
 
     def __init__(self, recorder: Recorder, plain: Callable[[], Any], kept: type[_Lock]) -> None:
         self._recorder, self._plain, self._kept = recorder, plain, kept
