@@ -586,9 +586,18 @@ def expect_fork_error(use: Callable[[], object]) -> None:
     raise AssertionError("the parent's object works in the child")
 
 
+class Unbuffered(logging.Handler):
+    """Logs to nowhere, without a file object of Python: a buffer locked at the fork stays locked in the child."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        os.write(self._nowhere, self.format(record).encode())
+
+    _nowhere = os.open(os.devnull, os.O_WRONLY)
+
+
 def fork_under_load(url: str) -> None:
     """Threads use everything while the process forks again and again; each child uses everything too."""
-    logging.basicConfig(level=logging.DEBUG, filename=os.devnull)  # so that logging's locks are busy too
+    logging.basicConfig(level=logging.DEBUG, handlers=[Unbuffered()])  # so that logging's locks are busy too
     client, root = natsync.connect(url), natsync.Context()
     pool = natsync.ConnectionPool(url, max_size=2)
     over = threading.Event()

@@ -503,7 +503,7 @@ def test_a_flood_of_frames_is_taken_with_little_memory_and_the_link_goes_on(
 ) -> None:
     with bounded_memory(16 << 20):
         peer.attack(frame * (CHUNK // len(frame)), times=8)
-        client.flush(PATIENCE)
+        client.flush(4 * PATIENCE)  # locks that keep book, on a busy machine, take 0.1 ms a frame
     assert client.stats()["reconnects"] == 0
     recovered(client)
 
