@@ -157,9 +157,9 @@ class Replies:
         if self._given:
             limit = limit.or_sooner(self._stall)
         while True:
-            self._ctx.check()
-            if self._over:
+            if self._over:  # looked at first: the end takes the context with it
                 return None
+            self._ctx.check()
             item = many.take()
             if item is not None:
                 return item

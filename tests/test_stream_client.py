@@ -17,6 +17,7 @@ import pytest
 
 import natsync
 from natsync import Code
+from natsync.streaming.framed_receiver import FramedReceiver
 from natsync.testing import NatsServer, eventually
 from rawclient import END, PATIENCE, RawClient
 from support import between_two_tries, framed_only, plain_only
@@ -196,6 +197,32 @@ def test_a_stream_that_is_complete_before_anybody_reads_is_complete(client: nats
     hold.sender.end()
     eventually(lambda: client.stats()["waiting_replies"] == 0)  # the end is there
     assert list(stream) == [b"1", b"2", b"3"]
+
+
+@framed_only
+def test_a_stream_that_ends_while_it_is_opened_is_complete(
+    client: natsync.Client, hold: Hold, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its end ends its context, too, and it must not take that for somebody who cancels."""
+    ending, opened = threading.Event(), threading.Event()
+    close, when_finished = FramedReceiver.close, natsync.Stream.when_finished
+
+    def close_slowly(receiver: FramedReceiver, **how: bool) -> None:
+        ending.set()
+        assert opened.wait(PATIENCE)
+        close(receiver, **how)
+
+    def come_late(stream: natsync.Stream, callback: Callable[[], None]) -> None:
+        sender = hold.sender
+        sender.send(b"all of it")
+        sender.end()
+        assert ending.wait(PATIENCE)
+        when_finished(stream, callback)
+        opened.set()
+
+    monkeypatch.setattr(FramedReceiver, "close", close_slowly)
+    monkeypatch.setattr(natsync.Stream, "when_finished", come_late)
+    assert list(client.stream("sc.hold", timeout=PATIENCE)) == [b"all of it"]
 
 
 @pytest.mark.usefixtures("subscriber")

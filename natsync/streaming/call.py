@@ -85,7 +85,7 @@ class Call(Waiter):
         self._error: Exception | None = None  # raised behind what waits,
         self._at_once = False  # or instead of it
         self._last: Item | None = None  # the message that ended it, if the consumer is to see it
-        self._over = False
+        self._over = self._told = False
         self._finished: list[Finished] = []
         self._frame = b""
         self._mark: int | None = None
@@ -120,12 +120,26 @@ class Call(Waiter):
         self.when_finished(ctx.on_end(lambda: self._context_ended(ctx)))
 
     def when_finished(self, callback: Finished) -> None:
-        """Have callback() called once the call is over, in whichever thread ends it; brief and non-blocking."""
+        """Have callback() called once the call is over, behind those who came before; brief and non-blocking."""
         with self._lock:
-            if not self._over:
+            if not self._told:
                 self._finished.append(callback)
                 return
         callback()
+
+    def _tell_finished(self) -> None:
+        """In order, who comes meanwhile last: so the context is ended when this call does not listen to it any more."""
+        while True:
+            with self._lock:
+                if not self._finished:
+                    self._told = True
+                    return
+                callback = self._finished.pop(0)
+            try:
+                callback()
+            except BaseException:
+                self._tell_finished()  # the others are told all the same
+                raise
 
     # -- the reader ------------------------------------------------------------------------------------------------
 
@@ -391,7 +405,6 @@ class Call(Waiter):
             if self._over:
                 return
             self._over = True
-            finished, self._finished = self._finished, []
         try:
             if leaving is not None:
                 self._part(str(leaving), leaving.code if isinstance(leaving, StreamError) else Code.CANCELLED)
@@ -401,8 +414,7 @@ class Call(Waiter):
                 self._offered.close(complete=complete)
             self._alarm.clear()
             self._signal.set()
-            for callback in finished:
-                callback()
+            self._tell_finished()
 
     def _part(self, why: str, code: int = Code.CANCELLED, *, behind: Waiter | None = None) -> None:
         """Have the responder told that the stream is left. behind: who still waits here."""
