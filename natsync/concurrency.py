@@ -250,7 +250,7 @@ def fork_generation() -> int:
 
     Finds out too about a fork that Python was not told of, as uWSGI's without py-call-osafterfork.
     """
-    if not _at_home[0]:
+    if not at_home[0]:
         _renew()
     return _fork_generation
 
@@ -277,20 +277,20 @@ _finalized: list[Callable[[], None]] = []
 
 
 class _ByProcessId:
-    """Whether this is the process that made it, at [0]."""
+    """The number that was set at [0], in the process that set it; 0 in any other."""
 
     def __init__(self) -> None:
-        self._process = os.getpid()
+        self[0] = 1
 
     def __getitem__(self, index: int) -> int:
-        return self._process == os.getpid()
+        return self._value if self._process == os.getpid() else 0
 
     def __setitem__(self, index: int, value: int) -> None:
-        self._process = os.getpid()
+        self._value, self._process = value, os.getpid()
 
 
 def _process_mark() -> mmap.mmap | _ByProcessId:
-    """What is 1 at [0] here, and 0 in a forked child until it is set there."""
+    """What has a number at [0] here, and 0 in a forked child until it is set there."""
     if sys.platform == "linux":
         try:
             # A page that a child gets as zeros. To look at it costs a tenth of asking for the process id.
@@ -305,7 +305,9 @@ def _process_mark() -> mmap.mmap | _ByProcessId:
 
 #: Linux's number of MADV_WIPEONFORK, for which Python has no name.
 _WIPE_ON_FORK = 18
-_at_home = _process_mark()
+#: At [0] a number that is another one in each forked child, but 255 forks further down: the quick form of
+#: fork_generation(), for where a call costs too much. Differs from the one remembered: ask fork_generation().
+at_home = _process_mark()
 _renewing = threading.RLock()
 _under_renewal = False
 
@@ -314,7 +316,7 @@ def _renew(*, told: bool = False) -> None:
     """Make anew what a forked child must not share; once, whichever of its threads notices first."""
     global _fork_generation, _background, _under_renewal
     with _renewing:
-        if _under_renewal or (_at_home[0] and not told):  # one of the callbacks asks, or another thread has done it
+        if _under_renewal or (at_home[0] and not told):  # one of the callbacks asks, or another thread has done it
             return
         _under_renewal = True
         try:
@@ -325,7 +327,7 @@ def _renew(*, told: bool = False) -> None:
                 run_safely(callback, "what is made anew in a forked child")
         finally:
             _under_renewal = False
-            _at_home[0] = 1
+            at_home[0] = _fork_generation % 255 + 1
 
 
 def _forked() -> None:

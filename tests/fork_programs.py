@@ -841,7 +841,7 @@ def prefork_without_exec(url: str) -> None:
 
 def mark_that_is_not_wiped(url: str) -> None:
     """A system that takes the advice to wipe the mark in a child, and does nothing: Python's news of a fork counts."""
-    concurrency._at_home = bytearray(b"\1")  # type: ignore[assignment]
+    concurrency.at_home = bytearray(b"\1")  # type: ignore[assignment]
     client = natsync.connect(url)
     number = client_id(client)
 

@@ -113,17 +113,36 @@ class FramedSender(SenderCore):
             self._put(Op.ACCEPT, 0)
             self._alarm.set_by(time.monotonic() + FIRST_REPEAT)
 
+    @property
+    def queued_bytes(self) -> int:
+        return self._out.offset
+
     # -- sending -----------------------------------------------------------------------------------------------
 
     def send(self, data: bytes, deadline: Deadline) -> int:
         size = len(data)
+        with self._lock:
+            # What happens to nearly every chunk, in as few calls as can be.
+            plain = self.count and self._error is None and size <= self._chunk_bytes and self._out.try_push(data, size)
+            if plain:
+                self.count = number = self.count + 1
+                wake = not self._ready and self._wants_writer_locked()
+        if not plain:
+            return self._send_slowly(data, size, deadline)
+        if wake:
+            self._connection.ready(self)
+        return number
+
+    def _send_slowly(self, data: bytes, size: int, deadline: Deadline) -> int:
+        """A first chunk, a large one, or one that there is no room for."""
         self._check_size(size)
         while True:
             with self._lock:
                 if self._error is not None:
                     raise self._closed_error()
                 if self._out.takes(size):
-                    number, first, wake = self._push_locked(data, size)
+                    first = self._push_locked(data)
+                    number, wake = self.count, self._wants_writer_locked()
                     break
             self._wait_room(size, deadline)
         self._pushed(first, wake)
@@ -141,7 +160,8 @@ class FramedSender(SenderCore):
                 self._starved = True
                 self._alarm.set_by(time.monotonic() + self._repeat)
                 return False
-            _, first, wake = self._push_locked(data, size)
+            first = self._push_locked(data)
+            wake = self._wants_writer_locked()
         self._pushed(first, wake)
         return True
 
@@ -155,9 +175,14 @@ class FramedSender(SenderCore):
                 if self._error is not None:
                     raise self._closed_error()
                 while sent < len(chunks) and self._out.takes(sizes[sent]):
-                    number, is_first, is_idle = self._push_locked(chunks[sent], sizes[sent])
-                    first, wake = first or is_first, wake or is_idle
-                    sent += 1
+                    pushed = self._out.push_some(chunks[sent:], sizes[sent:]) if self.count else 0
+                    if pushed:
+                        self.count += pushed
+                    else:
+                        pushed, first = 1, self._push_locked(chunks[sent])
+                    number = self.count
+                    sent += pushed
+                wake = self._wants_writer_locked()
             self._pushed(first, wake)
             if sent < len(chunks):
                 self._wait_room(sizes[sent], deadline)
@@ -167,12 +192,12 @@ class FramedSender(SenderCore):
         if size > self._chunk_bytes:
             raise MaxPayloadExceeded(size, self._chunk_bytes)
 
-    def _push_locked(self, data: bytes, size: int) -> tuple[int, bool, bool]:
-        """Queue a chunk: its number, whether it is the first, whether the writer must be told. Requires _lock."""
-        headers = self._headers
-        self._out.push(data, headers.encode() if headers is not None and not self.count else None)
-        first = self._counted_locked(1, size)
-        return self.count, first, self._wants_writer_locked()
+    def _push_locked(self, data: bytes) -> bool:
+        """Queue a chunk; whether it is the first. Requires _lock."""
+        headers, first = self._headers, not self.count
+        self._out.push(data, headers.encode() if headers is not None and first else None)
+        self.count += 1
+        return first
 
     def _pushed(self, first: bool, wake: bool) -> None:
         if wake:

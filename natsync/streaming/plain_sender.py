@@ -46,11 +46,16 @@ class PlainSender(SenderCore):
         self._sentinels = sentinels
         self._special = sentinels.common_start
         self._broken: StreamClosed | None = None
+        self._bytes = 0
         self._first_mark = 0  # positions in the outbox: of the first message,
         self._last_mark = 0  # of the last chunk,
         self._end_mark = 0  # and of the end
         self._prefix = b"PUB %b %b " % (reply, self._inbox)
         self.open()
+
+    @property
+    def queued_bytes(self) -> int:
+        return self._bytes
 
     @property
     def ends_empty(self) -> bool:
@@ -110,7 +115,9 @@ class PlainSender(SenderCore):
             mark = self._connection.try_put(frame, messages=chunks)
             if not mark:
                 return 0
-            first = self._counted_locked(chunks, size)
+            first = not self.count
+            self.count += chunks
+            self._bytes += size
             self._last_mark = mark
             self._first_mark = self._first_mark or mark
             number = self.count

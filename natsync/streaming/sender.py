@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from natsync import headers as _headers
-from natsync.concurrency import Deadline, Happening, check_timeout, fork_generation, run_soon
+from natsync.concurrency import Deadline, Happening, at_home, check_timeout, fork_generation, run_soon
 from natsync.connection import Connection
 from natsync.context import Context
 from natsync.errors import (
@@ -64,7 +64,7 @@ class SenderCore(Waiter):
     Attributes:
         ctx: the request's; it ends with the stream, unless that is ended as complete.
         over: that the stream is.
-        count, bytes: chunks queued, and their bytes.
+        count: chunks queued.
         subject: of the request.
         watch: who is told of the response, if anybody.
     """
@@ -73,7 +73,6 @@ class SenderCore(Waiter):
         self.ctx = ctx
         self.over = Happening()
         self.count = 0
-        self.bytes = 0
         self.subject = subject
         self.watch: SenderWatch | None = None
         self._connection = connection
@@ -95,6 +94,11 @@ class SenderCore(Waiter):
 
     def accept(self) -> None:
         """The handler is about to run."""
+
+    @property
+    def queued_bytes(self) -> int:
+        """Bytes of the chunks queued."""
+        raise NotImplementedError
 
     @property
     def ends_empty(self) -> bool:
@@ -144,13 +148,6 @@ class SenderCore(Waiter):
             headers = self._headers or Headers()
             headers[key] = value
             self._headers = headers
-
-    def _counted_locked(self, chunks: int, size: int) -> bool:
-        """Chunks were queued; whether the first one is among them. Requires _lock."""
-        first = not self.count
-        self.count += chunks
-        self.bytes += size
-        return first
 
     def _begun(self) -> None:
         if self.watch is not None:
@@ -303,6 +300,7 @@ class ResponseSender:
     def __init__(self, core: SenderCore) -> None:
         self._core = core
         self._generation = fork_generation()
+        self._home = at_home[0]
 
     def send(self, data: Payload, *, timeout: float | None = None) -> int:
         """Queue one chunk and return its number, from 1 up.
@@ -319,9 +317,10 @@ class ResponseSender:
             MaxPayloadExceeded: it is larger than the requester (plain mode: the server) takes.
             TypeError: it is neither bytes-like nor str.
         """
-        self._check_process()
+        if at_home[0] != self._home:
+            self._check_process()
         deadline = _NO_DEADLINE if timeout is None else Deadline.after(check_timeout(timeout))
-        return self._core.send(to_bytes(data), deadline)
+        return self._core.send(data if type(data) is bytes else to_bytes(data), deadline)
 
     def try_send(self, data: Payload) -> bool:
         """Queue one chunk if that needs no waiting; False if there is no credit now. Raises as send() does."""

@@ -144,7 +144,7 @@ class ResponseWatch:
         core = self._core
         seconds = (self._over_at or time.monotonic()) - self.watch.exchange.started
         error = None if core.ended else core.error
-        _tell(self.watch, "response_done", seconds, core.count, core.bytes, error)
+        _tell(self.watch, "response_done", seconds, core.count, core.queued_bytes, error)
 
 
 def watched_runner(runner: Runner) -> Runner:

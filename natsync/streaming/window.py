@@ -43,38 +43,72 @@ class Frame(NamedTuple):
 class Outgoing:
     """What a responder has been given to send, until the requester has it.
 
+    Taking a chunk is what happens most, so it changes two things only: the list of what is kept, and how many bytes are
+    free. Everything else about what was given follows from these.
+
     Attributes:
-        last: the highest seq that was given out.
         acked: the requester has everything up to this seq.
         sent: up to this seq everything was handed to the link since it last had to be sent again.
         highest: up to this seq everything was handed to some link.
         ended: whether the end was given.
-        kept_bytes: what is kept, in bytes.
-        quota_bytes: what may be kept.
     """
 
     def __init__(self, offer: Offer, max_payload: int, quota_bytes: int) -> None:
         self._first_window_bytes = min(offer.window_bytes, MOST_WINDOW_BYTES)  # later ones are half of it at least
-        self.fragment_bytes = max(1, min(max_payload, self._first_window_bytes // 4))
-        self.quota_bytes = quota_bytes
-        self.last = self.acked = self.sent = self.highest = 0
-        self.kept_bytes = 0
+        self._fit(max_payload)
+        self.acked = self.sent = self.highest = 0
         self.ended = self._cleared = False
         self._batches = offer.batches
-        self._batch_bytes = min(BATCH_BYTES, max_payload)
+        self._quota_bytes = quota_bytes
         self._limit, self._limit_bytes = offer.window, offer.window_bytes
         self._kept: list[bytes] = []  # of acked+1 … last
         self._special: dict[int, tuple[bytes, bytes | None]] = {}  # seq -> (op, headers) of all but bare chunks
-        self._offset = 0  # application bytes up to `last`,
-        self._sent_offset = 0  # up to `sent`,
+        self._sent_offset = 0  # application bytes up to `sent`,
         self._acked_offset = 0  # and up to `acked`
-        self._last_seq = self._last_offset = 0  # how far may be given out now
+        self._most = 0  # how much may be in the list now
+        self._reach = self._free = 0  # the offset up to which may be given out and kept, and what is left until there
         self._reckon()
 
+    def _fit(self, max_payload: int) -> None:
+        self.fragment_bytes = max(1, min(max_payload, self._first_window_bytes // 4))
+        self._batch_bytes = min(BATCH_BYTES, max_payload)
+
     def _reckon(self) -> None:
-        """How far the credit and one's own window reach."""
-        self._last_seq = min(self._limit, self.acked + MOST_WINDOW)
-        self._last_offset = min(self._limit_bytes, self._acked_offset + MOST_WINDOW_BYTES)
+        """How far the credit, one's own window and the quota reach."""
+        offset = self.offset
+        self._most = min(self._limit, self.acked + MOST_WINDOW) - self.acked
+        self._reach = min(self._last_offset, self._acked_offset + self._quota_bytes)
+        self._free = self._reach - offset
+
+    @property
+    def last(self) -> int:
+        """The highest seq that was given out."""
+        return self.acked + len(self._kept)
+
+    @property
+    def offset(self) -> int:
+        """Application bytes up to there."""
+        return self._reach - self._free
+
+    @property
+    def kept_bytes(self) -> int:
+        """What is kept, in bytes."""
+        return self.offset - self._acked_offset
+
+    @property
+    def quota_bytes(self) -> int:
+        """What may be kept."""
+        return self._quota_bytes
+
+    @quota_bytes.setter
+    def quota_bytes(self, quota_bytes: int) -> None:
+        self._quota_bytes = quota_bytes
+        self._reckon()
+
+    @property
+    def _last_offset(self) -> int:
+        """The offset up to which credit and window reach."""
+        return min(self._limit_bytes, self._acked_offset + MOST_WINDOW_BYTES)
 
     # -- giving --------------------------------------------------------------------------------------------------
 
@@ -88,7 +122,31 @@ class Outgoing:
     def has_credit(self, size: int) -> bool:
         """Whether nothing but the quota can keep a chunk of this size waiting."""
         first = size if size < self.fragment_bytes else self.fragment_bytes
-        return self.last < self._last_seq and self._offset + first <= self._last_offset
+        return len(self._kept) < self._most and self.offset + first <= self._last_offset
+
+    def try_push(self, chunk: bytes, size: int) -> bool:
+        """Take a bare chunk that is no larger than a fragment, if there is room and credit for it."""
+        if size > self._free or size > self.fragment_bytes or len(self._kept) >= self._most:
+            return False
+        self._kept.append(chunk)
+        self._free -= size
+        return True
+
+    def push_some(self, chunks: list[bytes], sizes: list[int]) -> int:
+        """Take bare chunks, in order, as long as try_push() would; how many."""
+        count = min(len(chunks), self._most - len(self._kept))
+        if count <= 0:
+            return 0
+        run = sizes if count == len(sizes) else sizes[:count]
+        if max(run) > self.fragment_bytes or sum(run) > self._free:
+            free, largest = self._free, self.fragment_bytes
+            totals = itertools.accumulate(run)
+            fits = (size <= largest and total <= free for size, total in zip(run, totals, strict=True))
+            count = next(index for index, one in enumerate(fits) if not one)
+            run = run[:count]
+        self._kept += chunks if count == len(chunks) else chunks[:count]
+        self._free -= sum(run)
+        return count
 
     def push(self, chunk: bytes, block: bytes | None = None) -> None:
         """Take a chunk, in fragments if it is large; block goes as headers with its first frame.
@@ -103,9 +161,7 @@ class Outgoing:
             self._push_fragments([chunk])
         else:
             self._kept.append(chunk)
-            self.last += 1
-            self._offset += size
-            self.kept_bytes += size
+            self._free -= size
 
     def _push_with_headers(self, chunk: bytes, block: bytes) -> None:
         room = self.fragment_bytes - len(block)
@@ -126,15 +182,12 @@ class Outgoing:
 
     def _add(self, op: bytes, block: bytes | None, payload: bytes) -> None:
         self._kept.append(payload)
-        self.last += 1
         self._special[self.last] = (op, block)
-        self._offset += len(payload)
-        self.kept_bytes += len(payload)
+        self._free -= len(payload)
 
     def push_end(self, op: bytes, block: bytes | None, payload: bytes) -> None:
         """Take what ends the stream; it needs no credit, and counts no application bytes."""
         self._kept.append(payload)
-        self.last += 1
         self._special[self.last] = (op, block)
         self.ended = True
 
@@ -161,16 +214,16 @@ class Outgoing:
     def _next_chunks(self, seq: int) -> Frame:
         begin = seq - self.acked - 1
         first = self._kept[begin]
-        if self._batches and self.last > seq and len(first) <= BATCHED_CHUNK_BYTES:
-            run = self._run(begin, seq)
+        if self._batches and begin + 1 < len(self._kept) and len(first) <= BATCHED_CHUNK_BYTES:
+            run, sizes = self._run(begin, seq)
             if len(run) > 1:
-                self._advance(len(run), sum(map(len, run)))
+                self._advance(len(run), sum(sizes))
                 return Frame(Op.BATCH, seq, None, frames.encode_batch(run), len(run))
         self._advance(1, len(first))
         return Frame(Op.DATA, seq, None, first, 1)
 
-    def _run(self, begin: int, seq: int) -> list[bytes]:
-        """The chunks from here on that share a frame."""
+    def _run(self, begin: int, seq: int) -> tuple[list[bytes], list[int]]:
+        """The chunks from here on that share a frame, and their sizes."""
         run = self._kept[begin : begin + BATCH_CHUNKS]
         if self._special:
             stop = min((one for one in self._special if one > seq), default=self.last + 1)
@@ -183,8 +236,8 @@ class Outgoing:
         if sum(sizes) + 4 * len(sizes) > room:
             totals = itertools.accumulate(size + 4 for size in sizes)
             fitting = next(index for index, total in enumerate(totals) if total > room)
-            del run[fitting:]
-        return run
+            del run[fitting:], sizes[fitting:]
+        return run, sizes
 
     def _advance(self, count: int, size: int) -> None:
         self.sent += count
@@ -221,7 +274,6 @@ class Outgoing:
         del self._kept[:count]
         self.acked += count
         self._acked_offset += size
-        self.kept_bytes -= size
         if self._special:
             for seq in [one for one in self._special if one <= self.acked]:
                 del self._special[seq]
@@ -241,8 +293,7 @@ class Outgoing:
 
     def adapt(self, max_payload: int) -> bool:
         """Frames are to be no larger than this from now on; whether all that is kept is."""
-        self.fragment_bytes = max(1, min(max_payload, self._first_window_bytes // 4))
-        self._batch_bytes = min(BATCH_BYTES, max_payload)
+        self._fit(max_payload)
         headers = {seq: len(block) for seq, (_, block) in self._special.items() if block is not None}
         sizes = (headers.get(seq, 0) + len(payload) for seq, payload in enumerate(self._kept, self.acked + 1))
         return max(sizes, default=0) <= max_payload
@@ -251,7 +302,7 @@ class Outgoing:
         """Keep nothing any more, and send nothing."""
         self._cleared = True
         self._kept, self._special = [], {}
-        self.kept_bytes = 0
+        self._acked_offset = self.offset
 
 
 class Verdict(enum.Enum):
