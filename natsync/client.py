@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from natsync import subject as _subject
-from natsync.concurrency import Deadline, after_fork_in_child, check_timeout, fork_generation
+from natsync.concurrency import Deadline, after_fork_in_child, at_home, check_timeout, fork_generation
 from natsync.connection import CLOSE_SECONDS, Connection
 from natsync.context import Context, current, traced
 from natsync.errors import ConnectionClosed, InvalidArgument
@@ -113,7 +113,8 @@ class Client:
         return core
 
     def _connection(self) -> Connection:
-        fork_generation()  # finds out about a fork that Python was not told of
+        if not at_home[0]:
+            fork_generation()  # finds out about a fork that Python was not told of
         return self._core or self._make_connection()
 
     def _make_connection(self) -> Connection:
@@ -210,8 +211,9 @@ class Client:
         """
         to = _subject.publish_subject(subject)
         answer = None if reply is None else _subject.publish_subject(reply)
-        data = payload_of(payload, json)
-        headers = traced(headers, current())
+        data = payload if type(payload) is bytes and json is MISSING else payload_of(payload, json)
+        if (ctx := current()) is not None:
+            headers = traced(headers, ctx)
         if self._hooks is not None:
             headers = Headers(headers)
             fire(self._hooks, "publishing", Exchange("message", subject, headers), len(data))
@@ -219,9 +221,7 @@ class Client:
             passage = self._chain.requester("message", subject, headers)
             data, headers = passage.send(data), passage.headers
         block = Headers(headers).encode() if headers else None
-        core = self._connection()
-        core.ensure_open()
-        core.put(core.encode(to, answer, block, data))
+        self._connection().publish(to, answer, block, data)
 
     def request(
         self,

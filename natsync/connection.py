@@ -29,7 +29,7 @@ from natsync.links import LEAVE_SECONDS, Links, Status
 from natsync.message import Payload, to_bytes
 from natsync.mux import LinkLoss, Mux
 from natsync.options import ConnectOptions, Server
-from natsync.outbox import OutboxClosed, Producer
+from natsync.outbox import HERE_BYTES, OutboxClosed, Producer
 from natsync.server_errors import Denial
 from natsync.session import Session
 from natsync.subscription import SubscriptionCore
@@ -67,10 +67,16 @@ class Connection(Links):
             MaxPayloadExceeded: the server would not take it.
         """
         limit = self.info.get("max_payload")
-        size = len(payload) + (len(block) if block else 0)
+        size = len(payload) if block is None else len(payload) + len(block)
         if limit is not None and size > limit:
             raise MaxPayloadExceeded(size, limit)
         return protocol.encode_pub(subject, reply, block, payload)
+
+    def publish(self, subject: bytes, reply: bytes | None, block: bytes | None, payload: bytes) -> None:
+        """Queue a message. Raises as encode() and put() do, and as ensure_open()."""
+        if self._status is not Status.CONNECTED:
+            self.ensure_open()
+        self.put(self.encode(subject, reply, block, payload))
 
     def put(self, frame: bytes, deadline: Deadline | None = None) -> int:
         """Queue a frame for the present or next link; returns its position. Waits while the writer is far behind.
@@ -79,8 +85,18 @@ class Connection(Links):
             ReconnectBufferFull, ConnectionClosed: nothing was queued.
             TimedOut: no room by the deadline.
         """
+        position = 0
+        if self._status is Status.CONNECTED:
+            try:
+                position = self._outbox.try_put(frame, 1, False, True)  # as try_put() would, in one call less
+            except OutboxClosed:
+                pass
+        return position or self._put_slowly(frame, deadline or Deadline())
+
+    def _put_slowly(self, frame: bytes, deadline: Deadline) -> int:
+        """put() where there is no room at once, or no link."""
         while not (position := self.try_put(frame)):
-            self.wait_room(deadline or Deadline())
+            self.wait_room(deadline)
         return position
 
     def try_put(self, frame: bytes, *, messages: int = 1, force: bool = False) -> int:
@@ -106,6 +122,21 @@ class Connection(Links):
     def put_now(self, frame: bytes) -> bool:
         """Queue a small frame without ever waiting; False (and nothing sent) if there is no link."""
         return self._outbox.put_now(frame) > 0
+
+    def ready_here(self, producer: Producer) -> None:
+        """ready(); but if the link is idle, the producer is asked and its frames written in this thread.
+
+        Neither the caller nor the producer may hold a lock.
+        """
+        outbox = self._outbox
+        if outbox.is_quiet():
+            parts: list[bytes] = []
+            _, messages, has_more = producer.produce(parts, HERE_BYTES)
+            if parts:
+                outbox.put_produced(b"".join(parts), messages)
+            if not has_more:
+                return
+        self.ready(producer)
 
     def ready(self, producer: Producer) -> None:
         """Have the producer asked for frames by the present link's writer, or the next one's."""
@@ -337,6 +368,7 @@ class Connection(Links):
             links, handover = self._take_links_locked()
             unsent = sum(link.outbox.waiting_messages for link in links) or self._outbox.waiting_messages
             self._outbox.close()
+            self._count_out_locked(links)
             if self._attempt is not None and self._attempt.pending:
                 self._attempt.pending = False
                 self._attempt.failure = self.closed_error

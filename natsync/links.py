@@ -289,6 +289,7 @@ class Links:
                 return
             links, handover = self._take_links_locked()
             rest = [frame for link in links for frame in link.outbox.close()]
+            self._count_out_locked(links)  # behind the close: nothing more is put into them
             position = self._outbox.position
             self._outbox = Outbox(self.options.reconnect_buffer_bytes, rest, position)
             confirmed = max(link.confirmed for link in links)
@@ -314,16 +315,16 @@ class Links:
         links = [link for link in (self._leaving, self._session) if link is not None]
         for link in links:
             self._past["in_bytes"] += link.received_bytes
-            self._count_out_locked(link.outbox)
         if self._handover is not None:  # what its reader still holds may have come on the old link, and is not compared
             self._handover.new.muted = True
         handover, self._handover = self._handover, None
         self._leaving = self._session = None
         return links, handover
 
-    def _count_out_locked(self, outbox: Outbox) -> None:
-        self._past["out_messages"] += outbox.messages + outbox.produced_messages
-        self._past["produced_bytes"] += outbox.produced_bytes
+    def _count_out_locked(self, links: list[Session]) -> None:
+        for link in links:
+            self._past["out_messages"] += link.outbox.messages + link.outbox.produced_messages
+            self._past["produced_bytes"] += link.outbox.produced_bytes
 
     def _drop_links(self, links: list[Session], but: Session | None, reason: Exception) -> None:
         """End links that are not in force any more."""
@@ -377,7 +378,7 @@ class Links:
         except RuntimeError as error:
             self._outbox.detach()
             return error
-        self._outbox.attach(self.dispatcher.resubscription(self._outbox.position))
+        self._outbox.attach(self.dispatcher.resubscription(self._outbox.position), session.send_now)
         self._session = session
         self._status = Status.CONNECTED
         self._sessions += 1
@@ -453,7 +454,7 @@ class Links:
                 self._handover = None
                 failure = error
             else:
-                outbox.attach(self.dispatcher.interest())
+                outbox.attach(self.dispatcher.interest(), session.send_now)
         if failure is not None:
             self._drop_links([session], None, failure)
             raise ConnectError(f"no thread can be started for the link: {failure}") from failure
@@ -505,7 +506,7 @@ class Links:
                 return
             old, new, self._leaving = handover.old, handover.new, None
             self._past["in_bytes"] += old.received_bytes
-            self._count_out_locked(old.outbox)
+            self._count_out_locked([old])
             new.confirmed = max(new.confirmed, old.confirmed)
             smaller = new.info.get("max_payload", 0) < old.info.get("max_payload", 0)
             self._sessions += 1

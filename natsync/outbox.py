@@ -1,6 +1,7 @@
 """Outbox: whole frames on their way to the present link, or waiting for the next one.
 
-Any thread puts; the session's writer takes everything that has gathered and writes it at once. There is a queue for
+Any thread puts; the session's writer takes everything that has gathered and writes it at once. Where the link is idle,
+who puts may write itself, which saves the way through another thread. There is a queue for
 frames in order and a control lane that goes first (PONG). A frame is written whole or not at all; when a link is lost,
 what its writer had not taken yet moves to the outbox of the next link, in order. When a link takes over from one that
 still works, the old outbox is sealed and written to its end, and the new one held until then.
@@ -15,11 +16,13 @@ to a link that was lost (position <= taken) and whether the server is known to h
 from __future__ import annotations
 
 import logging
+import socket
 import threading
+import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
-from natsync.concurrency import Deadline
+from natsync.concurrency import Deadline, at_home
 from natsync.errors import ReconnectBufferFull, TimedOut
 
 #: Bytes waiting for the writer beyond which publishers wait. Enough for several large writes.
@@ -28,6 +31,15 @@ HIGH_WATER_BYTES = 4 << 20
 WRITE_BYTES = 1 << 20
 #: Bytes that each producer may give at least, whenever the writer comes round.
 PRODUCER_BYTES = 64 << 10
+#: Seconds without a write after which a link is idle. Who sends without a pause is left to the writer, who joins.
+QUIET_SECONDS = 100e-6
+#: Seconds without a write after which it is idle for another thread than the one that put last. Threads that take
+#: turns would wait for each other's writes; the writer joins what several put.
+OTHERS_QUIET_SECONDS = 5e-3
+#: Bytes that a thread which is not the writer writes at most: what the kernel takes at once.
+HERE_BYTES = 64 << 10
+#: Has the kernel take what it can and not wait; 0 where there is no such thing (Windows).
+NOWAIT: int = getattr(socket, "MSG_DONTWAIT", 0)
 #: How the frames of messages begin.
 _MESSAGES = (b"PUB ", b"HPUB")
 
@@ -37,6 +49,9 @@ class OutboxClosed(Exception):
 
 
 log = logging.getLogger("natsync.session")
+
+#: A socket's send(data, flags): how much was sent.
+SendNow: TypeAlias = Callable[[bytes, int], int]
 
 
 class Producer(Protocol):
@@ -60,6 +75,7 @@ class Outbox:
         self._control: list[bytes] = []
         self._ready_producers: list[Producer] = []
         self._size = sum(map(len, self._frames))
+        self._ceiling = 0  # of _size: what is put below it needs no other look; 0 unless there is a link
         self._buffer_bytes = buffer_bytes
         self._attached = False
         self._closed = False
@@ -67,6 +83,10 @@ class Outbox:
         self._successor: Outbox | None = None
         self.held = False  # only control frames are written
         self._writer_waits = False
+        self._quiet_since = 0.0  # when the last write was over
+        self._send_now: SendNow | None = None
+        self._last_putter = 0  # the thread that found it idle last
+        self._rest = b""  # what the kernel did not take of a write that was not the writer's: goes first
         self._publishers_wait = 0
         self.position = position
         # Frames that were left out or taken back leave gaps; counting those as taken errs on the side of "maybe lost".
@@ -76,33 +96,36 @@ class Outbox:
 
     # -- publishers --------------------------------------------------------------------------------------------
 
-    def try_put(self, frame: bytes, messages: int = 1, force: bool = False) -> int:
+    def try_put(self, frame: bytes, messages: int = 1, force: bool = False, here: bool = False) -> int:
         """Queue a message (or several, joined) if there is room now; returns its position, 0 if there is no room.
 
-        With force it is queued in any case, unless the link is gone.
+        With force it is queued in any case, unless the link is gone. here: if the link is idle, it is written in this
+        thread.
 
         Raises:
             ReconnectBufferFull: there is no link, and no room to wait for one.
             OutboxClosed: the link is gone, or another one takes over.
         """
+        size = len(frame)
         with self._lock:
-            if self._closed or self._sealed:
-                raise OutboxClosed
-            if not force and (self._size >= HIGH_WATER_BYTES or not self._attached):
-                if self._attached:
-                    return 0
-                self._check_buffer_locked(len(frame))
+            if self._size >= self._ceiling and not self._has_room_locked(size, force):
+                return 0
             # Accounted for before it is there: an interrupt (Ctrl-C) in between errs on the safe side.
-            self._size += len(frame)
-            self.position += len(frame)
+            self._size += size
+            self.position = position = self.position + size
             self.messages += messages
             self._frames.append(frame)
-            if self._writer_waits:
-                # In this order: a notify() that an interrupt cuts short is made up for by the next put. And once only:
-                # a second call before the writer runs would keep the lock from the other publishers for nothing.
-                self._ready.notify()
-                self._writer_waits = False
-            return self.position
+            if self._writer_waits and not (here and self._wrote_locked()):
+                self._wake_locked()
+        return position
+
+    def _has_room_locked(self, size: int, force: bool) -> bool:
+        """Whether a message is taken though the ceiling is reached, or there is no link; raises as try_put() does."""
+        if self._closed or self._sealed:
+            raise OutboxClosed
+        if not force and not self._attached:
+            self._check_buffer_locked(size)
+        return force or not self._attached
 
     def wait_room(self, deadline: Deadline, over: Callable[[], bool] = lambda: False) -> None:
         """Block until try_put() is worth another try: the writer has caught up, the link is gone, or it is over().
@@ -199,11 +222,13 @@ class Outbox:
                 self._keep_locked([frame for frame in self._frames if _largest_payload(frame) <= max_payload])
             return dropped
 
-    def attach(self, first: list[bytes]) -> None:
-        """A link is there: `first` goes out before all that waits."""
+    def attach(self, first: list[bytes], send_now: SendNow | None = None) -> None:
+        """A link is there: `first` goes out before all that waits. send_now: for writing in other threads."""
         with self._lock:
+            self._send_now = send_now
             self._control.extend(first)
             self._attached = True
+            self._ceiling = 0 if self._closed or self._sealed else HIGH_WATER_BYTES
             self._ready.notify()
             self._room.notify_all()
 
@@ -212,6 +237,7 @@ class Outbox:
         with self._lock:
             self._control.clear()
             self._attached = False
+            self._ceiling = 0
 
     # -- a link that takes over from another --------------------------------------------------------------------
 
@@ -231,6 +257,7 @@ class Outbox:
             self.position += len(last)
             self._frames.append(last)
             self._sealed = True
+            self._ceiling = 0
             self._wake_locked()
             self._room.notify_all()
             return self.position
@@ -261,6 +288,7 @@ class Outbox:
         """The link is gone: returns the messages that its writer never took, and turns everybody away."""
         with self._lock:
             self._closed = True
+            self._ceiling = 0
             rest = [frame for frame in self._frames if frame[:4] in _MESSAGES]
             self._frames = []
             self._control = []
@@ -279,9 +307,13 @@ class Outbox:
                 while not self._is_due_locked():
                     if self._closed:
                         return None
+                    self._quiet_since = time.monotonic()
                     self._writer_waits = True
                     self._ready.wait()
                     self._writer_waits = False
+                if self._rest:
+                    rest, self._rest = self._rest, b""
+                    return rest
                 if self._control:
                     control, self._control = self._control, []
                     return b"".join(control)
@@ -298,19 +330,20 @@ class Outbox:
                 if not self._sealed:
                     producers, self._ready_producers = self._ready_producers, []
             if producers:
-                self._ask(producers, frames)
+                self._ask(producers, frames, WRITE_BYTES)
             if frames:
                 return frames[0] if len(frames) == 1 else b"".join(frames)
 
     def _is_due_locked(self) -> bool:
         """Whether there is something to write."""
         producers = self._ready_producers and not self._sealed
-        return self._attached and bool(self._control or ((self._frames or producers) and not self.held))
+        waiting = self._rest or self._control or ((self._frames or producers) and not self.held)
+        return self._attached and bool(waiting)
 
-    def _ask(self, producers: list[Producer], frames: list[bytes]) -> None:
+    def _ask(self, producers: list[Producer], frames: list[bytes], most_bytes: int) -> None:
         """Add what the producers give, an equal share each; those with more come again next time."""
-        share = max(PRODUCER_BYTES, WRITE_BYTES // len(producers))
-        left, asked = WRITE_BYTES, 0
+        share = max(PRODUCER_BYTES, most_bytes // len(producers))
+        left, asked = most_bytes, 0
         more: list[Producer] = []
         for producer in producers:
             if left <= 0:
@@ -354,8 +387,55 @@ class Outbox:
 
     def _wake_locked(self) -> None:
         if self._writer_waits:
+            # In this order: a notify() that an interrupt cuts short is made up for by the next put. And once only:
+            # a second call before the writer runs would keep the lock from the other publishers for nothing.
             self._ready.notify()
             self._writer_waits = False
+
+    # -- writing in the thread that puts -----------------------------------------------------------------------
+
+    def is_quiet(self) -> bool:
+        """Whether the link is idle, so that what is put now may be written at once."""
+        if not self._writer_waits or self._send_now is None or self.held or self._sealed or not at_home[0]:
+            return False  # away from home, in a forked child, the socket is the parent's
+        me, quiet = threading.get_ident(), time.monotonic() - self._quiet_since
+        mine, self._last_putter = me == self._last_putter, me
+        return quiet > (QUIET_SECONDS if mine else OTHERS_QUIET_SECONDS)
+
+    def put_produced(self, frames: bytes, messages: int) -> None:
+        """Write a producer's frames at once, or queue them if the link is not idle any more."""
+        with self._lock:
+            if self._closed:
+                return  # the producer gives them to the next link
+            self.produced_bytes += len(frames)
+            self.produced_messages += messages
+            self._size += len(frames)
+            self.position += len(frames)
+            self._frames.append(frames)
+            if not self._wrote_locked():
+                self._wake_locked()
+
+    def _wrote_locked(self) -> bool:
+        """Write what waits if the link is idle; False if that is left to the writer.
+
+        Under the lock, though it is I/O, because it does not wait: so the writer cannot begin meanwhile, and what was
+        written is known even if an interrupt falls into it.
+        """
+        if self._send_now is None or self._control or self._rest or self._size > HERE_BYTES or not self.is_quiet():
+            return False
+        data, empty, sent = b"".join(self._frames), list[bytes](), list[int]()
+        try:
+            # One call, into C: an interrupt comes before or behind it, and there it is noted how much was sent.
+            sent.extend(map(self._send_now, (data,), (NOWAIT,)))
+        except OSError:
+            return False  # the writer will meet it too, unless the kernel has room by then
+        finally:
+            if sent:  # no call in here, so no interrupt
+                self._frames, self._rest = empty, data[sent[0] :]
+                self.taken += self._size
+                self._size = 0
+        self._quiet_since = time.monotonic()
+        return not self._rest
 
     def _keep_locked(self, frames: list[bytes]) -> None:
         """Keep only these of the waiting frames. Those taken away count as taken, which errs on the safe side."""

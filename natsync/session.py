@@ -1,7 +1,8 @@
 """One link to one server, from handshake to loss.
 
 A Session never reconnects; Connection makes the next one. The reader thread owns the socket's read side and the Parser,
-the writer thread its write side; ping() and end() may be called from any thread. It ends once, with a reason.
+the writer thread its write side, but for what the outbox writes itself while the link is idle; ping() and end() may be
+called from any thread. It ends once, with a reason.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from natsync import timers
 from natsync.concurrency import Deadline, join_all, run_soon, spawn
 from natsync.errors import ConnectError, NatsError, ProtocolError
 from natsync.options import ConnectOptions
-from natsync.outbox import Outbox
+from natsync.outbox import Outbox, SendNow
 from natsync.protocol import PING, PONG, Batch, Err, Event, Info, Op, Parser
 from natsync.server_errors import classify, server_error
 from natsync.transport import Transport
@@ -154,6 +155,11 @@ class Session:
         if not stuck:
             self._transport.close()
         return stuck
+
+    @property
+    def send_now(self) -> SendNow | None:
+        """For the outbox: how it writes while the writer has nothing to do."""
+        return self._transport.send_now
 
     def abandon(self) -> None:
         """In a forked child: drop the descriptor without touching the wire."""

@@ -23,7 +23,7 @@ def publish_subject(subject: str) -> bytes:
         InvalidArgument: it cannot be published to.
         TypeError: it is not a str.
     """
-    return _publish(_text(subject, "subject"))
+    return _publish(subject if type(subject) is str else _text(subject, "subject"))
 
 
 def subscribe_subject(subject: str) -> bytes:

@@ -16,6 +16,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from types import BuiltinMethodType
 from typing import Any
 
 from natsync import _pynats2, auth
@@ -70,6 +71,12 @@ class Transport:
         """Block until all is handed to the kernel. For the writer thread alone."""
         self._sock.sendall(data)
 
+    @property
+    def send_now(self) -> Callable[[bytes, int], int] | None:
+        """The socket's send(data, flags), for a thread that may not wait; None where it cannot be had as one C call."""
+        send: Any = self._sock.send
+        return send if hasattr(socket, "MSG_DONTWAIT") and isinstance(send, BuiltinMethodType) else None
+
     def shutdown(self) -> None:
         """End the link: blocked reads and writes in other threads return or raise at once."""
         with suppress(OSError):
@@ -114,6 +121,10 @@ class TLSTransport(Transport):
 
     def send(self, data: bytes) -> None:
         self._sock.sendall(self._tls.encrypt(data))
+
+    @property
+    def send_now(self) -> None:
+        """None: to encrypt is more than one C call."""
 
 
 class _Tls:

@@ -36,6 +36,9 @@ class WorkerPool:
     """Runs tasks on at most `limit` threads; what comes when all are busy waits its turn.
 
     Threads are started when needed and end after IDLE_SECONDS without work. A task that raises is logged.
+
+    One worker at a time is called; it calls the next before it runs what it takes. So tasks that come together and are
+    brief are run by a few workers, and none is woken only to find that another was faster.
     """
 
     def __init__(self, name: str, limit: int) -> None:
@@ -46,6 +49,7 @@ class WorkerPool:
         self._tasks: deque[Task] = deque()
         self._threads: set[threading.Thread] = set()
         self._idle = 0
+        self._called: threading.Thread | bool = False  # whether a worker is on its way; which, if it is a new one
         self._numbers = 0
         self._closed = False
 
@@ -54,25 +58,34 @@ class WorkerPool:
         with self._lock:
             if self._closed:
                 return False
-            if not queue and self._idle <= len(self._tasks) and len(self._threads) >= self.limit:
+            if not queue and self._idle + self.limit - len(self._threads) <= len(self._tasks):
                 return False
             self._tasks.append(task)
-            if self._idle >= len(self._tasks):
-                self._work.notify()
-                return True
-            if len(self._threads) >= self.limit:
-                return True
-            return self._grow_locked()
+            return bool(self._called) or self._call_locked()
+
+    def _call_locked(self) -> bool:
+        """Have another worker come, if there can be one; False if the newest task was taken back."""
+        if self._idle:
+            self._work.notify()
+            self._called = True  # behind it: nobody may be waited for who was not woken
+            return True
+        return len(self._threads) >= self.limit or self._grow_locked()
 
     def _grow_locked(self) -> bool:
         """Start a thread for the newest task; False (the task is taken back) if there is none to run it."""
         self._numbers += 1
         thread = threading.Thread(target=self._run, name=f"{self.name}-{self._numbers}", daemon=True)
         self._threads.add(thread)
+        self._called = thread
+        self._idle += 1
         try:
             thread.start()
-        except RuntimeError:  # no more threads just now
+        except BaseException as error:  # no more threads just now, or a Ctrl-C
+            self._called = False
+            self._idle -= 1
             self._threads.discard(thread)
+            if not isinstance(error, RuntimeError):
+                raise
             if not self._threads:
                 self._tasks.pop()
                 log.warning("%s: no thread can be started", self.name)
@@ -120,17 +133,29 @@ class WorkerPool:
     def _next(self) -> Task | None:
         """The next task; None when the worker should end (then it counts as gone already)."""
         with self._lock:
-            self._idle += 1
+            if self._called is threading.current_thread():
+                self._called = False
+            else:
+                self._idle += 1
             try:
                 while not self._tasks:
-                    if self._closed or not self._work.wait(IDLE_SECONDS):
+                    if self._closed or not self._wait_locked():
                         if self._tasks:
                             break
                         self._threads.discard(threading.current_thread())
                         return None
-                return self._tasks.popleft()
+                task = self._tasks.popleft()
             finally:
                 self._idle -= 1
+            if self._tasks and not self._called:
+                self._call_locked()
+            return task
+
+    def _wait_locked(self) -> bool:
+        """Wait to be called; False after IDLE_SECONDS."""
+        woken = self._work.wait(IDLE_SECONDS)
+        self._called = False
+        return woken
 
 
 class Lane:

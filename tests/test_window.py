@@ -1134,3 +1134,66 @@ def test_on_a_link_that_loses_nothing_the_accounts_that_are_due_keep_a_stream_go
             if taker.taking.is_due(size // portion):
                 out.acknowledge(taker.taking.account(size // portion))
     assert taker.chunks == wanted
+
+
+# -- the quick ways in -------------------------------------------------------------------------------------------------
+
+
+def test_a_bare_chunk_is_taken_the_quick_way_as_push_would_take_it() -> None:
+    quick, slow = outgoing(), outgoing()
+    for chunk in (b"one", b"", b"three"):
+        assert quick.try_push(chunk, len(chunk))
+        slow.push(chunk)
+    assert (quick.last, quick.offset, quick.kept_bytes) == (slow.last, slow.offset, slow.kept_bytes) == (3, 8, 8)
+    assert due(quick) == due(slow)
+
+
+@pytest.mark.parametrize(
+    "out",
+    [
+        outgoing(chunks=2),
+        outgoing(size=8 * PLENTY, max_payload=2 * PLENTY + 1, quota=2 * PLENTY),
+        outgoing(size=2 * PLENTY + 9, max_payload=PLENTY // 2),
+    ],
+    ids=["no seq left", "more than the quota", "larger than a fragment"],
+)
+def test_the_quick_way_takes_nothing_there_is_no_room_or_credit_for(out: Outgoing) -> None:
+    chunk = b"x" * PLENTY
+    taken = 0
+    while out.try_push(chunk, len(chunk)):
+        taken += 1
+        assert taken <= 2
+    before = (out.last, out.offset, out.kept_bytes)
+    assert before == (taken, taken * PLENTY, taken * PLENTY)
+    assert out.push_some([chunk], [len(chunk)]) == 0
+    assert (out.last, out.offset, out.kept_bytes) == before
+
+
+def test_of_a_run_as_many_are_taken_as_there_is_room_for() -> None:
+    sizes = [10, 20, 30, 40]
+    chunks = [b"x" * size for size in sizes]
+    assert outgoing(chunks=3).push_some(chunks, sizes) == 3
+    assert outgoing(quota=60).push_some(chunks, sizes) == 3
+    assert outgoing(quota=59).push_some(chunks, sizes) == 2
+    assert outgoing(max_payload=25).push_some(chunks, sizes) == 2
+    assert outgoing().push_some(chunks, sizes) == 4
+    assert outgoing().push_some([], []) == 0
+
+
+def test_room_that_an_account_makes_is_there_for_the_quick_way() -> None:
+    out = outgoing(chunks=2)
+    assert out.push_some([b"1", b"2", b"3"], [1, 1, 1]) == 2
+    due(out)
+    assert not out.try_push(b"3", 1)
+    assert out.acknowledge(Ack(1, 3, PLENTY))
+    assert out.try_push(b"3", 1)
+    assert not out.try_push(b"4", 1)
+
+
+def test_a_quota_that_grows_or_shrinks_counts_at_once() -> None:
+    out = outgoing(quota=2)
+    assert out.push_some([b"11", b"2"], [2, 1]) == 1
+    out.quota_bytes += 1
+    assert out.try_push(b"2", 1)
+    out.quota_bytes -= 1
+    assert not out.try_push(b"", 0)

@@ -130,7 +130,7 @@ class FramedSender(SenderCore):
         if not plain:
             return self._send_slowly(data, size, deadline)
         if wake:
-            self._connection.ready(self)
+            self._connection.ready_here(self)
         return number
 
     def _send_slowly(self, data: bytes, size: int, deadline: Deadline) -> int:
@@ -201,7 +201,7 @@ class FramedSender(SenderCore):
 
     def _pushed(self, first: bool, wake: bool) -> None:
         if wake:
-            self._connection.ready(self)
+            self._connection.ready_here(self)
         if first:
             self._begun()
 

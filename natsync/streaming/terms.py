@@ -174,6 +174,8 @@ def encode_opening(
 
 def decode_opening(headers: Headers) -> Opening:
     """The opening of a request; what is missing or malformed counts as not said."""
+    if not headers:
+        return Opening(natsync=False, offer=None, timeout=None, attempt=0, resume=None, metadata=Headers())
     milliseconds, attempt = headers.get(TIMEOUT_HEADER, ""), headers.get(ATTEMPT_HEADER, "")
     resume = headers.get(RESUME_HEADER, "")
     metadata = Headers()
