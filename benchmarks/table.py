@@ -77,3 +77,16 @@ def _remarks(row: Row) -> str:
     more = "; …" if len(different) > SHOWN_FLAWS else ""
     rounds = "1 round" if len(row.flaws) == 1 else f"{len(row.flaws)} rounds"
     return f"{'; '.join(different[:SHOWN_FLAWS])}{more} ({rounds})"
+
+
+def ratios(rows: list[Row], baseline: str) -> dict[str, object]:
+    """For a picture: of each job, each pairing's speed as a multiple of the baseline's."""
+    jobs = dict.fromkeys(row.job for row in rows)
+    found: dict[str, dict[str, float]] = {}
+    for job in jobs:
+        of_job = found[job.name] = {}
+        for row in rows:
+            ratio = _ratio(row, _baseline(rows, job, baseline)) if row.job is job else "–"
+            if ratio != "–":
+                of_job[row.pairing] = float(ratio)
+    return {"baseline": baseline, "jobs": found}

@@ -1,7 +1,7 @@
 """What the Python peers of the benchmark share: the command line, the payloads, the one line of result.
 
 A peer is a program of its own; benchmarks/README.md states its command line, so that one in another language
-can take part. Nothing here knows a NATS library. Each peer module hands its five functions to main().
+can take part. Nothing here knows a NATS library. Each peer module hands its functions to main().
 """
 
 from __future__ import annotations
@@ -146,16 +146,18 @@ def _report_requests(requests: Requests) -> dict[str, object]:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="One side of a benchmark; NATS_URL names the server.")
     modes = parser.add_subparsers(dest="mode", required=True)
-    for mode in ("serve", "echo", "stream", "request", "publish"):
+    for mode in ("serve", "echo", "stream", "first", "request", "publish"):
         sub = modes.add_parser(mode)
         sub.add_argument("subject")
-        if mode in ("serve", "request", "publish"):
+        if mode in ("serve", "first", "request", "publish"):
             sub.add_argument("count", type=int)
         if mode in ("serve", "publish"):
             sub.add_argument("size", type=int)
+        if mode == "serve":
+            sub.add_argument("-form", default="send")
         if mode == "stream":
             sub.add_argument("-streams", type=int, default=1)
-            sub.add_argument("-callback", action="store_true")
+            sub.add_argument("-form", default="")
         if mode == "request":
             sub.add_argument("-threads", type=int, default=1)
             sub.add_argument("-size", type=int, default=128)
@@ -164,26 +166,32 @@ def _arguments() -> argparse.Namespace:
 
 def main(
     *,
-    serve: Callable[[str, str, list[bytes]], None],
+    serve: Callable[[str, str, list[bytes], str], None],
     echo: Callable[[str, str], None],
-    stream: Callable[[str, str, int, bool], Streams],
+    stream: Callable[[str, str, int, str], Streams],
     request: Callable[[str, str, bytes, int, int], Requests],
-    publish: Callable[[str, str, bytes, int], float],
+    publish: Callable[[str, str, bytes, int], float] | None = None,
+    first: Callable[[str, str, int], list[float]] | None = None,
 ) -> None:
     """Run the side that the command line names; a client prints one line of JSON."""
     arguments = _arguments()
     url = os.environ["NATS_URL"]
     if arguments.mode == "serve":
-        serve(url, arguments.subject, make_chunks(arguments.count, arguments.size))
+        serve(url, arguments.subject, make_chunks(arguments.count, arguments.size), arguments.form)
     elif arguments.mode == "echo":
         echo(url, arguments.subject)
     elif arguments.mode == "stream":
-        result = _report_streams(stream(url, arguments.subject, arguments.streams, arguments.callback))
+        result = _report_streams(stream(url, arguments.subject, arguments.streams, arguments.form))
         print(json.dumps(result), flush=True)
+    elif arguments.mode == "first":
+        assert first is not None
+        times = sorted(first(url, arguments.subject, arguments.count))
+        print(json.dumps({"p50_us": percentile(times, 0.5) * 1e6}), flush=True)
     elif arguments.mode == "request":
         payload = b"x" * arguments.size
         done = request(url, arguments.subject, payload, arguments.count, arguments.threads)
         print(json.dumps(_report_requests(done)), flush=True)
     else:
+        assert publish is not None
         seconds = publish(url, arguments.subject, b"x" * arguments.size, arguments.count)
         print(json.dumps({"seconds": seconds, "done": arguments.count}), flush=True)

@@ -1,6 +1,6 @@
 """nats-py (asyncio) as a peer: tasks on one event loop where the others use threads.
 
-A stream is read as its users read one, with `async for` over the subscription; -callback reads it with a
+A stream is read as its users read one, with `async for` over the subscription; `-form callback` reads it with a
 coroutine callback instead, which is nats-py's fastest way and leaves the caller no loop of its own.
 """
 
@@ -15,7 +15,7 @@ import contract
 import nats
 
 
-def serve(url: str, subject: str, chunks: list[bytes]) -> None:
+def serve(url: str, subject: str, chunks: list[bytes], form: str) -> None:
     asyncio.run(_serve(url, subject, chunks))
 
 
@@ -57,13 +57,13 @@ async def _stay(connection: Any) -> None:
     await connection.close()
 
 
-def stream(url: str, subject: str, streams: int, callback: bool) -> contract.Streams:
-    return asyncio.run(_streams(url, subject, streams, callback))
+def stream(url: str, subject: str, streams: int, form: str) -> contract.Streams:
+    return asyncio.run(_streams(url, subject, streams, form))
 
 
-async def _streams(url: str, subject: str, streams: int, callback: bool) -> contract.Streams:
+async def _streams(url: str, subject: str, streams: int, form: str) -> contract.Streams:
     connection = await nats.connect(url)
-    read = _read_by_callback if callback else _read_by_iterator
+    read = _read_by_callback if form == "callback" else _read_by_iterator
     started = time.perf_counter()
     results = await asyncio.gather(*(read(connection, subject) for _ in range(streams)))
     await connection.close()

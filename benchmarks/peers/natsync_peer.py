@@ -1,27 +1,44 @@
-"""natsync as a peer: one Client or one Subscriber, shared by all threads."""
+"""natsync as a peer: one Client or one Subscriber, shared by all threads.
+
+Forms of `serve`: "send", a chunk a call; "send_many", all at once; "generator", which yields them; "single", send()
+with one chunk a message, as to a peer that takes no batches. Forms of `stream`: "", a for loop; "callback",
+stream_request() with a processor; "plain", a for loop over a client that speaks plain mode only.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import contract
 
 import natsync
+from natsync.streaming import window
 
 #: Seconds a stream may be silent before its client gives up.
 IDLE_TIMEOUT = 10.0
 
 
-def serve(url: str, subject: str, chunks: list[bytes]) -> None:
+def serve(url: str, subject: str, chunks: list[bytes], form: str) -> None:
+    if form == "single":
+        window.BATCHED_CHUNK_BYTES = -1
     with natsync.Subscriber(url) as subscriber:
 
-        @subscriber.stream(subject)
-        def answer(ctx: Any, request: Any, sender: Any) -> None:
+        def send(ctx: Any, request: Any, sender: Any) -> None:
             for chunk in chunks:
                 sender.send(chunk)
             sender.end()
 
+        def send_many(ctx: Any, request: Any, sender: Any) -> None:
+            sender.send_many(chunks)
+            sender.end()
+
+        def generate(ctx: Any, request: Any) -> Iterator[bytes]:
+            yield from chunks
+
+        forms: dict[str, Any] = {"send": send, "single": send, "send_many": send_many, "generator": generate}
+        subscriber.stream(subject)(forms[form])
         contract.ready_until_stdin_closes()
 
 
@@ -35,11 +52,11 @@ def echo(url: str, subject: str) -> None:
         contract.ready_until_stdin_closes()
 
 
-def stream(url: str, subject: str, streams: int, callback: bool) -> contract.Streams:
+def stream(url: str, subject: str, streams: int, form: str) -> contract.Streams:
     results = [contract.Stream() for _ in range(streams)]
     modes: list[str | None] = [None] * streams
-    read = _read_by_processor if callback else _read_by_iterator
-    with natsync.connect(url) as client:
+    read = _read_by_processor if form == "callback" else _read_by_iterator
+    with natsync.Client(url, framed=form != "plain") as client:
 
         def work(number: int) -> None:
             try:
@@ -49,6 +66,7 @@ def stream(url: str, subject: str, streams: int, callback: bool) -> contract.Str
                 results[number].ended = f"failed: {error!r}"
             results[number].finished = time.perf_counter()
 
+        client.flush()
         started = time.perf_counter()
         contract.in_threads(streams, work)
     return contract.Streams(results, started, modes[0])
@@ -70,6 +88,19 @@ def _read_by_processor(client: natsync.Client, subject: str, result: contract.St
     return None
 
 
+def first(url: str, subject: str, count: int) -> list[float]:
+    times = []
+    with natsync.connect(url) as client:
+        list(client.stream(subject))
+        for _ in range(count):
+            before = time.perf_counter()
+            with client.stream(subject) as chunks:
+                next(chunks)
+                times.append(time.perf_counter() - before)
+                list(chunks)
+    return times
+
+
 def request(url: str, subject: str, payload: bytes, count: int, threads: int) -> contract.Requests:
     with natsync.connect(url) as client:
 
@@ -89,4 +120,4 @@ def publish(url: str, subject: str, payload: bytes, count: int) -> float:
 
 
 if __name__ == "__main__":
-    contract.main(serve=serve, echo=echo, stream=stream, request=request, publish=publish)
+    contract.main(serve=serve, echo=echo, stream=stream, request=request, publish=publish, first=first)

@@ -24,7 +24,7 @@ def _connect(url: str) -> NATSClient:
     return client
 
 
-def serve(url: str, subject: str, chunks: list[bytes]) -> None:
+def serve(url: str, subject: str, chunks: list[bytes], form: str) -> None:
     client = _connect(url)
 
     def on_request(message: Any) -> None:
@@ -60,7 +60,7 @@ def _confirm(client: NATSClient) -> None:
         raise TimeoutError("the server did not confirm within 60 s")
 
 
-def stream(url: str, subject: str, streams: int, callback: bool) -> contract.Streams:
+def stream(url: str, subject: str, streams: int, form: str) -> contract.Streams:
     client = _connect(url)
     results = [contract.Stream() for _ in range(streams)]
     started = time.perf_counter()
