@@ -6,10 +6,11 @@ nats-server, a worker whose handler tells on stdout when it ends, and a third pa
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -220,3 +221,20 @@ def check_that_a_broker_that_dies_and_comes_back_is_not_seen(chat: Chat, page: P
     assert page.tokens == answer("through a restart")
     assert set(page.browser.execute_script("return window.states")) == {"asking", "answering", "complete"}
     assert sum(line.startswith("through a restart: ") for line in chat.worker.out) == 1
+
+
+def check_that_a_killed_worker_is_explained(
+    chat: Chat, page: Page, reason: str, another: Callable[[], AbstractContextManager[Child]]
+) -> None:
+    """Kills the worker; another() is one more."""
+    page.ask("who answers this")
+    page.wait_for_tokens(3)
+    chat.worker.send(signal.SIGKILL)
+    page.wait_for_state("failed")
+    assert page.status == f"The answer is not complete: {reason}. Please ask again."
+    before = page.tokens
+    assert before == answer("who answers this", len(before))
+    with another():
+        page.ask("and with a new one")
+        page.wait_for_state("complete")
+        assert page.tokens == answer("and with a new one")

@@ -18,6 +18,7 @@ from chat import (
     Chat,
     Page,
     check_that_a_broker_that_dies_and_comes_back_is_not_seen,
+    check_that_a_killed_worker_is_explained,
     check_that_tabs_do_not_disturb_each_other,
     check_that_tokens_appear_one_by_one,
     opened,
@@ -128,3 +129,9 @@ def test_a_handler_that_fails_is_explained_in_its_own_words(page: Page) -> None:
     page.ask("fail please")
     page.wait_for_state("failed")
     assert page.status == "The answer is not complete: the token service answered 500. Please ask again."
+
+
+def test_a_killed_worker_is_an_error_that_the_page_explains(browser: webdriver.Chrome, tmp_path: Path) -> None:
+    with running_project("gthread", tmp_path) as (chat, environment), opened(browser, chat) as page:
+        reason = "whoever was answering is gone"
+        check_that_a_killed_worker_is_explained(chat, page, reason, lambda: worker_of(chat.broker, environment))

@@ -19,8 +19,8 @@ from chat import (
     FLASK_CHAT,
     Chat,
     Page,
-    answer,
     check_that_a_broker_that_dies_and_comes_back_is_not_seen,
+    check_that_a_killed_worker_is_explained,
     check_that_tabs_do_not_disturb_each_other,
     check_that_tokens_appear_one_by_one,
     opened,
@@ -123,17 +123,8 @@ def test_a_broker_that_dies_and_comes_back_is_not_seen_in_the_page(chat: Chat, p
 
 def test_a_killed_worker_is_an_error_that_the_page_explains(browser: webdriver.Chrome) -> None:
     with running_chat() as chat, opened(browser, chat) as page:
-        page.ask("who answers this")
-        page.wait_for_tokens(3)
-        chat.worker.send(signal.SIGKILL)
-        page.wait_for_state("failed")
-        assert page.status == "The answer is not complete: whoever was answering is gone. Please ask again."
-        before = page.tokens
-        assert before == answer("who answers this", len(before))
-        with worker_of(chat.broker, chat.api):
-            page.ask("and with a new one")
-            page.wait_for_state("complete")
-            assert page.tokens == answer("and with a new one")
+        reason = "whoever was answering is gone"
+        check_that_a_killed_worker_is_explained(chat, page, reason, lambda: worker_of(chat.broker, chat.api))
 
 
 def test_a_killed_web_server_process_is_explained_too(browser: webdriver.Chrome) -> None:
