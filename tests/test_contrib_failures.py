@@ -19,6 +19,7 @@ ERRORS: list[tuple[BaseException, int, Code]] = [
     (natsync.StreamRefused("secret.subject"), 503, Code.RESOURCE_EXHAUSTED),
     (natsync.NoServersError({"secret.subject": OSError()}), 503, Code.UNAVAILABLE),
     (natsync.ConnectionLost("secret.subject"), 503, Code.UNAVAILABLE),
+    (natsync.ServerLost("the link broke: secret.server"), 503, Code.UNAVAILABLE),
     (natsync.ConnectionClosed("secret.subject"), 503, Code.UNAVAILABLE),
     (natsync.ReconnectBufferFull("secret.subject"), 503, Code.UNAVAILABLE),
     (natsync.PermissionDenied("secret.subject"), 502, Code.INTERNAL),
@@ -58,10 +59,6 @@ def test_a_handlers_error_says_its_own_words_and_what_its_code_says(code: int, s
     error = natsync.HandlerError("no such model", code=code)
     assert http_status(error) == status
     assert error_data(error)["message"] == "no such model"
-
-
-def test_a_lost_responder_is_unavailable() -> None:
-    assert http_status(natsync.ServerLost("the responder is gone")) == 503
 
 
 @pytest.mark.parametrize(("retry_after", "header"), [(None, "1"), (0.2, "1"), (2.5, "3"), (30, "30")])

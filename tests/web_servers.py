@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import sys
@@ -17,6 +18,7 @@ from processes import PATIENCE, Child, child
 #: What each is started with, behind the interpreter and in front of the application; threads for streams at once.
 SERVERS = {
     "werkzeug": ["-m", "flask", "--app"],
+    "runserver": ["-u"],  # Django's: the application is its manage.py
     "sync": ["-m", "gunicorn", "--worker-class", "sync"],
     "gthread": ["-m", "gunicorn", "--worker-class", "gthread", "--threads", "16"],
     "gevent": ["-m", "gunicorn", "--worker-class", "gevent"],
@@ -45,7 +47,7 @@ def serving(
     env: Mapping[str, str] | None = None,
     quiet: bool = True,
 ) -> Iterator[Web]:
-    """A server of this kind with the application `module:name`, until the end of the block.
+    """A server of this kind with the application `module:name`, for runserver manage.py, until the end of the block.
 
     It is ended by SIGTERM (Ctrl-C where that is its way), and gunicorn has to leave with status 0; with quiet, a
     traceback in its log is a failure.
@@ -53,6 +55,8 @@ def serving(
     command = [sys.executable, *SERVERS[kind]]
     if kind == "werkzeug":
         command += [*arguments, app, "run", "--port", "0", "--no-reload"]
+    elif kind == "runserver":
+        command += [app, "runserver", "127.0.0.1:0", "--noreload", *arguments]
     elif "gunicorn" in command:
         command += ["--bind", "127.0.0.1:0", "--graceful-timeout", "5", *arguments, app]
     else:
@@ -64,7 +68,10 @@ def serving(
         found: list[str] = []
 
         def listens() -> bool:
-            found[:] = re.findall(r"http://127\.0\.0\.1:[1-9]\d*", "\n".join([*running.err, *running.out]))
+            if kind == "runserver":  # which says port 0 when it is told port 0
+                found[:] = listening(running.process.pid)
+            else:
+                found[:] = re.findall(r"http://127\.0\.0\.1:[1-9]\d*", "\n".join([*running.err, *running.out]))
             return bool(found) or running.process.poll() is not None
 
         eventually(listens, PATIENCE, f"{kind} does not listen: {running!r}")
@@ -75,3 +82,19 @@ def serving(
         assert status == 0 or "gunicorn" not in command, running
     if quiet:
         assert not re.search(r"Traceback|ResourceWarning|SIGABRT|WORKER TIMEOUT", "\n".join(running.err)), running
+
+
+def listening(pid: int) -> list[str]:
+    """The URLs where the process listens on the loopback interface, by the kernel's table."""
+    inodes = set()
+    try:
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            try:
+                inodes.update(re.findall(r"socket:\[(\d+)\]", os.readlink(f"/proc/{pid}/fd/{name}")))
+            except FileNotFoundError:
+                continue
+        with open(f"/proc/{pid}/net/tcp") as table:
+            rows = [line.split() for line in list(table)[1:]]
+    except OSError:
+        return []  # it has ended
+    return [f"http://127.0.0.1:{int(row[1].split(':')[1], 16)}" for row in rows if row[3] == "0A" and row[9] in inodes]

@@ -18,6 +18,7 @@ MIDDLEWARE = [
     "django.middleware.common.CommonMiddleware",
     "natsync.contrib.django.middleware.NatsErrorMiddleware",
 ]
+TEMPLATES = [{"BACKEND": "django.template.backends.django.DjangoTemplates", "APP_DIRS": True}]
 DATABASES = {
     "default": {
         "ENGINE": "django.db.backends.sqlite3",
@@ -28,3 +29,6 @@ DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 
 # Options of natsync.Client in capitals. Without "URL" it is NATS_URL, or a server on this machine.
 NATSYNC = {"NAME": "notes"}
+
+TOKEN_API = os.environ.get("TOKEN_API", "http://127.0.0.1:9000")  # the third party that notes.ask reads from
+SSE_HEARTBEAT = float(os.environ.get("SSE_HEARTBEAT", 15))  # seconds of silence until a stream sends a comment

@@ -5,4 +5,5 @@ urlpatterns = [
     path("", views.page),
     path("add", views.add),
     path("search", views.search),
+    path("ask", views.ask),
 ]
