@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -13,7 +12,6 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +20,20 @@ import pytest
 import natsync
 from eventsource import Browser
 from natsync.testing import NatsServer, eventually
-from processes import PATIENCE, Child, child
+from processes import PATIENCE, child
 from support import ROOT
 from thirdparty import ThirdParty
+from web_servers import serving
 
 pytestmark = pytest.mark.slow
 
 TESTS = ROOT / "tests"
-GUNICORN = [sys.executable, "-m", "gunicorn", "--bind", "127.0.0.1:0", "--pythonpath", str(TESTS)]
+#: What each is given: the application, and its arguments.
 COMMANDS = {
-    "runserver": [sys.executable, "-u", str(TESTS / "django_site" / "manage.py"), "runserver", "127.0.0.1:0",
-                  "--noreload"],
-    "sync": [*GUNICORN, "django_site.wsgi", "--worker-class", "sync"],
-    "gthread": [*GUNICORN, "django_site.wsgi", "--worker-class", "gthread", "--threads", "16", "--preload"],
-}  # fmt: skip
+    "runserver": ("django_site/manage.py",),
+    "sync": ("django_site.wsgi",),
+    "gthread": ("django_site.wsgi", "--preload"),
+}
 #: Chunks that are pulled after the browser has left, until the body is closed, at the most: (FIN, RST).
 PULLED = {"runserver": (2, 1), "sync": (2, 1), "gthread": (2, 1)}
 ABANDONED = 200
@@ -91,48 +89,6 @@ def responder(broker: NatsServer) -> Iterator[Responder]:
         yield Responder(subscriber)
 
 
-@contextmanager
-def serving(
-    kind: str, broker: NatsServer, *arguments: str, env: dict[str, str] | None = None, told: list[Child] | None = None
-) -> Iterator[str]:
-    """The project under a server, which has to leave without a traceback; its URL.
-
-    told: takes the process, and then it may end as it likes.
-    """
-    found: list[str] = []
-    with child(*COMMANDS[kind], *arguments, url=broker.url, cwd=ROOT, env=env) as running:
-
-        def listens() -> bool:
-            found[:] = re.findall(r"(?:http://)?127\.0\.0\.1:[1-9]\d*", "\n".join([*running.err, *running.out]))
-            return bool(found)
-
-        if kind == "runserver":  # which says port 0 when it is told port 0
-            eventually(lambda: found.extend(listening(running.process.pid)) or found, PATIENCE, f"{running!r}")
-        else:
-            eventually(listens, PATIENCE, f"{running!r}")
-        if told is not None:
-            told.append(running)
-        yield found[0] if found[0].startswith("http") else f"http://{found[0]}"
-        running.send(signal.SIGINT if kind == "runserver" else signal.SIGTERM)
-        running.wait()
-    assert told is not None or not re.search("Traceback|ResourceWarning|WORKER TIMEOUT", "\n".join(running.err)), (
-        running
-    )
-
-
-def listening(pid: int) -> list[str]:
-    """Where the process listens, by the kernel's table."""
-    inodes = set()
-    for name in os.listdir(f"/proc/{pid}/fd"):
-        try:
-            inodes.update(re.findall(r"socket:\[(\d+)\]", os.readlink(f"/proc/{pid}/fd/{name}")))
-        except FileNotFoundError:
-            continue
-    with open(f"/proc/{pid}/net/tcp") as table:
-        rows = [line.split() for line in list(table)[1:]]
-    return [f"127.0.0.1:{int(row[1].split(':')[1], 16)}" for row in rows if row[3] == "0A" and row[9] in inodes]
-
-
 @pytest.fixture(params=COMMANDS, scope="module")
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -140,8 +96,8 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def site(kind: str, broker: NatsServer) -> Iterator[str]:
-    with serving(kind, broker) as url:
-        yield url
+    with serving(kind, *COMMANDS[kind], url=broker.url, cwd=TESTS) as web:
+        yield web.url
 
 
 def leave(browser: Browser, how: str) -> None:
@@ -275,16 +231,15 @@ SOON = {"SITE_RESUME_GRACE": "1", "SITE_HEARTBEAT": "0.5"}
 def test_a_process_that_ends_leaves_no_handler_behind(
     kind: str, arguments: list[str], number: signal.Signals | None, broker: NatsServer, responder: Responder
 ) -> None:
-    told: list[Child] = []
     with (
-        serving(kind, broker, *arguments, env=SOON, told=told) as site,
-        Browser(f"{site}/stream/site.silent?heartbeat=60") as browser,
+        serving(kind, *COMMANDS[kind], *arguments, url=broker.url, cwd=TESTS, env=SOON, quiet=False) as web,
+        Browser(f"{web.url}/stream/site.silent?heartbeat=60") as browser,
     ):
         browser.wait_for(b"data: first\n\n")
         begin = time.monotonic()
         if number is not None:
-            told[0].send(number)
-        eventually(lambda: responder.left_at, PATIENCE, f"the handler runs on: {told[0]!r}")
+            web.running.send(number)
+        eventually(lambda: responder.left_at, PATIENCE, f"the handler runs on: {web.running!r}")
         assert responder.left_at[0] - begin < PATIENCE / 2  # by itself it would have gone on for all of it
 
 
