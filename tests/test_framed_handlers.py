@@ -430,6 +430,7 @@ def test_a_stream_whose_responder_dies_before_the_first_chunk_is_repeated_only_i
     with members(nats_server.url) as processes, natsync.connect(nats_server.url, **SHORT, **QUICK) as client:
         stream = client.stream("h.silent", retry=retry)
         taking = Outcome(lambda: list(stream))
+        eventually(lambda: stream.mode == "framed", PATIENCE)  # of one that dies before it accepts, nothing is known
         kill(asked(processes))
         error = taking.within(PATIENCE)
         if idempotent:

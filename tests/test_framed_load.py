@@ -715,8 +715,9 @@ def test_a_thousand_streams_that_come_and_go_leave_nothing_behind(
         rounds(sized(50, 500))
         eventually(lambda: (len(framing), len(framing.peers), len(framing._waiting)) == (0, 0, 0), PATIENCE)
         eventually(lambda: not len(core.mux), PATIENCE)
-        assert client._calls is not None
-        assert not client._calls._farewells
+        calls = client._calls
+        assert calls is not None
+        eventually(lambda: not calls._farewells, PATIENCE)
         assert (client._calls.budget._given, client._calls.budget._streams) == (0, 0)
         assert responder.streams == 0
 
