@@ -14,13 +14,21 @@ from typing import Any
 import pytest
 
 import natsync
+import natsync.contrib.django
+import natsync.contrib.flask
+import natsync.contrib.msgpack
+import natsync.contrib.otel
+import natsync.contrib.prometheus
+import natsync.contrib.pydantic
 import natsync.services
 import natsync.testing
 from support import ROOT
 
 DOCS = ROOT / "docs"
 REFERENCE = (DOCS / "api.md").read_text("utf-8")
-MODULES = (natsync, natsync.services, natsync.testing)
+CONTRIB = natsync.contrib
+EXTRAS = (CONTRIB.flask, CONTRIB.django, CONTRIB.prometheus, CONTRIB.otel, CONTRIB.msgpack, CONTRIB.pydantic)
+MODULES = (natsync, natsync.services, natsync.testing, *EXTRAS)
 #: Public in Python's sense, and of no use to users: the reference leaves them out by name, see excluded().
 ENTRY = re.compile(r"^\.\. auto(?:class|exception|function):: ([\w.]+)\n((?:   :.*\n)*)", re.MULTILINE)
 
@@ -82,6 +90,8 @@ def members() -> Iterator[tuple[str, Any]]:
                 continue
             for key, member in vars(base).items():
                 own = inspect.isfunction(member) or isinstance(member, property | classmethod | staticmethod)
+                if value is not natsync.Hooks and issubclass(value, natsync.Hooks) and key in vars(natsync.Hooks):
+                    continue  # an exporter's part of what Hooks documents
                 if own and not key.startswith("_") and key not in excluded(name):
                     yield f"{name}.{key}", getattr(value, key)
 

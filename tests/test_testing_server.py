@@ -396,16 +396,17 @@ def test_the_path_is_searched_when_no_wheel_is_installed(monkeypatch, tmp_path):
 # --- the pytest plugin --------------------------------------------------------------------------------------
 
 
-def run_pytest(directory: Path, test: str, **environment: str):
-    """pytest with natsync's plugin and no other on one test file."""
+def run_pytest(directory: Path, test: str, *options: str, **environment: str):
+    """pytest with natsync's plugin, and those that options name, on one test file."""
     (directory / "test_it.py").write_text(test)
     return run_python(
         "import json, os, pytest\n"
         "os.environ.update(json.loads(sys.argv[2]), PYTEST_DISABLE_PLUGIN_AUTOLOAD='1')\n"
-        "options = ['-p', 'natsync.testing.plugin', '-p', 'no:cacheprovider', '-rs']\n"
+        "options = ['-p', 'natsync.testing.plugin', '-p', 'no:cacheprovider', '-rs', *sys.argv[3:]]\n"
         "sys.exit(pytest.main([*options, sys.argv[1]]))",
         str(directory),
         json.dumps(environment),
+        *options,
     )
 
 
@@ -438,6 +439,58 @@ def test_a_client_and_a_subscriber_of_the_fixtures_meet(natsync_client, natsync_
     natsync_subscriber.handler("plugin.echo")(lambda ctx, request: request.data)
     natsync_subscriber.open()
     assert natsync_client.request("plugin.echo", b"hello", timeout=5).data == b"hello"
+
+
+SECURE = """
+import ssl, pytest, trustme
+
+@pytest.fixture(scope="session")
+def authority():
+    return trustme.CA()
+
+@pytest.fixture(scope="session")
+def nats_server_options(authority, tmp_path_factory):
+    path = tmp_path_factory.mktemp("tls") / "server.pem"
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(path))
+    return {"jetstream": True, "config": f'tls {{ cert_file: "{path}", key_file: "{path}" }}'}
+
+@pytest.fixture
+def natsync_options(authority):
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    return {"tls": context}
+"""
+
+
+def test_the_fixtures_of_options_turn_jetstream_and_tls_on_in_each_worker_of_xdist(tmp_path):
+    (tmp_path / "conftest.py").write_text(SECURE)
+    done = run_pytest(
+        tmp_path,
+        "import os, pytest\n"
+        "@pytest.mark.parametrize('number', range(4))\n"
+        "def test_it(nats_server, natsync_client, natsync_subscriber, number):\n"
+        "    assert os.environ['PYTEST_XDIST_WORKER'] in ('gw0', 'gw1')\n"
+        "    natsync_subscriber.handler('a')(lambda ctx, request: str(nats_server.port))\n"
+        "    with natsync_subscriber:\n"
+        "        assert natsync_client.request('a').text() == str(nats_server.port)\n"
+        "    assert natsync_client.server_info['jetstream']\n"
+        "    assert natsync_client.server_info['tls_required']\n",
+        *("-p", "xdist", "-n", "2"),
+    )
+    assert done.returncode == 0, done.stdout
+    assert "4 passed" in done.stdout
+
+
+def test_the_fixture_of_clusters_closes_them_when_the_test_ends(tmp_path):
+    done = run_pytest(
+        tmp_path,
+        "def test_it(make_nats_cluster):\n"
+        "    cluster = make_nats_cluster(2, config='max_payload: 4096')\n"
+        "    open(__file__ + '.pids', 'w').write(' '.join(str(one.pid) for one in cluster.servers))\n",
+    )
+    assert done.returncode == 0, done.stdout
+    pids = [int(pid) for pid in (tmp_path / "test_it.py.pids").read_text().split()]
+    assert [alive(pid) for pid in pids] == [False, False]
 
 
 def test_the_plugin_imports_no_optional_dependency():

@@ -59,6 +59,8 @@ def typed(function: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator under @subscriber.handler and @subscriber.stream: function(ctx, value) returns or yields values.
 
     A payload that is not MessagePack is answered with a HandlerError of code INVALID_ARGUMENT.
+
+    What the function raises, and what encode() raises for what it returns, is answered as of any handler.
     """
 
     def value_of(request: Message) -> Any:

@@ -268,6 +268,7 @@ class PoolCollector(Collector):
             self._pools.pop(name, None)
 
     def collect(self) -> Iterator[Metric]:
+        """The numbers of all watched pools, read now; the registry calls it for each scrape."""
         with self._lock:
             pools = dict(self._pools)
         families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
