@@ -47,6 +47,7 @@ def test_the_offer_says_version_windows_grace_heartbeat_and_that_batches_are_tak
     assert request.block == b"NATS/1.0\r\nNatsync-Stream: 1;w=8192;b=1048576;g=10000;hb=5000;m=67108864;cap=b\r\n\r\n"
     assert request.payload == b"question"
     assert stream.mode is None
+    stream.close()
 
 
 def test_the_offer_says_what_the_options_are(table: Table) -> None:
