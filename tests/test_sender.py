@@ -458,6 +458,37 @@ def test_a_cancel_ends_the_handlers_context_with_the_requesters_reason(
     assert seen == ["the tab was closed"]
 
 
+@pytest.mark.parametrize("how", ["end", "send_error", "drop"])
+def test_a_handler_that_sees_its_context_end_first_ends_the_stream_for_that_reason(opened: Open, how: str) -> None:
+    opened.begin()
+    opened.ctx._error = natsync.Cancelled("shutting down")  # as it is before the callbacks of cancel() have run
+    if how == "drop":
+        opened.sender._core.dropped()
+    elif how == "end":
+        assert not opened.sender.end()
+    else:
+        opened.sender.send_error("whatever")
+    with pytest.raises(natsync.ServerLost, match="shutting down") as caught:
+        opened.stream.next(PATIENCE)
+    assert caught.value.code == natsync.Code.UNAVAILABLE
+
+
+def test_a_handler_that_raises_because_its_context_ended_is_not_logged_as_failed(
+    client: natsync.Client, subscriber: natsync.Subscriber, caplog: pytest.LogCaptureFixture
+) -> None:
+    def handler(ctx: natsync.HandlerContext, request: natsync.Message, sender: natsync.ResponseSender) -> None:
+        sender.send(b"here I am")
+        ctx._error = natsync.Cancelled("shutting down")
+        ctx.check()
+
+    subscriber.stream_subscribe("s.check", handler)
+    stream = client.stream("s.check")
+    assert stream.next(PATIENCE) == b"here I am"
+    with pytest.raises(natsync.ServerLost, match="shutting down"):
+        stream.next(PATIENCE)
+    assert "raised" not in caplog.text
+
+
 @pytest.mark.parametrize("how", ["end", "send_error", "cancel", "ctx"])
 def test_on_close_runs_once_on_a_worker_however_the_stream_ends(opened: Open, how: str) -> None:
     opened.begin()

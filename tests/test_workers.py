@@ -96,7 +96,7 @@ def test_one_idle_thread_is_not_counted_on_for_several_tasks(make_pool: Callable
     for _ in range(10):
         pool, gate, ran = make_pool(5), Gate(), threading.Event()
         pool.submit(ran.set)
-        eventually(lambda pool=pool: pool._idle == 1)
+        eventually(lambda pool=pool, ran=ran: ran.is_set() and pool._idle == 1)  # a new thread counts as idle too
         for _ in range(3):
             pool.submit(gate.task)
         try:
@@ -305,9 +305,9 @@ def test_an_idle_thread_keeps_nothing_of_its_last_task_alive(make_pool: Callable
     alive = weakref.ref(task)
     pool.submit(task)
     del task
-    eventually(lambda: pool._idle == 1)
     gc.collect()
-    assert alive() is None
+    eventually(lambda: alive() is None)
+    assert pool.threads == 1
 
 
 # -- closing ---------------------------------------------------------------------------------------------------------

@@ -149,10 +149,11 @@ def guarded(run: Sending) -> Runner:
             run(ctx, request, core)
             return None
         except BaseException as error:  # SystemExit in a handler must not leave its requester waiting
-            if core.over.happened:
+            if core.over.happened or not core.fail(
+                describe(error), Status(code_of(error), getattr(error, "details", None))
+            ):
                 log.debug("handler of %r stopped after its stream was over: %r", request.subject, error)
                 return error
-            core.fail(describe(error), Status(code_of(error), getattr(error, "details", None)))
             log.exception("handler of %r raised", request.subject)
             return error
 

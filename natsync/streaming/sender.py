@@ -164,13 +164,20 @@ class SenderCore(Waiter):
 
     def end(self, trailers: Headers | None = None) -> bool:
         """Send END, once; False if the stream was over for another reason."""
+        self._heed_context()
         self._close(StreamClosed("the stream was ended", code=Code.OK), Ending(Op.END, trailers=trailers))
         return self._ended
 
     def fail(self, text: str, status: Status = _FAILED, error: StreamClosed | None = None) -> bool:
         """Send an error, which ends the stream; False if it was over already. error: what later sends raise here."""
+        self._heed_context()
         closed = error or StreamClosed(f"the stream was ended with an error: {text}")
         return self._close(closed, Ending(Op.ERROR, text, status))
+
+    def _heed_context(self) -> None:
+        """If the context has ended that is the reason, whatever a handler does that saw it before this was told."""
+        if self._error is None and self.ctx.cancelled:
+            self._context_ended()
 
     def refuse(self, text: str, status: Status) -> None:
         """Tell the requester that no part of its request was taken; instead of accept()."""
@@ -273,10 +280,10 @@ class SenderCore(Waiter):
     def _context_ended(self) -> None:
         error = self.ctx.error()
         if isinstance(error, DeadlineExceeded):
-            status = Status(Code.DEADLINE_EXCEEDED, reason=terms.DEADLINE)
-            self.fail("deadline exceeded", status, DeadlineExceeded("the request's deadline has passed"))
+            ending = Ending(Op.ERROR, "deadline exceeded", Status(Code.DEADLINE_EXCEEDED, reason=terms.DEADLINE))
+            self._close(DeadlineExceeded("the request's deadline has passed"), ending)
         else:
-            self.fail(str(error), self._lost(), StreamCancelled(str(error)))
+            self._close(StreamCancelled(str(error)), Ending(Op.ERROR, str(error), self._lost()))
 
     def _lost(self) -> Status:
         """The stream breaks off here, and may be taken up again elsewhere."""
