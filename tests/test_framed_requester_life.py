@@ -213,6 +213,17 @@ def test_a_stream_left_while_the_client_closes_keeps_no_timer(table: Table, monk
     eventually(lambda: not any(thread.name == "natsync-timer" for thread in threading.enumerate()), SLACK)
 
 
+def test_a_stream_left_twice_while_the_client_closes_keeps_no_timer(table: Table) -> None:
+    """By the closing first, and then by whoever drops it: the second farewell takes the place of the first."""
+    client = table.client(resume_grace=30)
+    stream = client.stream(SUBJECT)
+    table.request()
+    stream._call.connection_closing()
+    stream.close()
+    client.close()
+    eventually(lambda: not any(thread.name == "natsync-timer" for thread in threading.enumerate()), SLACK)
+
+
 def test_a_deadline_is_told_as_code_4(table: Table) -> None:
     stream, answer = table.open(timeout=0.3)
     assert isinstance(failure(stream), natsync.DeadlineExceeded)

@@ -173,6 +173,13 @@ class Calls(Waiter):
         if self.connection.status is Status.CLOSED:  # the waiters may have been told of that already
             farewell.connection_closed(self.connection.closed_error())
 
+    def connection_closed(self, reason: Exception) -> None:
+        """There is nobody to be told any more; not by those either whose place in the table another one took."""
+        with self._lock:
+            farewells = list(self._farewells)
+        for farewell in farewells:
+            farewell.connection_closed(reason)
+
     def parted(self, farewell: Farewell) -> None:
         """The responder has answered, or will not."""
         with self._lock:
