@@ -355,7 +355,7 @@ NO = natsync.HandlerError("not you", code=natsync.Code.PERMISSION_DENIED)
 
 @pytest.mark.parametrize("way", ["receive", "around", "send"])
 def test_a_refusal_of_the_responder_reaches_the_requester_with_its_code(
-    make_client: Make, make_subscriber: MakeSubscriber, way: str
+    make_client: Make, make_subscriber: MakeSubscriber, way: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     subscriber = make_subscriber(Refuse(way, NO))
     client = make_client()
@@ -365,6 +365,23 @@ def test_a_refusal_of_the_responder_reaches_the_requester_with_its_code(
     with pytest.raises(natsync.HandlerError, match=r"^not you$"):
         list(client.stream("mw.words", b"y z", timeout=PATIENCE))
     eventually(lambda: subscriber.stats()["failed"] == 2, PATIENCE)
+    assert [record.getMessage() for record in caplog.records] == [
+        "handler of 'mw.echo' answered with an error: not you",
+        "handler of 'mw.words' answered with an error: not you",
+    ]
+    assert not any(record.exc_info for record in caplog.records)  # an answer, not a fault of the program
+
+
+def test_what_else_a_step_raises_is_logged_with_its_traceback(
+    make_client: Make, make_subscriber: MakeSubscriber, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_subscriber(Refuse("receive", OwnError("a fault")))
+    client = make_client()
+    with pytest.raises(natsync.HandlerError, match="a fault"):
+        client.request("mw.echo", timeout=PATIENCE)
+    with pytest.raises(natsync.HandlerError, match="a fault"):
+        list(client.stream("mw.words", b"y z", timeout=PATIENCE))
+    eventually(lambda: caplog.text.count("OwnError: a fault") == 2, PATIENCE)
 
 
 @framed_only

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 from natsync.concurrency import Deadline, check_timeout
 from natsync.context import TRACE_HEADERS, Context
-from natsync.errors import Cancelled, Code, DeadlineExceeded, StreamClosed, StreamError
+from natsync.errors import Cancelled, Code, DeadlineExceeded, HandlerError, StreamClosed, StreamError
 from natsync.headers import Headers
 from natsync.message import Message, to_bytes
 from natsync.streaming.sender import ResponseSender, SenderCore, describe
@@ -154,10 +154,18 @@ def guarded(run: Sending) -> Runner:
             ):
                 log.debug("handler of %r stopped after its stream was over: %r", request.subject, error)
                 return error
-            log.exception("handler of %r raised", request.subject)
+            log_raised(request, error)
             return error
 
     return guarded
+
+
+def log_raised(request: Message, error: BaseException) -> None:
+    """Say that a handler raised: with its traceback, unless it did so to answer with an error."""
+    if isinstance(error, HandlerError):
+        log.warning("handler of %r answered with an error: %s", request.subject, error)
+    else:
+        log.error("handler of %r raised", request.subject, exc_info=error)
 
 
 def code_of(error: BaseException) -> int:

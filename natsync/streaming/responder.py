@@ -272,7 +272,7 @@ def answering(function: Handler) -> Answering:
             return None
         except BaseException as error:  # SystemExit in a handler must not leave its requester waiting
             _respond_error(request, error)
-            log.exception("handler of %r raised", request.subject)
+            handlers.log_raised(request, error)
             return error
 
     return answer
