@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from natsync.client import REQUEST_SECONDS, Client
-from natsync.concurrency import Deadline, after_fork_in_child, check_timeout, fork_generation, run_soon
+from natsync.concurrency import Deadline, after_fork_in_child, at_home, check_timeout, fork_generation, run_soon
 from natsync.context import current
 from natsync.errors import (
     ForkError,
@@ -29,7 +29,7 @@ from natsync.errors import (
 from natsync.message import Message, Payload
 from natsync.options import Servers, connect_settings
 from natsync.pooling.keeper import Keeper
-from natsync.pooling.store import Store, Turn
+from natsync.pooling.store import Turn
 from natsync.replies import Replies
 from natsync.streaming.stream import Stream
 
@@ -68,7 +68,7 @@ class Lease:
         self._client: Client | None = None
 
     def __enter__(self) -> Client:
-        self._turn = turn = Turn(self._pool._keeper.store)
+        self._turn = turn = self._pool._turn()
         try:
             self._client = client = self._pool._borrow(turn, self._timeout)
             turn.client = None  # the borrower's alone: see Turn
@@ -170,7 +170,7 @@ class ConnectionPool:
 
         One that is dropped instead of given back is found out, told of in the log, and replaced.
         """
-        turn = Turn(self._keeper.store)
+        turn = self._turn()
         try:
             client = self._borrow(turn, timeout)
             client._loan = turn
@@ -196,6 +196,15 @@ class ConnectionPool:
             raise InvalidArgument("this client is not on loan from this pool")
         turn.client = client
         self._leave(turn)
+
+    def _turn(self, lasting: bool = False) -> Turn:
+        """A place in the queue of this process. lasting: it may take as long as it likes."""
+        if not at_home[0]:
+            fork_generation()  # before the look at the keeper: another one is made for a child
+        turn = Turn(self._keeper.store)
+        if lasting:
+            turn.lasting = True
+        return turn
 
     def _borrow(self, turn: Turn, timeout: float | None) -> Client:
         """Wait for the turn; whatever happens, the caller has to _leave() it."""
@@ -277,7 +286,7 @@ class ConnectionPool:
 
     def _held(self, verb: Callable[..., A], subject: str, payload: Payload, arguments: dict[str, Any]) -> A:
         """What the verb returns, on a connection that goes back when that is over."""
-        turn = _lasting(self._keeper.store)
+        turn = self._turn(lasting=True)
         try:
             client, rest = self._borrow_within(turn, arguments)
             answer = verb(client, subject, payload, **rest)
@@ -307,7 +316,7 @@ class ConnectionPool:
 
     @contextlib.contextmanager
     def _within(self, arguments: dict[str, Any]) -> Iterator[tuple[Client, dict[str, Any]]]:
-        turn = _lasting(self._keeper.store)
+        turn = self._turn(lasting=True)
         try:
             yield self._borrow_within(turn, arguments)
         finally:
@@ -443,13 +452,6 @@ class ConnectionPool:
     def __repr__(self) -> str:
         store = self._keeper.store
         return f"<ConnectionPool: {store.size} of {store.max_size}, {len(store.leased)} leased>"
-
-
-def _lasting(store: Store) -> Turn:
-    """A turn that may take as long as it likes."""
-    turn = Turn(store)
-    turn.lasting = True
-    return turn
 
 
 _pools: weakref.WeakSet[ConnectionPool] = weakref.WeakSet()

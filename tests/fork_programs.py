@@ -877,6 +877,9 @@ def fork_untold(url: str) -> None:
     """
     unused = natsync.Client(url)
     join(_forked_untold(lambda: works(unused)), _forked_untold(lambda: works(unused)))
+    idle = natsync.ConnectionPool(url, timeout=LIMIT / 4)
+    for first in _FIRST_USES:
+        join(_forked_untold(lambda first=first: first(idle)))  # type: ignore[misc]
     client, pool, opened = natsync.connect(url), natsync.ConnectionPool(url), natsync.Subscriber(url)
     opened.open()
     works(client)
@@ -889,6 +892,21 @@ def fork_untold(url: str) -> None:
     works(client, "after")
     for one in (opened, pool, client):
         one.close()
+
+
+def _lease(pool: natsync.ConnectionPool) -> None:
+    with pool.connection() as client:
+        client.flush()
+
+
+#: Of a pool, in a child.
+_FIRST_USES: list[Callable[[natsync.ConnectionPool], object]] = [
+    lambda pool: pool.request("f.echo", b"x"),
+    lambda pool: list(pool.stream("f.count", b"3")),
+    lambda pool: pool.putconn(pool.getconn()),
+    lambda pool: pool.wait(),
+    _lease,
+]
 
 
 def _forked_untold(function: Callable[[], object]) -> int:

@@ -317,6 +317,7 @@ def looker(server: socket.socket) -> Callable[[], bool]:
 
 def test_an_environ_without_a_socket_offers_no_look() -> None:
     assert client_gone({"wsgi.version": (1, 0), "gunicorn.socket": None}) is None
+    assert client_gone({"uwsgi.version": b"2.0.30"}) is None  # handed on by another server: this process is not uWSGI's
 
 
 @pytest.mark.parametrize("timeout", [None, 0.0, 30.0], ids=["blocking", "non-blocking", "with-timeout"])

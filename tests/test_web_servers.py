@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -35,10 +36,12 @@ PULLED = {
     "gevent": (2, 1),
     "waitress": (3, 2),
     "waitress-lookahead": (1, 1),
+    **({"uwsgi": (2, 1)} if sys.platform == "linux" else {}),
 }
 #: Those that let one see that the client has gone while there is nothing to write.
 LOOKING = [kind for kind in PULLED if kind != "waitress"]
 ABANDONED = 200
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="uWSGI is a server for Linux")
 
 
 class Responder:
@@ -235,8 +238,10 @@ SOON = {"FLASK_NATSYNC_RESUME_GRACE": "1", "FLASK_NATSYNC_HEARTBEAT": "0.5"}
         ("sync", ["--graceful-timeout", "1"], signal.SIGTERM),
         ("gthread", ["--graceful-timeout", "1"], signal.SIGTERM),
         ("gevent", ["--graceful-timeout", "1"], signal.SIGTERM),
+        pytest.param("uwsgi", ["--worker-reload-mercy", "1"], signal.SIGTERM, marks=linux_only),
+        pytest.param("uwsgi", ["--harakiri", "2"], None, marks=linux_only),  # SIGKILL
     ],
-    ids=["sync-timeout", "sync-SIGTERM", "gthread-SIGTERM", "gevent-SIGTERM"],
+    ids=["sync-timeout", "sync-SIGTERM", "gthread-SIGTERM", "gevent-SIGTERM", "uwsgi-SIGTERM", "uwsgi-harakiri"],
 )
 def test_a_worker_that_is_ended_leaves_no_handler_behind(
     kind: str, arguments: list[str], number: signal.Signals | None, broker: NatsServer, responder: Responder

@@ -26,6 +26,8 @@ SERVERS = {
     "waitress": ["-m", "waitress", "--listen", "127.0.0.1:0", "--threads", "16"],
     "waitress-lookahead": ["-m", "waitress", "--listen", "127.0.0.1:0", "--threads", "16",
                            "--channel-request-lookahead", "1"],
+    "uwsgi": ["-c", "import pyuwsgi; pyuwsgi.run()", "--http-socket", "127.0.0.1:0", "--master", "--enable-threads",
+              "--threads", "16", "--die-on-term", "--need-app", "--disable-logging"],
 }  # fmt: skip
 
 
@@ -60,7 +62,7 @@ def serving(
     elif "gunicorn" in command:
         command += ["--bind", "127.0.0.1:0", "--graceful-timeout", "5", *arguments, app]
     else:
-        command += [*arguments, app]
+        command += [*arguments, *(["--module"] if kind == "uwsgi" else []), app]
     with (
         tempfile.TemporaryDirectory() as scratch,
         child(*command, url=url, cwd=cwd, env={"XDG_RUNTIME_DIR": scratch, **(env or {})}) as running,
@@ -68,7 +70,7 @@ def serving(
         found: list[str] = []
 
         def listens() -> bool:
-            if kind == "runserver":  # which says port 0 when it is told port 0
+            if kind in ("runserver", "uwsgi"):  # the first says port 0 when it is told port 0, the other no URL
                 found[:] = listening(running.process.pid)
             else:
                 found[:] = re.findall(r"http://127\.0\.0\.1:[1-9]\d*", "\n".join([*running.err, *running.out]))

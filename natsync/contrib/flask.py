@@ -125,8 +125,8 @@ def sse_response(
 
     Returns at once; the chunks are waited for while the server iterates the response, on its thread. The response owns
     the stream: when the browser leaves, the stream is closed, which cancels the handler, within half a second where the
-    server shows the client's socket (Werkzeug, gunicorn; waitress with channel_request_lookahead), else at the second
-    heartbeat that cannot be written (three in waitress). A HEAD request closes it here.
+    server shows the client's socket (Werkzeug, gunicorn, uWSGI; waitress with channel_request_lookahead), else at the
+    second heartbeat that cannot be written (three in waitress). A HEAD request closes it here.
 
     Args:
         heartbeat: seconds without an event after which a comment is sent; None = never.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import _socket  # the plain socket: gevent's and ssl's own recv() wait, or do not take flags
 import socket
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +20,8 @@ Gone = Callable[[], bool]
 
 #: Where servers put the client's socket into the environ: Werkzeug's development server, gunicorn (every worker).
 SOCKET_KEYS = ("werkzeug.socket", "gunicorn.socket")
+#: In the environ of uWSGI, whose module `uwsgi` tells the client's descriptor in the thread that runs the request.
+UWSGI_KEY = "uwsgi.version"
 #: waitress's own function; it knows of a client that left only with channel_request_lookahead from 1 up.
 WAITRESS_KEY = "waitress.client_disconnected"
 
@@ -40,15 +43,20 @@ def client_gone(environ: Mapping[str, Any]) -> Gone | None:
     if not (_NOW and _NONBLOCKING):
         return None  # this system cannot look without waiting
     connection = next((environ[key] for key in SOCKET_KEYS if hasattr(environ.get(key), "fileno")), None)
-    return None if connection is None else lambda: _ended(connection)
+    if connection is not None:
+        return lambda: _ended(connection.fileno())
+    if UWSGI_KEY in environ and "uwsgi" in sys.modules:
+        descriptor = sys.modules["uwsgi"].connection_fd()
+        return lambda: _ended(descriptor)
+    return None
 
 
-def _ended(connection: Any) -> bool:
-    """Whether the peer of a socket has closed or reset it, or it is closed here."""
-    descriptor = connection.fileno()
+def _ended(descriptor: int) -> bool:
+    """Whether the peer of a stream socket has closed or reset it, or it is closed here."""
     if descriptor < 0:
         return True
-    look = _socket.socket(connection.family, connection.type | _NONBLOCKING, connection.proto, descriptor)
+    # Of whatever family it is: that does not matter to recv().
+    look = _socket.socket(socket.AF_INET, socket.SOCK_STREAM | _NONBLOCKING, 0, descriptor)
     try:
         return look.recv(1, socket.MSG_PEEK | _NOW) == b""
     except (BlockingIOError, InterruptedError):
