@@ -2,16 +2,18 @@
 
     natsync.monitor.answer(subscriber)          # or `natsync serve --monitor module:subscriber`
 
-Whoever may publish on the subject learns the subjects and numbers of the handlers, the host's name and the process id;
-payloads and credentials are never part of it.
+Whoever may publish on the subject learns the subjects and numbers of the handlers and of single streams, the host's
+name and the process id; payloads, inboxes and credentials are never part of it.
 """
 
 from __future__ import annotations
 
+import heapq
 import os
 import socket
 import sys
 import time
+from dataclasses import asdict
 from typing import Any
 
 import natsync
@@ -22,14 +24,18 @@ SUBJECT = "$NATSYNC.STATS"
 #: The type of the answers; the number changes with their form.
 TYPE = "io.natsync.monitor.v1"
 
+#: Single streams that one answer tells of, at most.
+MOST_STREAMS = 1000
+
 _COUNTED = ("received", "processed", "failed", "cancelled", "dropped", "active")
 
 
 def answer(subscriber: natsync.Subscriber, *, name: str | None = None, subject: str = SUBJECT) -> natsync.Handle:
     """Have a subscriber answer requests on the subject with what snapshot() returns; opens the subscriber.
 
-    name is what it is shown as; the program's name if it is left out. The answers are given by one of the subscriber's
-    workers: while all max_workers of them are busy, they wait. Returns the registration; its stop() ends it.
+    A request may be a JSON object: {"streams": n} asks for the n streams that are longest under way, too. name is what
+    it is shown as; the program's name if it is left out. The answers are given by one of the subscriber's workers:
+    while all max_workers of them are busy, they wait. Returns the registration; its stop() ends it.
 
     Raises:
         What Subscriber.subscribe() raises.
@@ -40,25 +46,37 @@ def answer(subscriber: natsync.Subscriber, *, name: str | None = None, subject: 
 
     def tell(message: natsync.Message) -> None:
         if message.reply:
-            numbers = snapshot(subscriber, without=subject)
+            numbers = snapshot(subscriber, without=subject, streams=_streams_wanted(message))
             message.respond(json={**identity, "uptime_seconds": round(time.monotonic() - began, 3), **numbers})
 
     return subscriber.subscribe(subject, tell)
 
 
-def snapshot(subscriber: natsync.Subscriber, *, without: str | None = None) -> dict[str, Any]:
+def _streams_wanted(message: natsync.Message) -> int:
+    try:
+        asked = message.json() if message.data else None
+    except ValueError:
+        return 0
+    wanted = asked.get("streams") if isinstance(asked, dict) else None
+    return max(0, min(wanted, MOST_STREAMS)) if isinstance(wanted, int) else 0
+
+
+def snapshot(subscriber: natsync.Subscriber, *, without: str | None = None, streams: int = 0) -> dict[str, Any]:
     """What a subscriber is doing, as JSON has it.
 
     version, status, clock_seconds (time.monotonic() of its process, for rates), streams, threads, connection (see
-    Client.stats()), and registrations: subject, queue and numbers of each (see Handle.stats). The registration on the
-    subject `without` is left out.
+    Client.stats()), registrations: subject, queue and numbers of each (see Handle.stats), and open_streams: of the
+    `streams` that are longest under way their registration's subject, number, mode, state, seconds, chunks and
+    size_bytes (see Handle.streams()). The registration on the subject `without` is left out.
     """
     numbers = subscriber.stats()
+    handles = [handle for handle in subscriber.handles if handle.subject != without]
     registrations = [
         {"subject": handle.subject, "queue": handle.queue, **{name: handle.stats[name] for name in _COUNTED}}
-        for handle in subscriber.handles
-        if handle.subject != without
+        for handle in handles
     ]
+    found = [(handle.subject, stream) for handle in handles if streams for stream in handle.streams()]
+    longest = heapq.nlargest(streams, found, key=lambda one: one[1].seconds)
     return {
         "version": natsync.__version__,
         "status": subscriber.status,
@@ -66,5 +84,6 @@ def snapshot(subscriber: natsync.Subscriber, *, without: str | None = None) -> d
         "streams": numbers["streams"],
         "threads": numbers["threads"],
         "registrations": registrations,
+        "open_streams": [{"subject": subject, **asdict(stream)} for subject, stream in longest],
         "connection": numbers.get("connection", {}),
     }

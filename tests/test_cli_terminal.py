@@ -203,7 +203,7 @@ def test_top_follows_live_streams(url: str, natsync_client: natsync.Client, tmp_
     (tmp_path / "worker.py").write_text(WORKER)
     with (
         child(*NATSYNC, "serve", "worker", "--monitor", url=url, cwd=tmp_path) as serve,
-        terminal(*NATSYNC, "top", "worker", "--interval", "200ms", url=url, lines=12) as screen,
+        terminal(*NATSYNC, "top", "worker", "--interval", "200ms", "--streams", "0", url=url, lines=12) as screen,
     ):
         serve.wait_for_err("serving top.length")
         screen.wait_for(r"top\.words +worker +1 +0 ")

@@ -181,6 +181,28 @@ def test_top_into_a_pipe_prints_look_below_look(url: str, subscriber: natsync.Su
     assert not any("\x1b" in line for line in result.out)
 
 
+def test_top_shows_single_streams_the_longest_first(
+    url: str, subscriber: natsync.Subscriber, natsync_client: natsync.Client
+) -> None:
+    subscriber.stream_subscribe("tools.single", lambda ctx, request, sender: (sender.send(b"12345"), ctx.wait(10)))
+    monitor.answer(subscriber, name="single-top")
+    streams = []
+    for _ in range(3):
+        streams.append(natsync_client.stream("tools.single"))
+        assert streams[-1].next(10) == b"12345"
+    command = [*NATSYNC, "top", "single-top", "--streams", "2", "--interval", "100ms"]
+    shown = run(*command, "--count", "1", url=url)
+    found = [line.split() for line in shown.out if line.startswith("tools.single ") and "framed" in line]
+    numbers = [int(words[2]) for words in found]
+    assert len(numbers) == 2
+    assert numbers == sorted(numbers)
+    assert [words[-2:] for words in found] == [["framed", "open"]] * 2
+    told = json.loads(run(*command, "--count", "1", "--json", url=url).out[0])["subscribers"][0]
+    assert [one["number"] for one in told["open_streams"]] == numbers
+    for stream in streams:
+        stream.close()
+
+
 # -- bench -------------------------------------------------------------------------------------------------------------
 
 

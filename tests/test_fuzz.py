@@ -248,6 +248,7 @@ class Peer:
         self._link: PeerConnection | None = None
         self.reads = threading.Event()
         self.reads.set()
+        self.unheard = 0  # requests that came, and get no answer
 
     def __enter__(self) -> Peer:
         self._peer.__enter__()
@@ -279,6 +280,8 @@ class Peer:
                 elif isinstance(request, Pub) and request.subject == b"echo" and request.reply is not None:
                     wildcard = request.reply.rpartition(b".")[0] + b".*"
                     self._send(link, encode_msg(request.reply, sids[wildcard], None, None, request.payload))
+                elif isinstance(request, Pub) and request.subject == b"unheard":
+                    self.unheard += 1
 
     def _send(self, link: PeerConnection, data: bytes) -> None:
         with self._lock:
@@ -338,11 +341,11 @@ def recovered(client: natsync.Client, links: int = 1) -> float:
 
 
 @pytest.fixture
-def waiting(client: natsync.Client) -> Iterator[Callable[[], Any]]:
-    """A request is under way; call this to learn what became of it."""
+def waiting(client: natsync.Client, peer: Peer) -> Iterator[Callable[[], Any]]:
+    """A request has come to the peer; call this to learn what became of it."""
     with ThreadPoolExecutor(1) as thread:
         outcome = thread.submit(client.request, "unheard", b"", timeout=2 * PATIENCE)
-        eventually(lambda: client.stats()["waiting_replies"] == 1, PATIENCE)
+        eventually(lambda: peer.unheard == 1, PATIENCE)
         yield lambda: outcome.result(PATIENCE)
 
 

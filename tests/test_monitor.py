@@ -12,7 +12,7 @@ import pytest
 import natsync
 from natsync import monitor
 from natsync.cli.rates import KEPT_ROUNDS, Rounds
-from natsync.testing import NatsServer, eventually
+from natsync.testing import FaultProxy, NatsServer, eventually
 
 PATIENCE = 10.0
 
@@ -53,6 +53,58 @@ def test_an_answer_tells_who_serves_what_and_how_much(
     assert by_subject["monitor.handler"]["received"] == 1
     assert answer["connection"]["out_messages"] > 0
     assert "S3CRET" not in json.dumps(answer)
+
+
+def test_an_answer_tells_of_as_many_single_streams_as_are_asked_for(
+    subscriber: natsync.Subscriber, natsync_client: natsync.Client, nats_server: NatsServer
+) -> None:
+    @subscriber.stream("monitor.single")
+    def stream(ctx: natsync.Context, request: natsync.Message, sender: natsync.ResponseSender) -> None:
+        for _ in range(int(request.data)):
+            sender.send(b"12345")
+        ctx.wait(PATIENCE)
+        sender.end()
+
+    monitor.answer(subscriber, subject="monitor.stats")
+
+    def asked(question: bytes) -> list[dict[str, object]]:
+        found = natsync_client.request("monitor.stats", question, timeout=PATIENCE).json()["open_streams"]
+        assert isinstance(found, list)
+        return found
+
+    # One after the other: the first is longest under way, and waits for credit that its requester does not give.
+    streams = [natsync_client.stream("monitor.single", "5", window=2)]
+    eventually(lambda: [one["state"] for one in asked(b'{"streams": 9}')] == ["waiting"], PATIENCE)
+    with natsync.connect(nats_server.url, framed=False) as plain:
+        streams.append(plain.stream("monitor.single", "3"))
+        eventually(lambda: [one["chunks"] for one in asked(b'{"streams": 9}')] == [2, 3], PATIENCE)
+        streams.append(natsync_client.stream("monitor.single", "0"))
+        eventually(lambda: [one["chunks"] for one in asked(b'{"streams": 9}')] == [2, 3, 0], PATIENCE)
+        found = asked(b'{"streams": 9}')
+        for stream in streams:
+            stream.close()
+    assert [one["subject"] for one in found] == ["monitor.single"] * 3
+    assert [(one["mode"], one["state"], one["size_bytes"]) for one in found] == [
+        ("framed", "waiting", 10), ("plain", "open", 15), ("framed", "open", 0),
+    ]  # fmt: skip
+    assert len({one["number"] for one in found}) == 3
+    assert set(found[0]) == {"subject", "number", "mode", "state", "seconds", "chunks", "size_bytes"}  # no inbox
+    for question in (b"", b"{}", b"[]", b"nope", b'{"streams": "9"}', b'{"streams": -1}', b'{"streams": 0}'):
+        assert asked(question) == []
+    eventually(lambda: asked(b'{"streams": 9}') == [], PATIENCE)
+
+
+def test_a_stream_whose_requester_is_not_heard_from_is_silent(nats_server: NatsServer) -> None:
+    subscriber = natsync.Subscriber(nats_server.url, heartbeat=0.1, resume_grace=2)
+    handle = subscriber.stream_subscribe("monitor.silent", lambda ctx, request, sender: ctx.wait(PATIENCE))
+    with subscriber, FaultProxy(nats_server.url) as proxy:
+        with natsync.connect(proxy.url, heartbeat=0.1) as client:
+            stream = client.stream("monitor.silent")
+            eventually(lambda: [one.state for one in handle.streams()] == ["open"], PATIENCE)
+            proxy.refuse()
+            proxy.cut()
+            eventually(lambda: [one.state for one in handle.streams()] == ["silent"], PATIENCE)
+            del stream
 
 
 def test_a_subscriber_that_was_not_told_to_does_not_answer(
@@ -115,6 +167,22 @@ def test_the_same_subject_and_group_of_several_subscribers_is_added_up() -> None
     (handler,) = rounds.handlers()
     assert (handler["subscribers"], handler["active"], handler["received"]) == (2, 2, 8)
     assert handler["received_rate"] == 4.0
+
+
+def test_the_rates_of_a_stream_are_its_own() -> None:
+    rounds = Rounds()
+    stream = {"subject": "a", "number": 7, "mode": "framed", "state": "open", "seconds": 1.0}
+    other = {**stream, "number": 8, "seconds": 3.0, "chunks": 1, "size_bytes": 1}
+    for clock, chunks in ((1.0, 10), (3.0, 30)):
+        now = {**stream, "chunks": chunks, "size_bytes": 100 * chunks}
+        rounds.add([{**answer_of("one", clock), "open_streams": [now, other] if chunks == 30 else [now]}])
+    longest, second = rounds.streams(5)
+    assert (longest["number"], longest["chunks_rate"]) == (8, None)
+    assert (second["number"], second["chunks_rate"], second["bytes_rate"]) == (7, 10.0, 1000.0)
+    assert second["subscriber"] == "mine"
+    assert rounds.streams(1) == [longest]
+    rounds.add([])
+    assert rounds.streams(5) == []
 
 
 def test_a_silent_subscriber_is_shown_as_such_and_then_left_out() -> None:

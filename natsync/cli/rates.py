@@ -8,6 +8,7 @@ KEPT_ROUNDS = 5
 
 #: Counters of a registration of which rates are made, and what the rates are called.
 _RATES = {"received": "received_rate", "processed": "processed_rate"}
+_STREAM_RATES = {"chunks": "chunks_rate", "size_bytes": "bytes_rate"}
 _LINK_RATES = {"out_messages": "out_messages_rate", "out_bytes": "out_bytes_rate", "in_messages": "in_messages_rate"}
 #: What is added up where several subscribers serve the same subject in the same group.
 _ADDED = ("active", "received", "processed", "failed", "cancelled", "dropped", *_RATES.values())
@@ -56,6 +57,16 @@ class Rounds:
                     total[name] = _sum(total.get(name), entry.get(name))
         return [totals[key] for key in sorted(totals)]
 
+    def streams(self, most: int) -> list[dict[str, Any]]:
+        """Of the single streams told of this round, the longest under way, each with its subscriber's name."""
+        found = [
+            {**entry, "subscriber": one.now["name"]}
+            for one in self.seen.values()
+            if not one.silent
+            for entry in _rated(one)["open_streams"]
+        ]
+        return sorted(found, key=lambda entry: -entry["seconds"])[:most]
+
 
 def _sum(one: float | None, other: float | None) -> float | None:
     return other if one is None else one if other is None else one + other
@@ -69,8 +80,14 @@ def _rated(one: Seen) -> dict[str, Any]:
         {**entry, **_rates(_RATES, entry, former.get((entry["subject"], entry["queue"])), seconds)}
         for entry in now["registrations"]
     ]
+    begun = {entry["number"]: entry for entry in before.get("open_streams", ())}
+    streams = [
+        {**entry, **_rates(_STREAM_RATES, entry, begun.get(entry["number"]), seconds)}
+        for entry in now.get("open_streams", ())
+    ]
     link = _rates(_LINK_RATES, now["connection"], before.get("connection"), seconds)
-    return {**now, "registrations": registrations, **link, "silent_rounds": one.silent}
+    told = {"registrations": registrations, "open_streams": streams, "silent_rounds": one.silent}
+    return {**now, **told, **link}
 
 
 def _rates(

@@ -19,6 +19,8 @@ from natsync.cli.rates import Rounds
 
 #: Seconds between two rounds, and the least.
 INTERVAL = 1.0
+#: Single streams that are shown.
+STREAMS = 10
 _LEAST = 0.1
 
 _NOBODY = "no subscriber answers: run `natsync serve --monitor`, or call natsync.monitor.answer(subscriber)"
@@ -28,9 +30,16 @@ _NOBODY = "no subscriber answers: run `natsync serve --monitor`, or call natsync
 @click.argument("name", required=False)
 @click.option("--interval", type=duration, default=INTERVAL, show_default=True, help="Time between two looks.")
 @click.option("--count", type=click.IntRange(min=1), help="Leave after so many looks.")
+@click.option(
+    "--streams",
+    type=click.IntRange(0, monitor.MOST_STREAMS),
+    default=STREAMS,
+    show_default=True,
+    help="Single streams to be shown, those longest under way.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a look.")
 @connection_options
-def top(name: str | None, interval: float, count: int | None, as_json: bool) -> None:
+def top(name: str | None, interval: float, count: int | None, streams: int, as_json: bool) -> None:
     """Watch the subscribers that answer (all, or those called NAME): streams, requests and rates, until Ctrl-C.
 
     A subscriber answers if it was started by `natsync serve --monitor`, or has called natsync.monitor.answer(). Rates
@@ -47,14 +56,14 @@ def top(name: str | None, interval: float, count: int | None, as_json: bool) -> 
         try:
             while True:
                 began = time.monotonic()
-                rounds.add(look(client, name, interval))
+                rounds.add(look(client, name, interval, streams))
                 looks += 1
                 if as_json:
                     write_json({"time": time.time(), "subscribers": rounds.subscribers()})
                 elif live is not None:
-                    live.update(picture(rounds, client, interval), refresh=True)
+                    live.update(picture(rounds, client, interval, streams), refresh=True)
                 else:
-                    screen.show(picture(rounds, client, interval))
+                    screen.show(picture(rounds, client, interval, streams))
                 if count is not None and looks >= count:
                     return
                 _pause(began + interval - time.monotonic())
@@ -63,9 +72,11 @@ def top(name: str | None, interval: float, count: int | None, as_json: bool) -> 
                 live.stop()
 
 
-def look(client: natsync.Client, name: str | None, interval: float) -> list[dict[str, Any]]:
+def look(client: natsync.Client, name: str | None, interval: float, streams: int) -> list[dict[str, Any]]:
     """What the monitored subscribers answer, within the time between two looks."""
-    answers = (message.data for message, _ in ask_all(client, monitor.SUBJECT, timeout=interval, stall=interval / 4))
+    question = json.dumps({"streams": streams}).encode()
+    told = ask_all(client, monitor.SUBJECT, question, timeout=interval, stall=interval / 4)
+    answers = (message.data for message, _ in told)
     read = (_read(data) for data in answers)
     return [answer for answer in read if answer is not None and name in (None, answer["name"])]
 
@@ -83,7 +94,7 @@ def _pause(seconds: float) -> None:
         time.sleep(seconds)
 
 
-def picture(rounds: Rounds, client: natsync.Client, interval: float) -> RenderableType:
+def picture(rounds: Rounds, client: natsync.Client, interval: float, most_streams: int) -> RenderableType:
     """One look, as it is shown."""
     subscribers = rounds.subscribers()
     streams = sum(one["streams"] for one in subscribers if not one["silent_rounds"])
@@ -95,7 +106,11 @@ def picture(rounds: Rounds, client: natsync.Client, interval: float) -> Renderab
     )
     if not subscribers:
         return Group(head, Text(), Text(_NOBODY, style="yellow"))
-    return Group(head, Text(), _handlers(rounds), Text(), _subscribers(subscribers))
+    parts = [head, Text(), _handlers(rounds), Text(), _subscribers(subscribers)]
+    single = rounds.streams(most_streams)
+    if single:
+        parts += [Text(), _streams(single)]
+    return Group(*parts)
 
 
 def _handlers(rounds: Rounds) -> RenderableType:
@@ -136,6 +151,39 @@ def _subscribers(subscribers: list[dict[str, Any]]) -> RenderableType:
             style="dim" if silent else "",
         )
     return table
+
+
+#: How the states of a stream are shown, if not as they are.
+_STYLES = {"waiting": "yellow", "silent": "red", "no link": "red"}
+
+
+def _streams(streams: list[dict[str, Any]]) -> RenderableType:
+    numbers = ("NO.", "FOR", "CHUNKS", "CHUNKS/s", "SENT", "SENT/s")
+    table = plain_table(
+        "STREAM", "SUBSCRIBER", *numbers, "MODE", "STATE", right=numbers, folds=("STREAM", "SUBSCRIBER")
+    )
+    for one in streams:
+        rate = one["bytes_rate"]
+        table.add_row(
+            one["subject"],
+            one["subscriber"],
+            str(one["number"]),
+            _age(one["seconds"]),
+            f"{one['chunks']:,}",
+            _rate(one["chunks_rate"]),
+            in_bytes(one["size_bytes"]),
+            "-" if rate is None else in_bytes(rate),
+            one["mode"],
+            Text(one["state"], style=_STYLES.get(one["state"], "")),
+        )
+    return table
+
+
+def _age(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes} m {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} m"
 
 
 def _rate(value: float | None) -> str:

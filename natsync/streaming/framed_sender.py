@@ -65,6 +65,8 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
 class FramedSender(SenderCore):
     """A response in framed mode."""
 
+    mode = "framed"
+
     def __init__(
         self, connection: Connection, framing: Framing, reply: bytes, ctx: Context, subject: str, offer: Offer
     ) -> None:
@@ -116,6 +118,12 @@ class FramedSender(SenderCore):
     @property
     def queued_bytes(self) -> int:
         return self._out.offset
+
+    @property
+    def state(self) -> str:
+        if self._connection.linked and self._peer.suspended:
+            return "silent"
+        return "waiting" if self._connection.linked and self._waiting else super().state
 
     # -- sending -----------------------------------------------------------------------------------------------
 

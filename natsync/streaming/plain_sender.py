@@ -37,6 +37,8 @@ GROUP_BYTES = 64 << 10
 class PlainSender(SenderCore):
     """A response in plain mode."""
 
+    mode = "plain"
+
     def __init__(
         self, connection: Connection, control: Mux, reply: bytes, ctx: Context, subject: str, *, natsync_peer: bool
     ) -> None:

@@ -10,7 +10,7 @@ from natsync.concurrency import Deadline, SafeEvent, check_timeout, fork_generat
 from natsync.errors import Cancelled, ForkError, NatsError
 from natsync.links import Status
 from natsync.streaming.responder import Responder
-from natsync.streaming.work import Work
+from natsync.streaming.work import OpenStream, Work
 from natsync.subscription import SubscriptionCore
 
 log = logging.getLogger("natsync.streaming")
@@ -57,6 +57,11 @@ class Handle:
         numbers["dropped"] += self._core.dropped
         numbers["failed"] += self._core.failed
         return numbers
+
+    def streams(self) -> list[OpenStream]:
+        """The streams that the handler is answering now, the longest under way first."""
+        self._check_process()
+        return self._work.streams()
 
     @property
     def processing_ns(self) -> int:

@@ -158,7 +158,7 @@ class Responder:
             self._refuse(core, request, work, f"too many streams: all {self._max_streams} are in use")
             return
         core.when_closed(self._free_slot)
-        work.begin(ctx)
+        work.begin(ctx, core)
         if not self._pool.submit(lambda: _run_stream(request, runner, ctx, core, work), queue=False):
             # Shutting down, or all threads are held by handlers that go on although their streams are over.
             self._refuse(core, request, work, "no thread is free to run the handler")

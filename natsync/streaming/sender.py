@@ -67,7 +67,10 @@ class SenderCore(Waiter):
         count: chunks queued.
         subject: of the request.
         watch: who is told of the response, if anybody.
+        mode: "framed" or "plain".
     """
+
+    mode: str
 
     def __init__(self, connection: Connection, control: Mux, reply: bytes, ctx: Context, subject: str) -> None:
         self.ctx = ctx
@@ -104,6 +107,11 @@ class SenderCore(Waiter):
     def ends_empty(self) -> bool:
         """Whether an empty message ends the stream."""
         return False
+
+    @property
+    def state(self) -> str:
+        """How an open stream does, in a word or two; see OpenStream."""
+        return "open" if self._connection.linked else "no link"
 
     @property
     def ended(self) -> bool:

@@ -2,17 +2,53 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
+from dataclasses import dataclass
 
 from natsync.concurrency import Deadline
 from natsync.context import Context
 from natsync.errors import Cancelled
 from natsync.hooks import Kind
-from natsync.streaming.sender import describe
+from natsync.streaming.sender import SenderCore, describe
 
 #: What is counted. received = the other four and those under way.
 COUNTED = ("received", "processed", "failed", "cancelled", "dropped")
+
+
+_numbers = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class OpenStream:
+    """A stream that a handler is answering, as it was when it was asked for.
+
+    Attributes:
+        number: another one for each in this process.
+        mode: "framed" or "plain".
+        state: "open"; "waiting" if send() waits for room; "silent" if the requester is not heard from; "no link".
+        seconds: since its request was taken.
+        chunks, size_bytes: that the handler has sent.
+    """
+
+    number: int
+    mode: str
+    state: str
+    seconds: float
+    chunks: int
+    size_bytes: int
+
+
+class _Begun:
+    """What is under way: since when, under which number, and its response if that is a stream."""
+
+    __slots__ = ("at_ns", "core", "number")
+
+    def __init__(self, core: SenderCore | None) -> None:
+        self.at_ns = time.perf_counter_ns()
+        self.number = next(_numbers)
+        self.core = core
 
 
 class Work:
@@ -41,16 +77,17 @@ class Work:
         self.warned = False
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
-        self._under_way: dict[Context, int] = {}  # and when it began
+        self._under_way: dict[Context, _Begun] = {}
         self._numbers = dict.fromkeys(COUNTED, 0)
 
     def count(self, what: str) -> None:
         with self._lock:
             self._numbers[what] += 1
 
-    def begin(self, ctx: Context) -> None:
+    def begin(self, ctx: Context, core: SenderCore | None = None) -> None:
+        begun = _Begun(core)
         with self._lock:
-            self._under_way[ctx] = time.perf_counter_ns()
+            self._under_way[ctx] = begun
 
     def end(self, ctx: Context, outcome: str, error: BaseException | None = None) -> None:
         """The request is over: counted, its context ended, and whoever waits for the last one told."""
@@ -59,7 +96,7 @@ class Work:
             self._numbers[outcome] += 1
             began = self._under_way.pop(ctx, None)
             if began is not None:
-                self._took_locked(began, error)
+                self._took_locked(began.at_ns, error)
             if not self._under_way:
                 self._changed.notify_all()
 
@@ -85,6 +122,24 @@ class Work:
         """The counters, and active: how many are under way."""
         with self._lock:
             return {**self._numbers, "active": len(self._under_way)}
+
+    def streams(self) -> list[OpenStream]:
+        """The streams under way, the longest first."""
+        with self._lock:
+            under_way = list(self._under_way.values())
+        now = time.perf_counter_ns()
+        return [
+            OpenStream(
+                begun.number,
+                core.mode,
+                core.state,
+                (now - begun.at_ns) / 1e9,
+                core.count,
+                core.queued_bytes,
+            )
+            for begun in under_way
+            if (core := begun.core) is not None
+        ]
 
     def wait_idle(self, deadline: Deadline) -> bool:
         """Block until nothing is under way; False if the deadline came first."""
