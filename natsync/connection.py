@@ -29,7 +29,7 @@ from natsync.links import LEAVE_SECONDS, Links, Status
 from natsync.message import Payload, to_bytes
 from natsync.mux import LinkLoss, Mux
 from natsync.options import ConnectOptions, Server
-from natsync.outbox import HERE_BYTES, OutboxClosed, Producer
+from natsync.outbox import PRODUCED_HERE_BYTES, OutboxClosed, Producer, Traffic
 from natsync.server_errors import Denial
 from natsync.session import Session
 from natsync.subscription import SubscriptionCore
@@ -119,24 +119,33 @@ class Connection(Links):
         """Have those in wait_room() ask their over() again."""
         self._outbox.wake_publishers()
 
-    def put_now(self, frame: bytes) -> bool:
-        """Queue a small frame without ever waiting; False (and nothing sent) if there is no link."""
-        return self._outbox.put_now(frame) > 0
+    def put_now(self, frame: bytes, *, here: bool = False) -> bool:
+        """Queue a small frame without ever waiting; False (and nothing sent) if there is no link.
 
-    def ready_here(self, producer: Producer) -> None:
-        """ready(); but if the link is idle, the producer is asked and its frames written in this thread.
+        here: it is written in this thread, unless somebody else writes: for what is worth a system call of its own.
+        """
+        return self._outbox.put_now(frame, here) > 0
+
+    @property
+    def traffic(self) -> Traffic:
+        """What the link is doing, for a thread that has something to send."""
+        return self._outbox.traffic()
+
+    def ready_here(self, producer: Producer, traffic: Traffic) -> None:
+        """ready(); but unless the link is busy, the producer is asked and its frames written in this thread.
 
         Neither the caller nor the producer may hold a lock.
         """
-        outbox = self._outbox
-        if outbox.is_quiet():
-            parts: list[bytes] = []
-            _, messages, has_more = producer.produce(parts, HERE_BYTES)
-            if parts:
-                outbox.put_produced(b"".join(parts), messages)
-            if not has_more:
-                return
-        self.ready(producer)
+        if traffic is Traffic.BUSY or self._produced_here(producer):
+            self.ready(producer)
+
+    def _produced_here(self, producer: Producer) -> bool:
+        """Ask the producer, and write in this thread; whether more is ready."""
+        outbox, parts = self._outbox, list[bytes]()
+        _, messages, _ = producer.produce(parts, PRODUCED_HERE_BYTES, here=True)
+        if parts:
+            outbox.put_produced(parts[0] if len(parts) == 1 else b"".join(parts), messages)
+        return producer.produced()
 
     def ready(self, producer: Producer) -> None:
         """Have the producer asked for frames by the present link's writer, or the next one's."""

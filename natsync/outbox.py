@@ -15,6 +15,7 @@ to a link that was lost (position <= taken) and whether the server is known to h
 
 from __future__ import annotations
 
+import enum
 import logging
 import socket
 import threading
@@ -36,8 +37,10 @@ QUIET_SECONDS = 100e-6
 #: Seconds without a write after which it is idle for another thread than the one that put last. Threads that take
 #: turns would wait for each other's writes; the writer joins what several put.
 OTHERS_QUIET_SECONDS = 5e-3
-#: Bytes that a thread which is not the writer writes at most: what the kernel takes at once.
+#: Bytes of messages that a thread which is not the writer writes at most,
 HERE_BYTES = 64 << 10
+#: and those that it may ask a producer for.
+PRODUCED_HERE_BYTES = 320 << 10
 #: Has the kernel take what it can and not wait; 0 where there is no such thing (Windows).
 NOWAIT: int = getattr(socket, "MSG_DONTWAIT", 0)
 #: How the frames of messages begin.
@@ -54,14 +57,25 @@ log = logging.getLogger("natsync.session")
 SendNow: TypeAlias = Callable[[bytes, int], int]
 
 
+class Traffic(enum.Enum):
+    """What a link is doing."""
+
+    IDLE = "idle"  # what comes may be written at once, by whoever has it
+    OWN = "own"  # the same thread has written a moment ago, and nobody else: it may wait for more, and write again
+    BUSY = "busy"  # several threads write: the writer joins what they put
+
+
 class Producer(Protocol):
     """Who is asked for frames when the writer comes round."""
 
-    def produce(self, parts: list[bytes], most_bytes: int) -> tuple[int, int, bool]:
+    def produce(self, parts: list[bytes], most_bytes: int, *, here: bool = False) -> tuple[int, int, bool]:
         """Append frames of about most_bytes: how many bytes and messages they are, and whether more is ready.
 
-        Called on the writer's thread, with no lock held; must not block.
+        Called with no lock held, by one thread at a time: on the writer's, or here, on one that sends; must not block.
         """
+
+    def produced(self) -> bool:
+        """Behind produce(here=True), once the frames are on their way; whether more has become ready meanwhile."""
 
 
 class Outbox:
@@ -83,6 +97,7 @@ class Outbox:
         self._successor: Outbox | None = None
         self.held = False  # only control frames are written
         self._writer_waits = False
+        self._in_hand = False  # the writer has something to write
         self._quiet_since = 0.0  # when the last write was over
         self._send_now: SendNow | None = None
         self._last_putter = 0  # the thread that found it idle last
@@ -115,7 +130,7 @@ class Outbox:
             self.position = position = self.position + size
             self.messages += messages
             self._frames.append(frame)
-            if self._writer_waits and not (here and self._wrote_locked()):
+            if self._writer_waits and not (here and self.traffic() is Traffic.IDLE and self._wrote_locked()):
                 self._wake_locked()
         return position
 
@@ -150,15 +165,19 @@ class Outbox:
             with self._lock:
                 self._room.notify_all()
 
-    def put_now(self, frame: bytes) -> int:
-        """Queue a protocol frame behind the messages without ever waiting; its position, 0 if there is no link."""
+    def put_now(self, frame: bytes, here: bool = False) -> int:
+        """Queue a protocol frame behind the messages without ever waiting; its position, 0 if there is no link.
+
+        here: it is written in this thread, unless somebody else writes.
+        """
         with self._lock:
             if not self._takes_locked():
                 return 0
             self._size += len(frame)  # in this order, see try_put()
             self.position += len(frame)
             self._frames.append(frame)
-            self._wake_locked()
+            if not (here and self._is_free() and self._wrote_locked()):
+                self._wake_locked()
             return self.position
 
     def put_first(self, frame: bytes, *, most: int | None = None) -> None:
@@ -304,6 +323,7 @@ class Outbox:
         """Block until there is something to write; None when the outbox is closed."""
         while True:
             with self._lock:
+                self._in_hand = False
                 while not self._is_due_locked():
                     if self._closed:
                         return None
@@ -311,6 +331,7 @@ class Outbox:
                     self._writer_waits = True
                     self._ready.wait()
                     self._writer_waits = False
+                self._in_hand = True
                 if self._rest:
                     rest, self._rest = self._rest, b""
                     return rest
@@ -394,16 +415,24 @@ class Outbox:
 
     # -- writing in the thread that puts -----------------------------------------------------------------------
 
-    def is_quiet(self) -> bool:
-        """Whether the link is idle, so that what is put now may be written at once."""
-        if not self._writer_waits or self._send_now is None or self.held or self._sealed or not at_home[0]:
-            return False  # away from home, in a forked child, the socket is the parent's
+    def traffic(self) -> Traffic:
+        """What the link is doing, for a thread that has something to send."""
         me, quiet = threading.get_ident(), time.monotonic() - self._quiet_since
         mine, self._last_putter = me == self._last_putter, me
-        return quiet > (QUIET_SECONDS if mine else OTHERS_QUIET_SECONDS)
+        if not self._writer_waits or not self._is_free():
+            return Traffic.BUSY
+        if quiet > (QUIET_SECONDS if mine else OTHERS_QUIET_SECONDS):
+            return Traffic.IDLE
+        return Traffic.OWN if mine else Traffic.BUSY
+
+    def _is_free(self) -> bool:
+        """Whether nobody writes, and another thread than the writer may."""
+        if self._in_hand or self._send_now is None or self.held or self._sealed:
+            return False
+        return bool(at_home[0])  # away from home, in a forked child, the socket is the parent's
 
     def put_produced(self, frames: bytes, messages: int) -> None:
-        """Write a producer's frames at once, or queue them if the link is not idle any more."""
+        """Write a producer's frames at once, or queue them if somebody else writes by now."""
         with self._lock:
             if self._closed:
                 return  # the producer gives them to the next link
@@ -412,16 +441,16 @@ class Outbox:
             self._size += len(frames)
             self.position += len(frames)
             self._frames.append(frames)
-            if not self._wrote_locked():
+            if not self._is_free() or not self._wrote_locked(2 * PRODUCED_HERE_BYTES):
                 self._wake_locked()
 
-    def _wrote_locked(self) -> bool:
-        """Write what waits if the link is idle; False if that is left to the writer.
+    def _wrote_locked(self, most_bytes: int = HERE_BYTES) -> bool:
+        """Write what waits, where that may be; False if it is left to the writer.
 
         Under the lock, though it is I/O, because it does not wait: so the writer cannot begin meanwhile, and what was
         written is known even if an interrupt falls into it.
         """
-        if self._send_now is None or self._control or self._rest or self._size > HERE_BYTES or not self.is_quiet():
+        if self._send_now is None or self._control or self._rest or self._size > most_bytes:
             return False
         data, empty, sent = b"".join(self._frames), list[bytes](), list[int]()
         try:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from natsync import outbox as outbox_module
-from natsync.outbox import HERE_BYTES, NOWAIT, Outbox
+from natsync.outbox import HERE_BYTES, NOWAIT, Outbox, Traffic
 from natsync.testing import eventually
 from natsync.transport import Transport
 
@@ -27,6 +27,7 @@ class Link:
         self.box = Outbox(1 << 20)
         self.here: list[bytes] = []
         self.by_writer: list[bytes] = []
+        self.writes: Callable[[], object] = lambda: None  # what keeps the writer
         self.takes: Callable[[bytes], int] = len  # how much of a write the kernel takes, or what it raises
         self.box.attach([], self._send_now)
         self._thread = threading.Thread(target=self._write, daemon=True)
@@ -42,6 +43,7 @@ class Link:
     def _write(self) -> None:
         while (data := self.box.take()) is not None:
             self.by_writer.append(data)
+            self.writes()
 
     def rest(self) -> None:
         """Wait until the writer has nothing to do."""
@@ -180,13 +182,58 @@ def test_the_socket_of_a_parent_process_is_left_alone(link: Link, monkeypatch: p
     assert link.here == []
 
 
-def test_frames_of_a_producer_are_written_at_once_or_queued(link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frames_of_a_producer_are_written_at_once(link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outbox_module, "QUIET_SECONDS", 3600.0)  # whoever asked a producer knows what it does
     link.box.put_produced(FRAME, 1)
     assert link.here == [FRAME]
-    monkeypatch.setattr(outbox_module, "QUIET_SECONDS", 3600.0)
+    assert (link.box.produced_messages, link.box.produced_bytes) == (1, len(FRAME))
+
+
+def test_frames_of_a_producer_are_queued_while_the_writer_writes(link: Link) -> None:
+    go_on = threading.Event()
+    link.writes = go_on.wait
+    link.box.try_put(FRAME)
+    eventually(lambda: link.by_writer == [FRAME])
     link.box.put_produced(OTHER, 1)
-    eventually(lambda: link.by_writer == [OTHER])
-    assert (link.box.produced_messages, link.box.produced_bytes) == (2, len(FRAME + OTHER))
+    assert link.here == []
+    go_on.set()
+    eventually(lambda: link.by_writer == [FRAME, OTHER])
+
+
+def test_what_is_worth_a_write_is_written_at_once_unless_the_writer_writes(
+    link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox_module, "QUIET_SECONDS", 3600.0)
+    link.box.put_now(FRAME, here=True)
+    assert link.here == [FRAME]
+    go_on = threading.Event()
+    link.writes = go_on.wait
+    link.box.put_now(FRAME)
+    eventually(lambda: link.by_writer == [FRAME])
+    link.box.put_now(OTHER, here=True)
+    assert link.here == [FRAME]
+    go_on.set()
+    eventually(lambda: link.by_writer == [FRAME, OTHER])
+
+
+def test_the_traffic_of_a_link(link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
+    box = link.box
+    assert box.traffic() is Traffic.IDLE
+    monkeypatch.setattr(outbox_module, "QUIET_SECONDS", 3600.0)
+    assert box.traffic() is Traffic.OWN
+    monkeypatch.setattr(outbox_module, "OTHERS_QUIET_SECONDS", 3600.0)
+    found: list[Traffic] = []
+    other = threading.Thread(target=lambda: found.extend([box.traffic(), box.traffic()]))
+    other.start()
+    other.join(5)
+    assert found == [Traffic.BUSY, Traffic.OWN]
+    assert box.traffic() is Traffic.BUSY
+    go_on = threading.Event()
+    link.writes = go_on.wait
+    box.try_put(FRAME)
+    eventually(lambda: link.by_writer == [FRAME])
+    assert [box.traffic(), box.traffic()] == [Traffic.BUSY, Traffic.BUSY]
+    go_on.set()
 
 
 def test_a_producers_frames_for_a_closed_link_are_dropped(link: Link) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from natsync.concurrency import Deadline, Happening
 from natsync.errors import MaxPayloadExceeded, ProtocolError
 from natsync.streaming import window
 from natsync.streaming.frames import END_PAYLOAD, ERROR_PREFIX, Ack, Op, encode_batch
+from natsync.streaming.sender import ResponseSender
 from natsync.streaming.terms import Offer
 from natsync.streaming.window import BATCH_BYTES, BATCH_CHUNKS, BATCHED_CHUNK_BYTES, Frame, Incoming, Outgoing, Verdict
 
@@ -621,9 +626,9 @@ def test_of_what_was_let_go_nothing_is_remembered() -> None:
     out.push_end(Op.END, BLOCK, END_PAYLOAD)
     due(out)
     out.acknowledge(ack(2))
-    assert (len(out._kept), list(out._special)) == (2, [3, 4])
+    assert (len(out.kept), list(out._special)) == (2, [3, 4])
     out.acknowledge(ack(4))
-    assert (out._kept, out._special) == ([], {})
+    assert (out.kept, out._special) == ([], {})
 
 
 # -- sending again ---------------------------------------------------------------------------------------------------
@@ -1139,10 +1144,38 @@ def test_on_a_link_that_loses_nothing_the_accounts_that_are_due_keep_a_stream_go
 # -- the quick ways in -------------------------------------------------------------------------------------------------
 
 
+class Core:
+    """What a ResponseSender needs that gives chunks to an Outgoing itself."""
+
+    subject = "a"
+
+    def __init__(self, out: Outgoing) -> None:
+        self.over = Happening()
+        self.over.set()  # to drop the sender is no fault
+        self.lock, self.direct = threading.Lock(), out
+        self.slow = self.seen_to = 0
+
+    def send(self, data: bytes, deadline: Deadline) -> int:
+        self.slow += 1
+        return 0
+
+    def see_to_it(self) -> None:
+        self.seen_to += 1
+
+
+def taken_quickly(out: Outgoing, chunk: bytes) -> bool:
+    """Whether ResponseSender.send() gives the chunk itself, as it may once the first was sent."""
+    core: Any = Core(out)
+    out.allow(True)
+    number = ResponseSender(core).send(chunk)
+    assert number == (0 if core.slow else out.count)
+    return not core.slow
+
+
 def test_a_bare_chunk_is_taken_the_quick_way_as_push_would_take_it() -> None:
     quick, slow = outgoing(), outgoing()
     for chunk in (b"one", b"", b"three"):
-        assert quick.try_push(chunk, len(chunk))
+        assert taken_quickly(quick, chunk)
         slow.push(chunk)
     assert (quick.last, quick.offset, quick.kept_bytes) == (slow.last, slow.offset, slow.kept_bytes) == (3, 8, 8)
     assert due(quick) == due(slow)
@@ -1160,13 +1193,38 @@ def test_a_bare_chunk_is_taken_the_quick_way_as_push_would_take_it() -> None:
 def test_the_quick_way_takes_nothing_there_is_no_room_or_credit_for(out: Outgoing) -> None:
     chunk = b"x" * PLENTY
     taken = 0
-    while out.try_push(chunk, len(chunk)):
+    while taken_quickly(out, chunk):
         taken += 1
         assert taken <= 2
     before = (out.last, out.offset, out.kept_bytes)
     assert before == (taken, taken * PLENTY, taken * PLENTY)
     assert out.push_some([chunk], [len(chunk)]) == 0
     assert (out.last, out.offset, out.kept_bytes) == before
+
+
+def test_nothing_is_taken_the_quick_way_before_the_first_chunk_and_behind_the_end() -> None:
+    core: Any = Core(outgoing())
+    sender = ResponseSender(core)
+    assert (sender.send(b"1"), core.slow) == (0, 1)
+    core.direct.allow(True)
+    assert (sender.send(b"1"), core.slow) == (1, 1)
+    core.direct.acknowledge(Ack(0, PLENTY, 2 * PLENTY))
+    assert (sender.send(b"2"), core.slow) == (2, 1)
+    core.direct.allow(False)
+    core.direct.acknowledge(Ack(0, PLENTY, 3 * PLENTY))  # which opens nothing
+    assert (sender.send(b"3"), core.slow) == (0, 2)
+
+
+def test_whoever_gives_chunks_himself_sees_to_their_being_sent_from_the_count_that_was_agreed_on() -> None:
+    core: Any = Core(outgoing())
+    core.direct.allow(True)
+    core.direct.watch_at = 3
+    sender = ResponseSender(core)
+    seen = []
+    for _ in range(4):
+        sender.send(b"x")
+        seen.append(core.seen_to)
+    assert seen == [0, 0, 1, 2]
 
 
 def test_of_a_run_as_many_are_taken_as_there_is_room_for() -> None:
@@ -1184,16 +1242,16 @@ def test_room_that_an_account_makes_is_there_for_the_quick_way() -> None:
     out = outgoing(chunks=2)
     assert out.push_some([b"1", b"2", b"3"], [1, 1, 1]) == 2
     due(out)
-    assert not out.try_push(b"3", 1)
+    assert not taken_quickly(out, b"3")
     assert out.acknowledge(Ack(1, 3, PLENTY))
-    assert out.try_push(b"3", 1)
-    assert not out.try_push(b"4", 1)
+    assert taken_quickly(out, b"3")
+    assert not taken_quickly(out, b"4")
 
 
 def test_a_quota_that_grows_or_shrinks_counts_at_once() -> None:
     out = outgoing(quota=2)
     assert out.push_some([b"11", b"2"], [2, 1]) == 1
     out.quota_bytes += 1
-    assert out.try_push(b"2", 1)
+    assert taken_quickly(out, b"2")
     out.quota_bytes -= 1
-    assert not out.try_push(b"", 0)
+    assert not taken_quickly(out, b"")

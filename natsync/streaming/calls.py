@@ -106,7 +106,7 @@ class Calls(Waiter):
 
     def tell(self, control: bytes, inbox: bytes, payload: bytes) -> bool:
         """Send a control message to a responder, with the stream's inbox for an answer; False if there is no link."""
-        return self.connection.put_now(encode_pub(control, inbox, None, payload))
+        return self.connection.put_now(encode_pub(control, inbox, None, payload), here=True)
 
     def turn_away(self, inbox: bytes, reply: bytes) -> None:
         """Tell a responder that another one was first."""

@@ -20,6 +20,7 @@ from natsync.headers import Headers
 from natsync.message import Item
 from natsync.mux import LinkLoss
 from natsync.options import LEAST_HEARTBEAT
+from natsync.outbox import Traffic
 from natsync.protocol import MAX_MESSAGE_BYTES, encode_pub
 from natsync.streaming import frames, terms
 from natsync.streaming.frames import Ack, Control, Op
@@ -34,6 +35,12 @@ from natsync.timers import Alarm
 _SEQ_BYTES = 64
 #: Part of a wait that is random, so that many streams do not ask at once.
 _JITTER = 0.25
+#: Chunks, and bytes, that a thread which sends without a pause gathers until it writes them. A quarter of the window:
+#: less costs more system calls and wakes the other processes more often, more lets them wait.
+GATHER_CHUNKS = 2048
+GATHER_BYTES = 256 << 10
+#: Seconds after which they are written though no more have come.
+GATHER_SECONDS = 1e-3
 #: Frames that carry a reply subject even where that costs the server an entry (across accounts).
 _ANSWERED = (Op.ACCEPT, Op.REFUSED, Op.PROBE, Op.END, Op.ERROR)
 
@@ -80,7 +87,7 @@ class FramedSender(SenderCore):
         self._chunk_bytes = offer.chunk_bytes
         self._quarter = max(1, offer.window // 4)
         self._held_bytes = 0  # of the memory that all streams share
-        self._room = threading.Condition(self._lock)
+        self._room = threading.Condition(self.lock)
         self._waiting = 0  # threads that wait for room
         self._starved = False  # try_send() found none
         self._wakes = 0  # how often there was news of the memory that all streams share
@@ -92,6 +99,7 @@ class FramedSender(SenderCore):
         self._repeat = FIRST_REPEAT
         self._moved_at = time.monotonic()  # of the last progress, or question
         self._alarm = Alarm(self._look)
+        self._gathering = Alarm(self._gathered)
         self._done = Happening()
         self._arrived = False
         options = connection.options
@@ -116,6 +124,14 @@ class FramedSender(SenderCore):
             self._alarm.set_by(time.monotonic() + FIRST_REPEAT)
 
     @property
+    def count(self) -> int:
+        return self._out.count
+
+    @property
+    def direct(self) -> Outgoing | None:
+        return self._out
+
+    @property
     def queued_bytes(self) -> int:
         return self._out.offset
 
@@ -128,40 +144,50 @@ class FramedSender(SenderCore):
     # -- sending -----------------------------------------------------------------------------------------------
 
     def send(self, data: bytes, deadline: Deadline) -> int:
+        """The long way, if ResponseSender.send() cannot: a first or a large chunk, or one that there is no room for."""
         size = len(data)
-        with self._lock:
-            # What happens to nearly every chunk, in as few calls as can be.
-            plain = self.count and self._error is None and size <= self._chunk_bytes and self._out.try_push(data, size)
-            if plain:
-                self.count = number = self.count + 1
-                wake = not self._ready and self._wants_writer_locked()
-        if not plain:
-            return self._send_slowly(data, size, deadline)
-        if wake:
-            self._connection.ready_here(self)
-        return number
-
-    def _send_slowly(self, data: bytes, size: int, deadline: Deadline) -> int:
-        """A first chunk, a large one, or one that there is no room for."""
         self._check_size(size)
         while True:
-            with self._lock:
+            with self.lock:
                 if self._error is not None:
                     raise self._closed_error()
                 if self._out.takes(size):
-                    first = self._push_locked(data)
-                    number, wake = self.count, self._wants_writer_locked()
+                    first, number = self._push_locked(data), self.count
                     break
             self._wait_room(size, deadline)
-        self._pushed(first, wake)
+        self._pushed(first)
         return number
+
+    def see_to_it(self) -> None:
+        traffic = self._connection.traffic
+        with self.lock:
+            out = self._out
+            left = GATHER_CHUNKS - (out.last - out.sent)
+            if traffic is Traffic.OWN and not self._ready and out.waiting_bytes < GATHER_BYTES:
+                left = min(left, (GATHER_BYTES - out.waiting_bytes) // (len(out.kept[-1]) or 1))
+            else:
+                left = 0
+            wake = left <= 0 and self._wants_writer_locked()
+            if not wake:
+                out.watch_at = out.count + (left if left > 0 else GATHER_CHUNKS)
+        if wake:
+            self._connection.ready_here(self, traffic)
+        elif left > 0:
+            self._gathering.set(time.monotonic() + GATHER_SECONDS)
+
+    def _gathered(self) -> None:
+        """Some have gathered, and no more have come."""
+        with self.lock:
+            wake = self._wants_writer_locked()
+        if wake:
+            self._connection.ready(self)
 
     def try_send(self, data: bytes) -> bool:
         size = len(data)
         self._check_size(size)
         if self._out.has_credit(size) and not self._out.takes(size):
             self._framing.extend(self, size)
-        with self._lock:
+        with self.lock:
             if self._error is not None:
                 raise self._closed_error()
             if not self._out.takes(size):
@@ -169,8 +195,7 @@ class FramedSender(SenderCore):
                 self._alarm.set_by(time.monotonic() + self._repeat)
                 return False
             first = self._push_locked(data)
-            wake = self._wants_writer_locked()
-        self._pushed(first, wake)
+        self._pushed(first)
         return True
 
     def send_many(self, chunks: list[bytes], deadline: Deadline) -> int:
@@ -178,20 +203,18 @@ class FramedSender(SenderCore):
         self._check_size(max(sizes, default=0))
         sent, number = 0, self.count
         while sent < len(chunks):
-            first = wake = False
-            with self._lock:
+            first = False
+            with self.lock:
                 if self._error is not None:
                     raise self._closed_error()
                 while sent < len(chunks) and self._out.takes(sizes[sent]):
-                    pushed = self._out.push_some(chunks[sent:], sizes[sent:]) if self.count else 0
-                    if pushed:
-                        self.count += pushed
-                    else:
+                    until = sent + self._out.room
+                    pushed = self._out.push_some(chunks[sent:until], sizes[sent:until]) if self.count else 0
+                    if not pushed:
                         pushed, first = 1, self._push_locked(chunks[sent])
                     number = self.count
                     sent += pushed
-                wake = self._wants_writer_locked()
-            self._pushed(first, wake)
+            self._pushed(first)
             if sent < len(chunks):
                 self._wait_room(sizes[sent], deadline)
         return number
@@ -204,12 +227,12 @@ class FramedSender(SenderCore):
         """Queue a chunk; whether it is the first. Requires _lock."""
         headers, first = self._headers, not self.count
         self._out.push(data, headers.encode() if headers is not None and first else None)
-        self.count += 1
+        if first:
+            self._out.allow(True)
         return first
 
-    def _pushed(self, first: bool, wake: bool) -> None:
-        if wake:
-            self._connection.ready_here(self)
+    def _pushed(self, first: bool) -> None:
+        self.see_to_it()
         if first:
             self._begun()
 
@@ -228,13 +251,15 @@ class FramedSender(SenderCore):
         Raises:
             TimedOut: the deadline came first.
         """
-        with self._lock:
-            wakes, has_credit = self._wakes, self._out.has_credit(size)
+        with self.lock:
+            wakes, has_credit, wake = self._wakes, self._out.has_credit(size), self._wants_writer_locked()
+        if wake:  # what has gathered
+            self._connection.ready_here(self, self._connection.traffic)
         if has_credit:  # it is memory that is short
             if self._out.takes(size) or self._framing.extend(self, size):
                 return
             self.ask()  # what has arrived need not be kept
-        with self._lock:
+        with self.lock:
             self._alarm.set_by(time.monotonic() + self._repeat)
             try:
                 self._waiting += 1
@@ -248,7 +273,7 @@ class FramedSender(SenderCore):
                 self._waiting -= 1
 
     def _wake_senders(self) -> None:
-        with self._lock:
+        with self.lock:
             self._room.notify_all()
 
     def settle(self, deadline: Deadline) -> bool:
@@ -256,17 +281,18 @@ class FramedSender(SenderCore):
 
     # -- the writer ----------------------------------------------------------------------------------------------
 
-    def produce(self, parts: list[bytes], most_bytes: int) -> tuple[int, int, bool]:
+    def produce(self, parts: list[bytes], most_bytes: int, *, here: bool = False) -> tuple[int, int, bool]:
         """What is to be sent next; see outbox.Producer."""
         size = messages = 0
-        with self._lock:
+        with self.lock:
             if self._paused or self._settling or self._state is State.CLOSED:
-                self._ready = False
+                self._idle_locked()
                 return 0, 0, False
             while size < most_bytes:
                 frame = self._out.next()
                 if frame is None:
-                    self._ready = False
+                    if not here:
+                        self._idle_locked()
                     break
                 data = self._encode(frame)
                 parts.append(data)
@@ -276,6 +302,17 @@ class FramedSender(SenderCore):
             if messages:
                 self._alarm.set_by(time.monotonic() + self._repeat)
         return size, messages, more
+
+    def produced(self) -> bool:
+        with self.lock:
+            if self._ready and (self._paused or self._settling or not self._out.blocked):
+                self._idle_locked()
+            return self._ready
+
+    def _idle_locked(self) -> None:
+        """The writer knows of nothing. Requires _lock."""
+        self._ready = False
+        self._out.watch_at = 0
 
     def _encode(self, frame: Frame) -> bytes:
         if self._imported:
@@ -311,8 +348,10 @@ class FramedSender(SenderCore):
                 raise MaxPayloadExceeded(size, limit)
         return super().end(trailers)
 
-    def _end_is_due_locked(self) -> None:
-        self._state = TRANSITIONS.get((self._state, Event.ENDED), self._state)
+    def _closing_locked(self, due: bool) -> None:
+        self._out.allow(False)
+        if due:
+            self._state = TRANSITIONS.get((self._state, Event.ENDED), self._state)
 
     def _put_end(self, ending: Ending) -> None:
         headers, payload = ending.trailers, frames.END_PAYLOAD
@@ -324,16 +363,16 @@ class FramedSender(SenderCore):
             self._refusal = self._put(Op.REFUSED, 0, block, payload)
             self._alarm.set_by(time.monotonic() + FIRST_REPEAT)
             return
-        with self._lock:
+        with self.lock:
             if self._state is State.CLOSED:
                 return
             self._out.push_end(ending.op, block, payload)
             wake = self._wants_writer_locked()
         if wake:
-            self._connection.ready(self)
+            self._connection.ready_here(self, self._connection.traffic)
 
     def _on(self, event: Event) -> None:
-        with self._lock:
+        with self.lock:
             after = TRANSITIONS.get((self._state, event))
             if after is None:
                 return
@@ -348,6 +387,7 @@ class FramedSender(SenderCore):
         self._framing.peers.leave(self._peer_name, self._peer, self)
         self._framing.remove(self, held)
         self._done.set()
+        self._gathering.clear()
         self._alarm.clear()  # behind _done, which _look() looks at when it has set it
 
     def _forget(self) -> None:
@@ -380,7 +420,7 @@ class FramedSender(SenderCore):
             self._peer.heard()  # behind what it says, which a resumption starts from
 
     def _acknowledged(self, ack: Ack) -> None:
-        with self._lock:
+        with self.lock:
             if self._state is State.CLOSED:
                 return
             news = self._out.acknowledge(ack)
@@ -429,7 +469,7 @@ class FramedSender(SenderCore):
     def _look(self) -> None:
         """It has been quiet for a while: ask, if there is something to be answered."""
         now = time.monotonic()
-        with self._lock:
+        with self.lock:
             if self._state is State.CLOSED or self._paused or not self._outstanding:
                 return
             due = self._moved_at + self._repeat
@@ -437,7 +477,7 @@ class FramedSender(SenderCore):
                 self._alarm.set_by(due)
                 return
             self._moved_at, self._repeat = now, min(2 * self._repeat, LONGEST_REPEAT)
-            self._ready = False  # in case that the writer does not know: being told twice does it no harm
+            self._idle_locked()  # in case that the writer does not know: being told twice does it no harm
             wake = self._wants_writer_locked()
             if self._waiting:  # and what waits for memory tries again
                 self._wakes += 1
@@ -460,12 +500,12 @@ class FramedSender(SenderCore):
             self._put(Op.PROBE, self._out.sent)
 
     def suspend(self) -> None:
-        with self._lock:
+        with self.lock:
             self._paused = self._peer.suspended or not self._connection.linked  # it may be heard from again already
 
     def resume(self) -> None:
         """Heard from again, or linked again: find out what has arrived, and go on from there."""
-        with self._lock:
+        with self.lock:
             self._paused = self._peer.suspended or not self._connection.linked
             if self._paused or self._state is State.CLOSED:
                 return
@@ -483,12 +523,12 @@ class FramedSender(SenderCore):
         self._stop(ClientLost(f"the requester is gone: {why}"))
 
     def link_lost(self, loss: LinkLoss) -> None:
-        with self._lock:
+        with self.lock:
             self._paused = True
-            self._ready = False
+            self._idle_locked()
 
     def link_made(self) -> None:
-        with self._lock:
+        with self.lock:
             fits = self._out.adapt(self._max_payload())
         if fits:
             self.resume()
@@ -513,7 +553,7 @@ class FramedSender(SenderCore):
         return self._state is State.LINGER
 
     def allow(self, extra_bytes: int) -> None:
-        with self._lock:
+        with self.lock:
             if self._state is State.CLOSED:
                 spare = extra_bytes
             else:
@@ -524,7 +564,7 @@ class FramedSender(SenderCore):
         self._framing.give_back(spare)
 
     def wake(self) -> None:
-        with self._lock:
+        with self.lock:
             self._wakes += 1
             self._room.notify_all()
 

@@ -196,10 +196,13 @@ def _send_all(result: Any, core: SenderCore) -> None:
     if not isinstance(result, Iterable):
         raise TypeError(f"the handler returned {type(result).__name__}, not an iterator of chunks")
     iterator = iter(result)
+    send = ResponseSender(core).send
     try:
         for chunk in iterator:
-            if not _sent(core, chunk):
-                break
+            try:
+                send(chunk)
+            except StreamClosed:
+                break  # no error of the handler
     finally:
         close = getattr(iterator, "close", None)
         if callable(close):

@@ -125,6 +125,10 @@ class Passing(SenderCore):
     _telling: threading.Lock
     _told = False
 
+    @property
+    def direct(self) -> None:
+        """Chunks have to pass first."""
+
     def pass_through(self, chain: Chain, kind: Kind, subject: str, request: Message) -> None:
         self.passage = chain.responder(kind, subject, request)
         self._telling = threading.Lock()

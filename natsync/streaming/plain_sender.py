@@ -48,12 +48,16 @@ class PlainSender(SenderCore):
         self._sentinels = sentinels
         self._special = sentinels.common_start
         self._broken: StreamClosed | None = None
-        self._bytes = 0
+        self._count = self._bytes = 0
         self._first_mark = 0  # positions in the outbox: of the first message,
         self._last_mark = 0  # of the last chunk,
         self._end_mark = 0  # and of the end
         self._prefix = b"PUB %b %b " % (reply, self._inbox)
         self.open()
+
+    @property
+    def count(self) -> int:
+        return self._count
 
     @property
     def queued_bytes(self) -> int:
@@ -111,14 +115,14 @@ class PlainSender(SenderCore):
         return b"%b%d\r\n%b\r\n" % (self._prefix, len(data), data)
 
     def _try(self, frame: bytes, size: int, chunks: int = 1) -> int:
-        with self._lock:
+        with self.lock:
             if self._error is not None:
                 raise self._closed_error()
             mark = self._connection.try_put(frame, messages=chunks)
             if not mark:
                 return 0
             first = not self.count
-            self.count += chunks
+            self._count += chunks
             self._bytes += size
             self._last_mark = mark
             self._first_mark = self._first_mark or mark
@@ -143,7 +147,7 @@ class PlainSender(SenderCore):
         """Queue the end; a link that is lost before the server has it must not leave the requester waiting."""
         frame = encode_pub(self._reply, self._inbox, *self._end_parts(ending))
         try:
-            with self._lock:  # so that breaks() sees the end either not sent or with its mark
+            with self.lock:  # so that breaks() sees the end either not sent or with its mark
                 mark = self._end_mark = self._connection.try_put(frame, force=True)
         except NatsError as error:  # closed: there is nobody to tell any more
             log.debug("the end of a stream on %r was not sent: %s", self.subject, error)
@@ -185,7 +189,7 @@ class PlainSender(SenderCore):
 
         Returns the reply subject, whose waiting messages are to be taken back.
         """
-        with self._lock:
+        with self.lock:
             # What is in the new outbox already, behind the gap, is taken back: chunks, and an end too.
             chunks_lost = 0 < self._first_mark <= loss.taken and loss.confirmed < self._last_mark
             if not chunks_lost and not loss.confirmed < self._end_mark <= loss.taken:
@@ -195,7 +199,7 @@ class PlainSender(SenderCore):
     def frames_dropped(self, dropped: list[bytes]) -> bytes | None:
         if not any(destination(frame) == self._reply for frame in dropped):
             return None
-        with self._lock:
+        with self.lock:
             return self._break_locked("a chunk was dropped: the responder's next server takes none as large as that")
 
     def _break_locked(self, text: str) -> bytes:

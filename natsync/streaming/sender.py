@@ -34,11 +34,13 @@ from natsync.mux import Mux, Waiter
 from natsync.streaming import frames, terms
 from natsync.streaming.frames import Op
 from natsync.streaming.terms import Status
+from natsync.streaming.window import Outgoing
 
 log = logging.getLogger("natsync.streaming")
 
 _FAILED = Status(Code.UNKNOWN)
 _NO_DEADLINE = Deadline()
+_BYTES_ALONE = {bytes}
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,10 @@ class SenderCore(Waiter):
     Attributes:
         ctx: the request's; it ends with the stream, unless that is ended as complete.
         over: that the stream is.
-        count: chunks queued.
         subject: of the request.
         watch: who is told of the response, if anybody.
         mode: "framed" or "plain".
+        lock: orders what is sent.
     """
 
     mode: str
@@ -75,13 +77,12 @@ class SenderCore(Waiter):
     def __init__(self, connection: Connection, control: Mux, reply: bytes, ctx: Context, subject: str) -> None:
         self.ctx = ctx
         self.over = Happening()
-        self.count = 0
         self.subject = subject
         self.watch: SenderWatch | None = None
         self._connection = connection
         self._control = control
         self._reply = reply
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._error: Exception | None = None
         self._ended = False
         self._headers: Headers | None = None
@@ -99,9 +100,22 @@ class SenderCore(Waiter):
         """The handler is about to run."""
 
     @property
+    def count(self) -> int:
+        """Chunks queued."""
+        raise NotImplementedError
+
+    @property
     def queued_bytes(self) -> int:
         """Bytes of the chunks queued."""
         raise NotImplementedError
+
+    @property
+    def direct(self) -> Outgoing | None:
+        """Where ResponseSender.send() may put bare chunks by itself, under lock; then it calls see_to_it()."""
+        return None
+
+    def see_to_it(self) -> None:
+        """There is something to be sent, or more of it than is left to the writer."""
 
     @property
     def ends_empty(self) -> bool:
@@ -150,7 +164,7 @@ class SenderCore(Waiter):
 
     def set_header(self, key: str, value: str) -> None:
         terms.check_key(key)
-        with self._lock:
+        with self.lock:
             if self.count:
                 raise InvalidArgument("headers go with the first chunk, which has been sent")
             headers = self._headers or Headers()
@@ -194,20 +208,19 @@ class SenderCore(Waiter):
 
     def _close(self, error: Exception, ending: Ending | None) -> bool:
         """End for this reason, unless there is one already. ending: what is sent; None = there is nobody to tell."""
-        with self._lock:
+        with self.lock:
             if self._error is not None:
                 return False
             self._error = error
             self._ended = isinstance(error, StreamError) and error.code == Code.OK
-            if ending is not None:
-                self._end_is_due_locked()
+            self._closing_locked(ending is not None)
         # From here on nobody sends: every chunk that was sent is queued, and the end goes behind it.
         self._finish(ending)
         return True
 
     def _finish(self, ending: Ending | None) -> None:
         """Tell everybody that the stream is over. Its slot is free before the end is queued."""
-        with self._lock:
+        with self.lock:
             internal, self._internal = self._internal, []
             users, self._callbacks = self._callbacks, []
         self.over.set()
@@ -225,8 +238,8 @@ class SenderCore(Waiter):
         for callback in users:
             self._run_user(callback)
 
-    def _end_is_due_locked(self) -> None:
-        """Something is still to be sent: closing must wait for it. Requires _lock."""
+    def _closing_locked(self, due: bool) -> None:
+        """It is over. due: something is still to be sent, and closing must wait for it. Requires _lock."""
 
     def _put_end(self, ending: Ending) -> None:
         """Send what ends the stream, behind everything that was sent."""
@@ -246,7 +259,7 @@ class SenderCore(Waiter):
 
     def on_close(self, callback: Callable[[], object]) -> None:
         """Have the user's callback() run on a worker when the stream is over, however."""
-        with self._lock:
+        with self.lock:
             if self._error is None:
                 self._callbacks.append(callback)
                 return
@@ -254,7 +267,7 @@ class SenderCore(Waiter):
 
     def when_closed(self, callback: Callable[[], object]) -> None:
         """on_close() for the library's own brief functions: in whichever thread ends it, before the END is sent."""
-        with self._lock:
+        with self.lock:
             if self._error is None:
                 self._internal.append(callback)
                 return
@@ -314,6 +327,8 @@ class ResponseSender:
 
     def __init__(self, core: SenderCore) -> None:
         self._core = core
+        self._lock = core.lock
+        self._direct = core.direct
         self._generation = fork_generation()
         self._home = at_home[0]
 
@@ -334,8 +349,24 @@ class ResponseSender:
         """
         if at_home[0] != self._home:
             self._check_process()
-        deadline = _NO_DEADLINE if timeout is None else Deadline.after(check_timeout(timeout))
-        return self._core.send(data if type(data) is bytes else to_bytes(data), deadline)
+        if type(data) is not bytes:
+            data = to_bytes(data)
+        out = self._direct
+        if out is not None:
+            # What happens to nearly every chunk, in as few steps as can be; any other goes the long way.
+            size = len(data)
+            with self._lock:
+                quick = size <= out.free and size <= out.fragment_bytes and len(out.kept) < out.allowed
+                if quick:
+                    out.kept.append(data)
+                    out.free -= size
+                    out.count = number = out.count + 1
+                    if number < out.watch_at:
+                        return number
+            if quick:
+                self._core.see_to_it()
+                return number
+        return self._core.send(data, _NO_DEADLINE if timeout is None else Deadline.after(check_timeout(timeout)))
 
     def try_send(self, data: Payload) -> bool:
         """Queue one chunk if that needs no waiting; False if there is no credit now. Raises as send() does."""
@@ -349,7 +380,10 @@ class ResponseSender:
         """
         self._check_process()
         deadline = Deadline.after(check_timeout(timeout))
-        return self._core.send_many([to_bytes(chunk) for chunk in chunks], deadline)
+        given: list[Any] = list(chunks)
+        if set(map(type, given)) != _BYTES_ALONE:  # which a call for each would take ten times as long to find out
+            given = [to_bytes(chunk) for chunk in given]
+        return self._core.send_many(given, deadline)
 
     def send_error(self, error: BaseException | str, *, code: int | None = None, details: Any = None) -> None:
         """End the stream with an error; the requester's iterator raises it. No effect on a stream that is over.

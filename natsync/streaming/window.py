@@ -43,10 +43,16 @@ class Frame(NamedTuple):
 class Outgoing:
     """What a responder has been given to send, until the requester has it.
 
-    Taking a chunk is what happens most, so it changes two things only: the list of what is kept, and how many bytes are
-    free. Everything else about what was given follows from these.
+    Taking a chunk is what happens most, so it changes three things only: the list of what is kept, how many bytes are
+    free, and how many chunks were given. ResponseSender.send() does that itself, for a call would cost as much.
 
     Attributes:
+        kept: what was given, and not acknowledged: of the seqs from acked+1 up.
+        free: how many bytes more may be given.
+        allowed: how many frames may be kept when somebody gives a chunk himself; 0 while nobody may.
+        fragment_bytes: the size of the largest chunk that is not split.
+        count: chunks given.
+        watch_at: the count from which on whoever gives chunks himself has to see to their being sent.
         acked: the requester has everything up to this seq.
         sent: up to this seq everything was handed to the link since it last had to be sent again.
         highest: up to this seq everything was handed to some link.
@@ -61,12 +67,14 @@ class Outgoing:
         self._batches = offer.batches
         self._quota_bytes = quota_bytes
         self._limit, self._limit_bytes = offer.window, offer.window_bytes
-        self._kept: list[bytes] = []  # of acked+1 … last
+        self.kept: list[bytes] = []
+        self.count = self.watch_at = 0
+        self._direct = False
         self._special: dict[int, tuple[bytes, bytes | None]] = {}  # seq -> (op, headers) of all but bare chunks
         self._sent_offset = 0  # application bytes up to `sent`,
         self._acked_offset = 0  # and up to `acked`
-        self._most = 0  # how much may be in the list now
-        self._reach = self._free = 0  # the offset up to which may be given out and kept, and what is left until there
+        self.allowed = self._most = 0  # how much may be in the list now
+        self._reach = self.free = 0  # the offset up to which may be given out and kept, and what is left until there
         self._reckon()
 
     def _fit(self, max_payload: int) -> None:
@@ -77,23 +85,29 @@ class Outgoing:
         """How far the credit, one's own window and the quota reach."""
         offset = self.offset
         self._most = min(self._limit, self.acked + MOST_WINDOW) - self.acked
+        self.allowed = self._most if self._direct else 0
         self._reach = min(self._last_offset, self._acked_offset + self._quota_bytes)
-        self._free = self._reach - offset
+        self.free = self._reach - offset
 
     @property
     def last(self) -> int:
         """The highest seq that was given out."""
-        return self.acked + len(self._kept)
+        return self.acked + len(self.kept)
 
     @property
     def offset(self) -> int:
         """Application bytes up to there."""
-        return self._reach - self._free
+        return self._reach - self.free
 
     @property
     def kept_bytes(self) -> int:
         """What is kept, in bytes."""
         return self.offset - self._acked_offset
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Of those, what is still to be sent."""
+        return self.offset - self._sent_offset
 
     @property
     def quota_bytes(self) -> int:
@@ -122,31 +136,34 @@ class Outgoing:
     def has_credit(self, size: int) -> bool:
         """Whether nothing but the quota can keep a chunk of this size waiting."""
         first = size if size < self.fragment_bytes else self.fragment_bytes
-        return len(self._kept) < self._most and self.offset + first <= self._last_offset
+        return len(self.kept) < self._most and self.offset + first <= self._last_offset
 
-    def try_push(self, chunk: bytes, size: int) -> bool:
-        """Take a bare chunk that is no larger than a fragment, if there is room and credit for it."""
-        if size > self._free or size > self.fragment_bytes or len(self._kept) >= self._most:
-            return False
-        self._kept.append(chunk)
-        self._free -= size
-        return True
+    def allow(self, direct: bool) -> None:
+        """Whether others may give bare chunks themselves: not the first one, nor any once the stream is over."""
+        self._direct = direct
+        self._reckon()
 
     def push_some(self, chunks: list[bytes], sizes: list[int]) -> int:
-        """Take bare chunks, in order, as long as try_push() would; how many."""
-        count = min(len(chunks), self._most - len(self._kept))
+        """Take bare chunks that are no larger than a fragment, as long as there is room and credit; how many."""
+        count = min(len(chunks), self._most - len(self.kept))
         if count <= 0:
             return 0
         run = sizes if count == len(sizes) else sizes[:count]
-        if max(run) > self.fragment_bytes or sum(run) > self._free:
-            free, largest = self._free, self.fragment_bytes
+        if max(run) > self.fragment_bytes or sum(run) > self.free:
+            free, largest = self.free, self.fragment_bytes
             totals = itertools.accumulate(run)
             fits = (size <= largest and total <= free for size, total in zip(run, totals, strict=True))
             count = next(index for index, one in enumerate(fits) if not one)
             run = run[:count]
-        self._kept += chunks if count == len(chunks) else chunks[:count]
-        self._free -= sum(run)
+        self.kept += chunks if count == len(chunks) else chunks[:count]
+        self.free -= sum(run)
+        self.count += count
         return count
+
+    @property
+    def room(self) -> int:
+        """How many frames more may be kept."""
+        return self._most - len(self.kept)
 
     def push(self, chunk: bytes, block: bytes | None = None) -> None:
         """Take a chunk, in fragments if it is large; block goes as headers with its first frame.
@@ -160,8 +177,9 @@ class Outgoing:
         elif size > self.fragment_bytes:
             self._push_fragments([chunk])
         else:
-            self._kept.append(chunk)
-            self._free -= size
+            self.kept.append(chunk)
+            self.free -= size
+        self.count += 1
 
     def _push_with_headers(self, chunk: bytes, block: bytes) -> None:
         room = self.fragment_bytes - len(block)
@@ -181,13 +199,13 @@ class Outgoing:
         self._add(Op.DATA, None, pieces[-1])
 
     def _add(self, op: bytes, block: bytes | None, payload: bytes) -> None:
-        self._kept.append(payload)
+        self.kept.append(payload)
         self._special[self.last] = (op, block)
-        self._free -= len(payload)
+        self.free -= len(payload)
 
     def push_end(self, op: bytes, block: bytes | None, payload: bytes) -> None:
         """Take what ends the stream; it needs no credit, and counts no application bytes."""
-        self._kept.append(payload)
+        self.kept.append(payload)
         self._special[self.last] = (op, block)
         self.ended = True
 
@@ -202,7 +220,7 @@ class Outgoing:
         if special is None:
             return self._next_chunks(seq)
         op, block = special
-        payload = self._kept[seq - self.acked - 1]
+        payload = self.kept[seq - self.acked - 1]
         if op in (Op.END, Op.ERROR):
             self._advance(1, 0)
         elif seq > self._limit or self._sent_offset + len(payload) > self._limit_bytes:
@@ -213,18 +231,18 @@ class Outgoing:
 
     def _next_chunks(self, seq: int) -> Frame:
         begin = seq - self.acked - 1
-        first = self._kept[begin]
-        if self._batches and begin + 1 < len(self._kept) and len(first) <= BATCHED_CHUNK_BYTES:
+        first = self.kept[begin]
+        if self._batches and begin + 1 < len(self.kept) and len(first) <= BATCHED_CHUNK_BYTES:
             run, sizes = self._run(begin, seq)
             if len(run) > 1:
                 self._advance(len(run), sum(sizes))
-                return Frame(Op.BATCH, seq, None, frames.encode_batch(run), len(run))
+                return Frame(Op.BATCH, seq, None, frames.encode_batch(run, sizes), len(run))
         self._advance(1, len(first))
         return Frame(Op.DATA, seq, None, first, 1)
 
     def _run(self, begin: int, seq: int) -> tuple[list[bytes], list[int]]:
         """The chunks from here on that share a frame, and their sizes."""
-        run = self._kept[begin : begin + BATCH_CHUNKS]
+        run = self.kept[begin : begin + BATCH_CHUNKS]
         if self._special:
             stop = min((one for one in self._special if one > seq), default=self.last + 1)
             del run[stop - seq :]
@@ -271,7 +289,7 @@ class Outgoing:
 
     def _let_go(self, count: int) -> None:
         size = self._application_bytes(count)
-        del self._kept[:count]
+        del self.kept[:count]
         self.acked += count
         self._acked_offset += size
         if self._special:
@@ -282,9 +300,9 @@ class Outgoing:
 
     def _application_bytes(self, count: int) -> int:
         """Of the first frames that are kept; an end counts none."""
-        size = sum(map(len, self._kept[:count]))
+        size = sum(map(len, self.kept[:count]))
         if self.ended and self.acked + count == self.last:
-            size -= len(self._kept[count - 1])
+            size -= len(self.kept[count - 1])
         return size
 
     def rewind(self) -> None:
@@ -295,13 +313,13 @@ class Outgoing:
         """Frames are to be no larger than this from now on; whether all that is kept is."""
         self._fit(max_payload)
         headers = {seq: len(block) for seq, (_, block) in self._special.items() if block is not None}
-        sizes = (headers.get(seq, 0) + len(payload) for seq, payload in enumerate(self._kept, self.acked + 1))
+        sizes = (headers.get(seq, 0) + len(payload) for seq, payload in enumerate(self.kept, self.acked + 1))
         return max(sizes, default=0) <= max_payload
 
     def clear(self) -> None:
         """Keep nothing any more, and send nothing."""
         self._cleared = True
-        self._kept, self._special = [], {}
+        self.kept, self._special = [], {}
         self._acked_offset = self.offset
 
 
