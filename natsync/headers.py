@@ -79,6 +79,14 @@ class Headers(MutableMapping[str, str]):
         if not self._drop(key):
             raise KeyError(key)
 
+    def __contains__(self, key: object) -> bool:
+        if not self._fields:  # most messages have none, and are asked several times
+            return False
+        return super().__contains__(key)
+
+    def __bool__(self) -> bool:
+        return bool(self._fields)
+
     def __iter__(self) -> Iterator[str]:
         return iter(dict.fromkeys(name for name, _ in self._fields))
 

@@ -149,10 +149,10 @@ class FramedReceiver:
 
     def _after(self, heard: bool, unreachable: bool, chunks: list[bytes], answer: Ack | None) -> None:
         peer = self._peer
-        if answer is not None:
-            self._tell(answer.encode())
         if chunks:
             self._inlet.arrived(chunks)
+        if answer is not None:  # behind it: to write takes longer than to wake the consumer
+            self._tell(answer.encode())
         if peer is not None:
             if heard:
                 peer.heard()

@@ -91,6 +91,7 @@ class FramedSender(SenderCore):
         self._waiting = 0  # threads that wait for room
         self._starved = False  # try_send() found none
         self._wakes = 0  # how often there was news of the memory that all streams share
+        self._accepts = False  # the requester is to be told that its request was taken
         self._ready = False  # the writer is to ask for frames
         self._paused = not connection.linked
         self._settling = False  # nothing is sent until the requester has said what it has
@@ -119,9 +120,13 @@ class FramedSender(SenderCore):
         return limit - len(self._inbox) - _SEQ_BYTES if self._imported else limit
 
     def accept(self) -> None:
-        if self._error is None:
-            self._put(Op.ACCEPT, 0)
-            self._alarm.set_by(time.monotonic() + FIRST_REPEAT)
+        with self.lock:
+            if self._error is not None:
+                return
+            self._accepts = True
+        now = time.monotonic()
+        self._gathering.set(now + GATHER_SECONDS)  # a handler that answers at once saves it a write of its own
+        self._alarm.set_by(now + FIRST_REPEAT)
 
     @property
     def count(self) -> int:
@@ -179,6 +184,10 @@ class FramedSender(SenderCore):
         """Some have gathered, and no more have come."""
         with self.lock:
             wake = self._wants_writer_locked()
+            accepts = self._accepts and not wake and self._state is not State.CLOSED
+            self._accepts = self._accepts and wake
+        if accepts:
+            self._put(Op.ACCEPT, 0)
         if wake:
             self._connection.ready(self)
 
@@ -288,6 +297,9 @@ class FramedSender(SenderCore):
             if self._paused or self._settling or self._state is State.CLOSED:
                 self._idle_locked()
                 return 0, 0, False
+            if self._accepts:
+                self._accepts = False
+                parts.append(self._encode(Frame(Op.ACCEPT, 0, None, b"", 0)))
             while size < most_bytes:
                 frame = self._out.next()
                 if frame is None:

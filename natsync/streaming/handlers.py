@@ -55,7 +55,7 @@ class HandlerContext(Context):
         is_draining: Callable[[], bool],
         resume_cursor: int | None = None,
     ) -> None:
-        passed = {key: metadata[key] for key in TRACE_HEADERS if key in metadata}
+        passed = {key: metadata[key] for key in TRACE_HEADERS if key in metadata} if metadata else None
         super().__init__(parent, deadline=deadline, values={TRACE_HEADERS: passed} if passed else None)
         self.metadata = metadata
         self.attempt = attempt
