@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from natsync import protocol
 from natsync.errors import ProtocolError
 from natsync.protocol import (
+    FORMATTED_BYTES,
     MAX_CONTROL_LINE,
     MAX_INFO_LINE,
     MAX_MESSAGE_BYTES,
@@ -726,3 +727,15 @@ def test_connect_is_one_line_of_json() -> None:
 )
 def test_a_frame_is_encoded_as_the_protocol_says(frame: bytes, wire: bytes) -> None:
     assert frame == wire
+
+
+@pytest.mark.parametrize("reply", [None, b"r"])
+@pytest.mark.parametrize("block", [None, BLOCK])
+@pytest.mark.parametrize("more", [-1, 0, 1])
+def test_a_large_payload_makes_the_same_frame(reply: bytes | None, block: bytes | None, more: int) -> None:
+    payload = b"x" * (FORMATTED_BYTES + more)
+    subjects = b"a" if reply is None else b"a r"
+    head = b"PUB %b %d\r\n" % (subjects, len(payload))
+    if block is not None:
+        head = b"HPUB %b %d %d\r\n%b" % (subjects, len(block), len(block) + len(payload), block)
+    assert encode_pub(b"a", reply, block, payload) == head + payload + b"\r\n"

@@ -21,7 +21,7 @@ from natsync.message import Item
 from natsync.mux import LinkLoss
 from natsync.options import LEAST_HEARTBEAT
 from natsync.outbox import Traffic
-from natsync.protocol import MAX_MESSAGE_BYTES, encode_pub
+from natsync.protocol import FORMATTED_BYTES, MAX_MESSAGE_BYTES, encode_pub
 from natsync.streaming import frames, terms
 from natsync.streaming.frames import Ack, Control, Op
 from natsync.streaming.framing import GUARANTEED_BYTES, Framing
@@ -330,7 +330,7 @@ class FramedSender(SenderCore):
         if self._imported:
             return self._encode_imported(frame)
         op, seq, block, payload, _ = frame
-        if block is None:
+        if block is None and len(payload) <= FORMATTED_BYTES:
             parts = (self._reply, self._inbox, op, seq, len(payload), payload)
             return b"PUB %b %b.%b.%d %d\r\n%b\r\n" % parts
         return encode_pub(self._reply, b"%b.%b.%d" % (self._inbox, op, seq), block, payload)

@@ -23,7 +23,7 @@ from natsync.errors import (
 from natsync.message import Item
 from natsync.mux import LinkLoss, Mux
 from natsync.outbox import destination
-from natsync.protocol import MAX_MESSAGE_BYTES, encode_pub
+from natsync.protocol import FORMATTED_BYTES, MAX_MESSAGE_BYTES, encode_pub
 from natsync.streaming import frames, terms
 from natsync.streaming.frames import Op
 from natsync.streaming.sender import Ending, SenderCore, fitting_error
@@ -112,6 +112,8 @@ class PlainSender(SenderCore):
         headers = self._headers
         if headers is not None and first:
             return self._connection.encode(self._reply, self._inbox, headers.encode(), data)
+        if len(data) > FORMATTED_BYTES:
+            return encode_pub(self._reply, self._inbox, None, data)
         return b"%b%d\r\n%b\r\n" % (self._prefix, len(data), data)
 
     def _try(self, frame: bytes, size: int, chunks: int = 1) -> int:
