@@ -130,6 +130,8 @@ class Reader:
 
     def _used(self, text: str) -> None:
         """Files that the text runs or imports need not be run otherwise."""
+        if re.search(r"\bpytest\b", text):
+            self.files.discard("conftest.py")  # which pytest finds by itself
         self.files = {file for file in self.files if not re.search(rf"\b{re.escape(file[:-3])}\b", text)}
 
     # -- shell ---------------------------------------------------------------------------------------------------
