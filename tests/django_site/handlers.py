@@ -21,9 +21,9 @@ def process(ctx, request):
 
 @subscriber.handler("site.note")
 def note(ctx, request):
-    """Writes a row; how many there are, and which database connection it was."""
+    """Writes a row; how many there are, which database connection it was, and on which thread."""
     Note.objects.create(text=request.text())
-    return {"notes": Note.objects.count(), "connection": id(connection.connection)}
+    return {"notes": Note.objects.count(), "connection": id(connection.connection), "thread": threading.get_ident()}
 
 
 @subscriber.handler("site.kill-connection")
