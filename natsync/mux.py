@@ -128,10 +128,14 @@ class Mux:
         waiter = self.waiters.get(token)
         if waiter is not None:
             waiter.deliver(batch.items)
-            return
-        self.late += len(batch.items)
+        else:
+            self.came_late(token, batch.items)
+
+    def came_late(self, token: bytes, items: list[Item]) -> None:
+        """Count messages that nobody waits for any more."""
+        self.late += len(items)
         if self.on_late is not None:
-            self.on_late(token, batch.items)
+            self.on_late(token, items)
 
     def token(self, subject: bytes) -> bytes:
         """Whose a message to this subject of the inbox is."""

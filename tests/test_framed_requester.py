@@ -20,7 +20,7 @@ from natsync.testing import NatsServer
 from rawclient import END, ERROR, PATIENCE
 
 #: The credit in bytes that the first stream of a connection asks for, and what it gives once it is answered.
-FIRST_BYTES, BYTES = 1 << 20, 4 << 20
+FIRST_BYTES, BYTES = 4 << 20, 4 << 20
 #: Seconds within which the timers that are measured go off, on a busy machine.
 EARLY, LATE = 0.9, 3.0
 
@@ -44,7 +44,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_offer_says_version_windows_grace_heartbeat_and_that_batches_are_taken(table: Table) -> None:
     stream = table.client().stream(SUBJECT, b"question")
     request = table.request()
-    assert request.block == b"NATS/1.0\r\nNatsync-Stream: 1;w=8192;b=1048576;g=10000;hb=5000;m=67108864;cap=b\r\n\r\n"
+    assert request.block == b"NATS/1.0\r\nNatsync-Stream: 1;w=8192;b=4194304;g=10000;hb=5000;m=67108864;cap=b\r\n\r\n"
     assert request.payload == b"question"
     assert stream.mode is None
     stream.close()
@@ -54,7 +54,7 @@ def test_the_offer_says_what_the_options_are(table: Table) -> None:
     client = table.client(resume_grace=1.5, heartbeat=0.25, max_message_bytes=5_000_000)
     stream = client.stream(SUBJECT, window=7)
     request = table.request()
-    assert request.block == b"NATS/1.0\r\nNatsync-Stream: 1;w=7;b=1048576;g=1500;hb=250;m=5000000;cap=b\r\n\r\n"
+    assert request.block == b"NATS/1.0\r\nNatsync-Stream: 1;w=7;b=4194304;g=1500;hb=250;m=5000000;cap=b\r\n\r\n"
     stream.close()
 
 

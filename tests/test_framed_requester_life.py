@@ -24,7 +24,7 @@ from rawclient import END, ERROR, PATIENCE
 from support import run_python
 
 #: The credit in bytes that the first stream of a connection asks for, and what it gives once it is answered.
-FIRST_BYTES, BYTES = 1 << 20, 4 << 20
+FIRST_BYTES, BYTES = 4 << 20, 4 << 20
 #: Seconds within which the timers that are measured go off, on a busy machine.
 EARLY, LATE = 0.9, 3.0
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 
 from natsync.concurrency import Deadline, SafeEvent
 from natsync.connection import Connection
@@ -32,7 +33,7 @@ SHARED_WINDOWS_BYTES = ALL_WINDOWS_BYTES // 2
 LEAST_WINDOW_BYTES = 64 << 10
 TINY_WINDOW_BYTES = 4 << 10
 #: A new stream begins with this part of what the others have left to share.
-FIRST_PART = 16
+FIRST_PART = 4
 #: Seconds that closing waits for a responder to tell where it can be cancelled, which takes a round trip.
 ADDRESS_SECONDS = 0.25
 #: What a responder is told of a stream that is not known here. HTTP's 410.
@@ -250,22 +251,22 @@ class Farewell(Waiter):
         self.speak()
 
     def deliver(self, items: list[Item]) -> None:
-        for item in items:
+        for index, item in enumerate(items, 1):
             reply, block, _ = item
             address = frames.decode_address(reply, block)
             if frames.is_unheard(item):
-                self._done()
+                self._done(items[index:])
                 return
             if address is None:  # a plain responder
                 self._calls.connection.mux.late += 1
                 if reply is not None and frames.PLAIN_MARK in reply:
                     self._calls.tell(reply, self._inbox, self._payload)
-                self._done()
+                self._done(items[index:])
                 return
             if address.op in (Op.ERROR, Op.REFUSED):
                 self._known.pop(address.stream, None)
                 if not self._known:
-                    self._done()
+                    self._done(items[index:])
                     return
             else:
                 self._calls.connection.mux.late += address.op in (Op.DATA, Op.BATCH, Op.FRAGMENT)
@@ -282,10 +283,14 @@ class Farewell(Waiter):
         if self._behind is not None:
             self._behind.connection_closed(reason)
 
-    def _done(self) -> None:
+    def _done(self, rest: Sequence[Item] = ()) -> None:
+        """Nothing more is to be said. rest: what came in the same read, behind what ended it."""
+        mux = self._calls.connection.mux
         self._over = True
         self._alarm.clear()
         self._calls.parted(self)
-        if self._behind is None and self._calls.connection.mux.waiters.get(self._token) is self:
-            self._calls.connection.mux.unregister(self._token)
+        if self._behind is None and mux.waiters.get(self._token) is self:
+            mux.unregister(self._token)
+            if rest:
+                mux.came_late(self._token, list(rest))
         self.spoken.set()
