@@ -78,6 +78,18 @@ class Connection(Links):
             self.ensure_open()
         self.put(self.encode(subject, reply, block, payload))
 
+    def publish_bare(self, subject: bytes, payload: bytes) -> None:
+        """publish() without reply subject and headers, where nothing is in its way in one call less a step."""
+        size = len(payload)
+        most = min(protocol.FORMATTED_BYTES, self.info.get("max_payload", 0))
+        if self._status is Status.CONNECTED and size <= most:
+            try:
+                if self._outbox.try_put(b"PUB %b %d\r\n%b\r\n" % (subject, size, payload), 1, False, True):
+                    return
+            except OutboxClosed:
+                pass
+        self.publish(subject, None, None, payload)
+
     def put(self, frame: bytes, deadline: Deadline | None = None) -> int:
         """Queue a frame for the present or next link; returns its position. Waits while the writer is far behind.
 

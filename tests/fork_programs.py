@@ -885,6 +885,8 @@ def fork_untold(url: str) -> None:
     works(client)
     pool.request("f.echo", b"x")
     subscription, number = client.subscribe("f.unused"), client_id(client)
+    client.flush(10)
+    time.sleep(0.3)  # A thread that waits for the interpreter just then is one that the child waits for, for ever.
     join(_forked_untold(lambda: (client.close(), pool.close(), opened.close())))  # without another use before
     join(_forked_untold(lambda: _find_out(client, pool, opened, subscription)))
     assert client_id(client) == number
