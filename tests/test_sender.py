@@ -10,6 +10,7 @@ import http.client
 import logging
 import queue
 import socket
+import statistics
 import threading
 import time
 import urllib.request
@@ -21,6 +22,7 @@ import pytest
 import requests
 
 import natsync
+from natsync.streaming import framed_sender
 from natsync.streaming.framed_sender import FramedSender
 from natsync.streaming.plain_sender import PlainSender
 from natsync.streaming.sender import SenderCore
@@ -718,6 +720,88 @@ def test_a_request_whose_context_has_ended_already_is_closed_without_a_fault(
     eventually(lambda: not responder._plain.waiters and not responder._framed.waiters)
     assert not responder._framing
     assert "raised" not in caplog.text
+
+
+# -- what gathers --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nothing_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is forgotten stays so for the length of the test."""
+    monkeypatch.setattr(framed_sender, "FIRST_REPEAT", 60.0)
+    monkeypatch.setattr(framed_sender, "LONGEST_REPEAT", 60.0)
+
+
+@framed_only
+@pytest.mark.usefixtures("nothing_is_repeated")
+def test_chunks_that_no_others_follow_leave_by_themselves(opened: Open) -> None:
+    took = []
+    for number in range(1, 200):
+        count = number % 7 + 1
+        begin = time.monotonic()
+        for _ in range(count):
+            opened.sender.send(b"%d" % number)
+        for _ in range(count):
+            assert opened.stream.next(PATIENCE) == b"%d" % number
+        took.append(time.monotonic() - begin)
+    assert statistics.median(took) < 0.05  # not with the requester's next account, which comes every 0.2 s
+
+
+@framed_only
+@pytest.mark.usefixtures("nothing_is_repeated")
+@pytest.mark.parametrize("form", ["send", "try_send", "send_many"])
+def test_what_has_gathered_leaves_with_the_end(
+    client: natsync.Client, subscriber: natsync.Subscriber, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    monkeypatch.setattr(framed_sender, "GATHER_SECONDS", 60.0)
+
+    def handler(ctx: natsync.HandlerContext, request: natsync.Message, sender: natsync.ResponseSender) -> None:
+        for _ in range(50):
+            getattr(sender, form)([b"x"] if form == "send_many" else b"x")
+        sender.end()
+
+    subscriber.stream_subscribe("s.gather", handler)
+    for _ in range(20):
+        assert list(client.stream("s.gather", timeout=PATIENCE)) == [b"x"] * 50
+
+
+@framed_only
+@pytest.mark.usefixtures("nothing_is_repeated")
+def test_what_has_gathered_leaves_before_the_sender_waits_for_credit(
+    client: natsync.Client, subscriber: natsync.Subscriber, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(framed_sender, "GATHER_SECONDS", 60.0)
+
+    def handler(ctx: natsync.HandlerContext, request: natsync.Message, sender: natsync.ResponseSender) -> None:
+        for _ in range(100):
+            sender.send(b"x", timeout=PATIENCE)
+        sender.end()
+
+    subscriber.stream_subscribe("s.gather", handler)
+    for window in (1, 2, 7, 50):
+        assert list(client.stream("s.gather", window=window, timeout=PATIENCE)) == [b"x"] * 100
+
+
+@framed_only
+def test_several_threads_that_gather_keep_the_order_of_each_and_have_nothing_sent_again(opened: Open) -> None:
+    opened.begin()
+
+    def send(thread: int) -> None:
+        for n in range(20_000):
+            opened.sender.send(b"%d:%d" % (thread, n))
+
+    threads = [threading.Thread(target=send, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    seen = [-1, -1, -1]
+    for _ in range(60_000):
+        thread_number, _, n = opened.stream.next(PATIENCE).partition(b":")
+        assert int(n) == seen[int(thread_number)] + 1
+        seen[int(thread_number)] += 1
+    for thread in threads:
+        thread.join(PATIENCE)
+    stats = opened.stream.stats
+    assert (stats["gaps"], stats["resent"]) == (0, 0)  # one thread at a time asked the sender for frames
 
 
 # -- generators ----------------------------------------------------------------------------------------------------
