@@ -17,10 +17,12 @@ It runs on the two readers' threads and the timer's, and never waits. Its lock c
 from __future__ import annotations
 
 import enum
+import itertools
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from natsync import timers
 from natsync.errors import ConnectError
@@ -30,9 +32,12 @@ from natsync.session import Session
 #: Seconds for which both links bring everything before the old one is left: time for the whole cluster to learn of
 #: the new subscriptions, which takes the slowest route's delay. A server in lame duck mode keeps its links for 10 s at
 #: least (nats-server's default lame_duck_grace_period).
-OVERLAP_SECONDS = 1.0
-#: The part of it behind the marks, in which messages are counted: more than the delays of the servers' routes differ.
-COMPARE_SECONDS = 0.5
+OVERLAP_SECONDS = 1.5
+#: The part of it behind the marks, in which messages are compared: more than the delays of the servers' routes differ.
+COMPARE_SECONDS = 1.0
+#: Seconds behind the marks in which the new link may still bring what the old one brought before its mark, because the
+#: mark had another way through the cluster. Such messages find no match, and are not taken for new ones.
+SKEW_SECONDS = 0.25
 #: The same with subscriptions made meanwhile, which need as much again.
 LONGEST_OVERLAP = 5.0
 #: Seconds behind its arrival on the old link that the mark may take on the new one; a user who may not publish to his
@@ -47,8 +52,8 @@ class Phase(enum.IntEnum):
 
     JOINING = 1  # the new link subscribes
     OVERLAP = 2  # both bring everything
-    COMPARING = 3  # and what they bring is counted, from the mark on
-    LEAVING = 4  # the old link has unsubscribed, the new one's messages are kept
+    COMPARING = 3  # and what they bring is compared, from the mark on
+    LEAVING = 4  # the old link has unsubscribed
     TAKEN_OVER = 5  # the old link is gone; stragglers of its messages are still dropped
 
 
@@ -85,16 +90,18 @@ class Handover:
         self.old = old
         self.new = new
         self.phase = Phase.JOINING
-        self._joined_first = self._joined_last = self._counted_from = 0.0
+        self._joined_first = self._joined_last = self._compared_from = 0.0
         self._mark = b""
-        self._marked: set[Session] = set()  # from now on their messages are counted
+        self._marked: set[Session] = set()  # from now on their messages are compared
         self._keeper = keeper
         self._join_timeout = join_timeout
         self._leave_timeout = leave_timeout
         self._lock = threading.Lock()
-        self._kept: list[Batch] = []
-        # How many more of a message came on the old link than on the new one; nothing is kept of those that match.
+        # Per message, what came on the new link and not yet on the old one, or how many more came on the old one;
+        # nothing is kept of those that match.
+        self._kept: dict[int, deque[_Kept]] = {}
         self._ahead: dict[int, int] = {}
+        self._arrivals = itertools.count()
         self._timers: list[timers.Timer] = []
         self._stopped = False
 
@@ -104,11 +111,17 @@ class Handover:
         self._later(self._join_timeout, self._check_joined)
 
     def stop(self) -> None:
-        """It is over, or a link was lost; what was kept is delivered."""
+        """It is over, or the old link was lost; what came on the new link only is delivered."""
+        with self._lock:
+            self._deliver_kept_locked()
+        self.give_up()
+
+    def give_up(self) -> None:
+        """The new link was lost first: the old one brings everything."""
         with self._lock:
             self._stopped = True
             pending, self._timers = self._timers, []
-            self._deliver_kept_locked()
+            self._kept.clear()
         for timer in pending:
             timer.cancel()
 
@@ -171,11 +184,11 @@ class Handover:
             self._marks(self.new)
 
     def _marks(self, session: Session) -> None:
-        """From here on what this link brings is counted; the old one is left when both have come to this point."""
+        """From here on what this link brings is compared; the old one is left when both have come to this point."""
         with self._lock:
             self._marked.add(session)
-            if len(self._marked) == 2 and not self._counted_from:
-                self._counted_from = time.monotonic()
+            if len(self._marked) == 2 and not self._compared_from:
+                self._compared_from = time.monotonic()
         self._leave()
 
     def _leave(self) -> None:
@@ -184,7 +197,7 @@ class Handover:
             if len(self._marked) < 2 or self.phase is not Phase.COMPARING:
                 return
             joined = min(self._joined_last + OVERLAP_SECONDS, self._joined_first + LONGEST_OVERLAP)
-            wait = max(joined, self._counted_from + COMPARE_SECONDS) - time.monotonic()
+            wait = max(joined, self._compared_from + COMPARE_SECONDS) - time.monotonic()
             if wait <= 0:
                 self.phase = Phase.LEAVING
         if wait > 0:
@@ -232,41 +245,57 @@ class Handover:
     def _on_old(self, batch: Batch) -> None:
         if self.old in self._marked:
             with self._lock:
-                self._count_locked(batch, 1)
+                for key in _keys(batch):
+                    if not self._drop_kept_locked(key):
+                        self._ahead[key] = self._ahead.get(key, 0) + 1
         self._keeper.deliver(batch)
+
+    def _drop_kept_locked(self, key: int) -> bool:
+        """Forget the first such message that is kept; False if there is none."""
+        kept = self._kept.get(key)
+        if kept is None:
+            return False
+        kept.popleft()
+        if not kept:
+            del self._kept[key]
+        return True
 
     def _on_new(self, batch: Batch) -> None:
         with self._lock:
-            if self.phase is Phase.COMPARING and self.new in self._marked:
-                self._count_locked(batch, -1)
-            elif self.phase is Phase.LEAVING:
-                self._kept.append(batch)
-            elif self.phase is Phase.TAKEN_OVER:
-                self._deliver_rest_locked(batch)
+            if self.phase is Phase.TAKEN_OVER:
+                items = [item for item, key in zip(batch.items, _keys(batch), strict=True) if not self._met_locked(key)]
+                if items:
+                    self._keeper.deliver(Batch(batch.sid, batch.subject, items))
+            elif self.new in self._marked:
+                now = time.monotonic()
+                for item, key in zip(batch.items, _keys(batch), strict=True):
+                    if not self._met_locked(key):
+                        kept = _Kept(next(self._arrivals), now, Batch(batch.sid, batch.subject, [item]))
+                        self._kept.setdefault(key, deque()).append(kept)
 
-    def _count_locked(self, batch: Batch, step: int) -> None:
-        for key in _keys(batch):
-            number = self._ahead.get(key, 0) + step
-            if number:
-                self._ahead[key] = number
-            else:
-                del self._ahead[key]
+    def _met_locked(self, key: int) -> bool:
+        """Whether the old link has brought one more of it; that one counts no more."""
+        number = self._ahead.get(key, 0)
+        if number > 1:
+            self._ahead[key] = number - 1
+        elif number:
+            del self._ahead[key]
+        return number > 0
 
     def _deliver_kept_locked(self) -> None:
-        kept, self._kept = self._kept, []
-        for batch in kept:
-            self._deliver_rest_locked(batch)
+        kept = sorted(one for ones in self._kept.values() for one in ones)
+        self._kept.clear()
+        for one in kept:
+            if one.arrived >= self._compared_from + SKEW_SECONDS:
+                self._keeper.deliver(one.batch)
 
-    def _deliver_rest_locked(self, batch: Batch) -> None:
-        """Deliver what did not come on the old link."""
-        items = []
-        for item, key in zip(batch.items, _keys(batch), strict=True):
-            if self._ahead.get(key, 0) > 0:
-                self._ahead[key] -= 1
-            else:
-                items.append(item)
-        if items:
-            self._keeper.deliver(Batch(batch.sid, batch.subject, items))
+
+class _Kept(NamedTuple):
+    """A message that came on the new link; sorted by its place there."""
+
+    number: int
+    arrived: float
+    batch: Batch
 
 
 def _keys(batch: Batch) -> list[int]:

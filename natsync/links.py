@@ -472,7 +472,7 @@ class Links:
             session.muted = True
             self._handover = None
         log.info("%s: could not move to %s", self.name, session.server)
-        handover.stop()
+        handover.give_up()
         session.outbox.close()
         self._join_soon(session)
         self._supervisor.move_from(handover.old, session.server)

@@ -361,6 +361,34 @@ def test_the_old_link_unsubscribes_before_it_is_left() -> None:
         assert sub.next(timeout=5).data == b"hi"
 
 
+def test_a_message_that_only_the_new_server_gets_in_mid_move_is_delivered_once() -> None:
+    """It was on its way to the old server, through the cluster, when the client left that."""
+    old, new = Broker(), Broker()
+    with TwoServers(old, new) as two:
+        client = two.client()
+        sub = client.subscribe("s")
+        client.flush()
+        old.newest.send(LAME)
+        eventually(lambda: new.subscribed())
+        sids = [broker.subscribed()[-1].sid for broker in (old, new)]
+        number = 0
+        while not any(isinstance(one, Unsub) for one in old.said[0]):
+            message = b"MSG s %b 4\r\n%04d\r\n"
+            if number % 5:
+                old.newest.send(message % (sids[0], number))
+            new.newest.send(message % (sids[1], number))
+            number += 1
+            client.flush()
+        two.events.wait("reconnected")
+        new.newest.send(b"MSG s %b 4\r\nlast\r\n" % sids[1])
+        got = [int(data) for data in iter(lambda: sub.next(timeout=5).data, b"last")]
+        assert len(got) == len(set(got))
+        assert [n for n in got if n % 5] == [n for n in range(number) if n % 5]
+        missing = [n for n in got if not n % 5]
+        assert missing == sorted(missing)
+        assert missing[-1] == (number - 1) // 5 * 5
+
+
 def test_subscriptions_that_change_in_between_change_on_both_links() -> None:
     old, new = Broker(), Broker()
     with TwoServers(old, new) as two:
@@ -713,6 +741,7 @@ def test_equal_messages_are_told_apart_by_their_number() -> None:
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the old link as soon as both are marked."""
     monkeypatch.setattr("natsync.handover.COMPARE_SECONDS", 0.0)
+    monkeypatch.setattr("natsync.handover.SKEW_SECONDS", 0.0)
 
 
 @pytest.mark.usefixtures("at_once")
@@ -843,8 +872,18 @@ def test_a_link_that_ends_instead_of_answering_takes_nothing_over() -> None:
     assert case.keeper.steps == []
 
 
-def test_what_was_kept_is_delivered_if_the_handover_is_given_up() -> None:
-    case = Case().at(Phase.LEAVING)
-    case.bring(case.new, b"1")
+@pytest.mark.parametrize("phase", [Phase.COMPARING, Phase.LEAVING])
+def test_what_the_new_link_alone_brought_is_delivered_if_the_old_one_is_lost(phase: Phase) -> None:
+    case = Case().at(phase)
+    case.bring(case.new, b"1", b"2")
+    case.bring(case.old, b"1")
     case.handover.stop()
+    assert case.got == [b"1", b"2"]
+
+
+def test_what_the_new_link_brought_is_forgotten_if_it_is_lost_first() -> None:
+    case = Case().at(Phase.COMPARING)
+    case.bring(case.new, b"1")
+    case.handover.give_up()
+    case.bring(case.old, b"1")
     assert case.got == [b"1"]
