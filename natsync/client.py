@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from types import TracebackType
 from typing import Any
 
@@ -53,6 +53,14 @@ STREAM_WINDOW = 8192
 #: The header by which the Go system knows a requester, and the subject on which it hears that one is gone.
 CONNECT_ID_HEADER = "Connect-ID"
 CLIENT_OFFLINE = "client.offline"
+#: Control lines kept ready for publish(), one for each subject and size of payload: a megabyte at most.
+_LINES = 4096
+
+
+@lru_cache(_LINES)
+def _pub_line(subject: str, size: int) -> bytes:
+    """The control line of a message without reply subject and headers. Raises as publish() does."""
+    return b"PUB %b %d\r\n" % (_subject.publish_subject(subject), size)
 
 
 class Client:
@@ -210,15 +218,13 @@ class Client:
             ReconnectBufferFull: there is no link, and the buffer is full.
             NoServersError, ConnectionClosed: there is no connection.
         """
-        to = _subject.publish_subject(subject)
-        if type(payload) is bytes and json is MISSING:
-            data = payload
-            bare = headers is None and reply is None and self._unwatched and current() is None
-            if bare and at_home[0] and (core := self._core) is not None:
-                core.publish_bare(to, data)  # most messages: in as few calls as can be
+        bare = headers is None and reply is None and json is MISSING and self._unwatched
+        if bare and type(payload) is bytes and type(subject) is str and at_home[0] and current() is None:
+            core, size = self._core, len(payload)
+            if core is not None and size <= core.bare_bytes and core.put_bare(_pub_line(subject, size), payload):
                 return
-        else:
-            data = payload_of(payload, json)
+        to = _subject.publish_subject(subject)
+        data = payload_of(payload, json)
         answer = None if reply is None else _subject.publish_subject(reply)
         if (ctx := current()) is not None:
             headers = traced(headers, ctx)

@@ -78,17 +78,19 @@ class Connection(Links):
             self.ensure_open()
         self.put(self.encode(subject, reply, block, payload))
 
-    def publish_bare(self, subject: bytes, payload: bytes) -> None:
-        """publish() without reply subject and headers, where nothing is in its way in one call less a step."""
-        size = len(payload)
-        most = min(protocol.FORMATTED_BYTES, self.info.get("max_payload", 0))
-        if self._status is Status.CONNECTED and size <= most:
-            try:
-                if self._outbox.try_put(b"PUB %b %d\r\n%b\r\n" % (subject, size, payload), 1, False, True):
-                    return
-            except OutboxClosed:
-                pass
-        self.publish(subject, None, None, payload)
+    def put_bare(self, line: bytes, payload: bytes) -> int:
+        """Queue a PUB of this control line and payload, which must not be larger than bare_bytes; its position.
+
+        In as few calls as can be, for most messages are bare: 0 if it was not queued, and publish() or put() is to
+        find out why. Never waits.
+
+        Raises:
+            ReconnectBufferFull: nothing was queued.
+        """
+        try:
+            return self._outbox.try_put(line + payload + b"\r\n", 1, False, True)
+        except OutboxClosed:
+            return 0
 
     def put(self, frame: bytes, deadline: Deadline | None = None) -> int:
         """Queue a frame for the present or next link; returns its position. Waits while the writer is far behind.

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import enum
 import itertools
+import math
 import threading
 import time
 from collections import deque
@@ -90,7 +91,8 @@ class Handover:
         self.old = old
         self.new = new
         self.phase = Phase.JOINING
-        self._joined_first = self._joined_last = self._compared_from = 0.0
+        self._joined_first = self._joined_last = 0.0
+        self._compared_from = math.inf
         self._mark = b""
         self._marked: set[Session] = set()  # from now on their messages are compared
         self._keeper = keeper
@@ -109,6 +111,14 @@ class Handover:
         """The new session has started, and its subscriptions are on their way."""
         self.new.ping_first(self._joined)
         self._later(self._join_timeout, self._check_joined)
+
+    def mute(self) -> None:
+        """The links in force are lost: what their readers still hold counts no more, for all that is kept does.
+
+        Before the messages are compared nothing is kept, and the old link's count.
+        """
+        self.new.muted = True
+        self.old.muted = len(self._marked) == 2
 
     def stop(self) -> None:
         """It is over, or the old link was lost; what came on the new link only is delivered."""
@@ -187,8 +197,8 @@ class Handover:
         """From here on what this link brings is compared; the old one is left when both have come to this point."""
         with self._lock:
             self._marked.add(session)
-            if len(self._marked) == 2 and not self._compared_from:
-                self._compared_from = time.monotonic()
+            if len(self._marked) == 2:
+                self._compared_from = min(self._compared_from, time.monotonic())
         self._leave()
 
     def _leave(self) -> None:
@@ -243,12 +253,14 @@ class Handover:
             self._on_new(batch)
 
     def _on_old(self, batch: Batch) -> None:
-        if self.old in self._marked:
-            with self._lock:
+        with self._lock:
+            if self.old.muted:
+                return
+            if self.old in self._marked:
                 for key in _keys(batch):
                     if not self._drop_kept_locked(key):
                         self._ahead[key] = self._ahead.get(key, 0) + 1
-        self._keeper.deliver(batch)
+            self._keeper.deliver(batch)
 
     def _drop_kept_locked(self, key: int) -> bool:
         """Forget the first such message that is kept; False if there is none."""

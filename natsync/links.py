@@ -71,13 +71,18 @@ _marks = itertools.count(1)
 
 
 class Links:
-    """What keeps the link up; held by its threads until it is closed."""
+    """What keeps the link up; held by its threads until it is closed.
+
+    Attributes:
+        bare_bytes: the largest payload that put_bare() may be given; -1 before the first link.
+    """
 
     def __init__(self, servers: list[Server], options: ConnectOptions, workers: int = CALLBACK_WORKERS) -> None:
         self.options = options
         self.name = f"natsync-{options.name or next(_names)}"
         self.dispatcher = Dispatcher(self.name, workers)
-        self.info: dict[str, Any] = {}
+        self.bare_bytes = -1
+        self._info: dict[str, Any] = {}
         self.generation = fork_generation()
         self._supervisor = Supervisor(self.name, ServerList(servers, options), options, self)
         self._lock = threading.Lock()
@@ -99,6 +104,16 @@ class Links:
         self._past = {"in_bytes": 0, "out_messages": 0, "produced_bytes": 0}
 
     # -- opening --------------------------------------------------------------------------------------------------
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """The INFO of the newest server; empty before the first link."""
+        return self._info
+
+    @info.setter
+    def info(self, fields: dict[str, Any]) -> None:
+        self._info = fields
+        self.bare_bytes = min(protocol.FORMATTED_BYTES, fields.get("max_payload", -1))
 
     @property
     def status(self) -> Status:
@@ -315,8 +330,8 @@ class Links:
         links = [link for link in (self._leaving, self._session) if link is not None]
         for link in links:
             self._past["in_bytes"] += link.received_bytes
-        if self._handover is not None:  # what its reader still holds may have come on the old link, and is not compared
-            self._handover.new.muted = True
+        if self._handover is not None:
+            self._handover.mute()  # first, for what the readers still hold goes there, or is heeded by this
         handover, self._handover = self._handover, None
         self._leaving = self._session = None
         return links, handover

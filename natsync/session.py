@@ -109,9 +109,9 @@ class Session:
             return True
 
     def mark(self, frame: bytes, callback: PongCallback) -> None:
-        """Send a frame, and a PING right behind it; callback gets its answer."""
+        """Send a PING, and a frame right behind it; callback gets the answer to the PING. Not for another link."""
         with self._lock:
-            position = 0 if self._ended else self.outbox.put_now(frame + PING)
+            position = 0 if self._ended else self.outbox.put_now(PING + frame)
             if position:
                 self._pings.append((position, callback))
 

@@ -184,7 +184,7 @@ def check_that_tokens_appear_one_by_one(page: Page, meanwhile: Callable[[], None
     seen = page.browser.execute_script("return window.seen")
     assert len(seen) == TOKENS
     apart = sum(later - earlier > PAUSE * 1000 / 2 for earlier, later in pairwise(seen))
-    assert apart > TOKENS * 0.8, seen
+    assert apart > TOKENS / 2, seen  # a busy machine shows some of them together
     assert seen[-1] - seen[0] > (TOKENS - 1) * PAUSE * 1000 * 0.9
 
 
@@ -220,6 +220,7 @@ def check_that_a_broker_that_dies_and_comes_back_is_not_seen(chat: Chat, page: P
     page.wait_for_state("complete")
     assert page.tokens == answer("through a restart")
     assert set(page.browser.execute_script("return window.states")) == {"asking", "answering", "complete"}
+    chat.worker.wait_for_out("through a restart: ")
     assert sum(line.startswith("through a restart: ") for line in chat.worker.out) == 1
 
 

@@ -303,7 +303,7 @@ def by_garbage(stream: natsync.Stream) -> None:
 
 LEAVING = [by_break, by_close, by_exception, by_garbage]
 #: Seconds after which a handler knows that its client has left.
-TOLD = 0.5
+TOLD = 1.0
 
 
 @pytest.mark.parametrize("ask", ["steady", "fast", "idle"])

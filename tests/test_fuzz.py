@@ -525,6 +525,7 @@ def test_a_flood_of_news_is_taken_with_little_memory(
     caplog.set_level(logging.CRITICAL, "natsync")  # pytest would keep every record
     with bounded_memory(16 << 20):
         peer.attack(frame * (CHUNK // len(frame)), times=8)
+        client.flush(4 * PATIENCE)  # each of them is told, which a busy machine takes long for
         recovered(client)
 
 

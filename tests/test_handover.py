@@ -668,6 +668,7 @@ class Link:
         self.outbox = Outbox(0)
         self.pings: list[Callable[[int | None], None]] = []
         self.marks: list[bytes] = []
+        self.muted = False
 
     def mark(self, frame: bytes, callback: Callable[[int | None], None]) -> None:
         self.marks.append(frame)
@@ -688,6 +689,7 @@ class Case:
         self.handover.phase = phase
         if phase >= Phase.COMPARING:
             self.handover._marked = {self.old, self.new}
+            self.handover._compared_from = 0.0
         return self
 
     def bring(self, link: Any, *payloads: bytes, sid: bytes = b"1", subject: bytes = b"s") -> None:
@@ -783,6 +785,38 @@ def test_what_matches_is_not_kept_in_mind() -> None:
         case.bring(case.old, b"%d" % number)
         case.bring(case.new, b"%d" % number)
     assert not case.handover._ahead
+    for number in range(100):
+        case.bring(case.new, b"%d" % number)
+        case.bring(case.old, b"%d" % number)
+        assert not case.handover._kept
+    assert len(case.got) == 200
+
+
+def test_what_the_old_server_did_not_get_in_time_is_delivered_though_the_new_link_brought_it_before() -> None:
+    """The cluster's route to the server that leaves is slow: message 2 is on its way when the old link unsubscribes."""
+    case = Case().at(Phase.COMPARING)
+    case.bring(case.new, b"1", b"2", b"3")
+    case.bring(case.old, b"1")
+    case.at(Phase.LEAVING)
+    case.bring(case.new, b"4")
+    case.bring(case.old, b"3")
+    case.handover.left(1)
+    assert case.got == [b"1", b"3", b"2", b"4"]
+
+
+def test_what_the_old_link_brought_before_its_mark_is_not_delivered_again() -> None:
+    """The mark went to the new link by a quicker way than message 1, of another server."""
+    case = Case()
+    case.handover._compare()
+    case.bring(case.old, b"1")
+    case.bring(case.old, b"", subject=b"mark")
+    case.bring(case.new, b"", subject=b"mark")
+    case.bring(case.new, b"1")
+    case.handover.phase = Phase.LEAVING
+    case.handover.left(1)
+    case.bring(case.new, b"2")
+    assert case.got == [b"1", b"2"]
+    case.handover.stop()
 
 
 def test_the_mark_itself_is_delivered_to_nobody() -> None:
@@ -877,6 +911,21 @@ def test_what_the_new_link_alone_brought_is_delivered_if_the_old_one_is_lost(pha
     case = Case().at(phase)
     case.bring(case.new, b"1", b"2")
     case.bring(case.old, b"1")
+    case.handover.mute()
+    case.bring(case.old, b"2")  # what its reader still held
+    case.handover.stop()
+    assert case.got == [b"1", b"2"]
+
+
+def test_what_was_not_compared_yet_is_not_delivered_again_if_the_old_link_is_lost() -> None:
+    """The new link is at its mark, the old one is not."""
+    case = Case()
+    case.handover._compare()
+    case.bring(case.new, b"", subject=b"mark")
+    case.bring(case.new, b"1")
+    case.bring(case.old, b"1")
+    case.handover.mute()
+    case.bring(case.old, b"2")
     case.handover.stop()
     assert case.got == [b"1", b"2"]
 

@@ -285,7 +285,8 @@ def test_a_server_that_stops_answering_pings_ends_the_link() -> None:
         assert 0.3 <= time.monotonic() - begin < 0.3 + SLACK
         assert isinstance(reason, ConnectError)
         assert "PING" in str(reason)
-        assert it.receive(12) == b"PING\r\nPING\r\n"
+        asked = b"".join(iter(lambda: it.peer.recv(64), b""))
+        assert b"PING\r\nPING\r\n".startswith(asked)  # what waited for a busy writer is dropped with the link
 
 
 def test_a_server_that_answers_pings_keeps_the_link() -> None:

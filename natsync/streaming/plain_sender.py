@@ -53,6 +53,7 @@ class PlainSender(SenderCore):
         self._last_mark = 0  # of the last chunk,
         self._end_mark = 0  # and of the end
         self._prefix = b"PUB %b %b " % (reply, self._inbox)
+        self._line = (-1, b"")  # the control line of the last size, for many chunks have the same
         self.open()
 
     @property
@@ -70,6 +71,28 @@ class PlainSender(SenderCore):
     # -- sending -----------------------------------------------------------------------------------------------
 
     def send(self, data: bytes, deadline: Deadline) -> int:
+        return self._try_bare(data) or self._send_any(data, deadline)
+
+    def _try_bare(self, data: bytes) -> int:
+        """send() for nearly every chunk, in as few calls as can be; 0 if this is one of another kind, or must wait."""
+        size = len(data)
+        if not self._count or size > self._connection.bare_bytes or data.startswith(self._special):
+            return 0
+        line = self._line
+        if size != line[0]:
+            self._line = line = size, b"%b%d\r\n" % (self._prefix, size)
+        with self.lock:
+            if self._error is not None:
+                return 0
+            mark = self._connection.put_bare(line[1], data)
+            if mark:
+                self._count = number = self._count + 1
+                self._bytes += size
+                self._last_mark = mark
+                return number
+        return 0
+
+    def _send_any(self, data: bytes, deadline: Deadline) -> int:
         frame = self._frame(data, first=not self.count)
         while not (number := self._try(frame, len(data))):
             self._connection.wait_room(deadline, lambda: self.over.happened)
