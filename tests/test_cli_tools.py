@@ -166,7 +166,7 @@ def test_top_in_json_is_one_object_a_look(
 ) -> None:
     subscriber.subscribe("tools.top", lambda message: None)
     monitor.answer(subscriber, name="json-top")
-    result = run(*NATSYNC, "top", "json-top", "--json", "--count", "2", "--interval", "100ms", url=url)
+    result = run(*NATSYNC, "top", "json-top", "--json", "--count", "2", "--interval", "500ms", url=url)
     assert result.process.returncode == 0
     first, second = (json.loads(line)["subscribers"][0] for line in result.out)
     assert first["out_bytes_rate"] is None
@@ -176,7 +176,7 @@ def test_top_in_json_is_one_object_a_look(
 
 def test_top_into_a_pipe_prints_look_below_look(url: str, subscriber: natsync.Subscriber) -> None:
     monitor.answer(subscriber, name="piped-top")
-    result = run(*NATSYNC, "top", "piped-top", "--count", "2", "--interval", "100ms", url=url)
+    result = run(*NATSYNC, "top", "piped-top", "--count", "2", "--interval", "500ms", url=url)
     assert sum(line.startswith("piped-top ") for line in result.out) == 2
     assert not any("\x1b" in line for line in result.out)
 
@@ -184,13 +184,13 @@ def test_top_into_a_pipe_prints_look_below_look(url: str, subscriber: natsync.Su
 def test_top_shows_single_streams_the_longest_first(
     url: str, subscriber: natsync.Subscriber, natsync_client: natsync.Client
 ) -> None:
-    subscriber.stream_subscribe("tools.single", lambda ctx, request, sender: (sender.send(b"12345"), ctx.wait(10)))
+    subscriber.stream_subscribe("tools.single", lambda ctx, request, sender: (sender.send(b"12345"), ctx.wait(60)))
     monitor.answer(subscriber, name="single-top")
     streams = []
     for _ in range(3):
         streams.append(natsync_client.stream("tools.single"))
         assert streams[-1].next(10) == b"12345"
-    command = [*NATSYNC, "top", "single-top", "--streams", "2", "--interval", "100ms"]
+    command = [*NATSYNC, "top", "single-top", "--streams", "2", "--interval", "1s"]
     shown = run(*command, "--count", "1", url=url)
     found = [line.split() for line in shown.out if line.startswith("tools.single ") and "framed" in line]
     numbers = [int(words[2]) for words in found]
