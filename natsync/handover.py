@@ -1,15 +1,16 @@
 """Handover: from a server that is going away to another one, while the old link still works.
 
 Make before break. The new link subscribes to everything; for a while both bring every message, and those of the old
-one count. Then a mark is published over the old link, to an inbox of our own: each link brings it, or the PONG behind
-it, at its place among the messages. From its mark on the messages of each link are counted. A while after both have
-come, the old link unsubscribes, and everything published from now on waits; the PONG behind that proves that the old
-link has brought all it will ever bring and that its server has all it was given. Now the new link takes over.
+one are delivered. Then a mark is published over the old link, to an inbox of our own: each link brings it, or a PONG in
+its stead, at its place among the messages. From its mark on the messages of each link are compared. A while after both
+have come, the old link unsubscribes, and everything published from now on waits; the PONG behind that proves that the
+old link has brought all it will ever bring and that its server has all it was given. Now the new link takes over.
 
-What the new link brought up to the UNSUBs came on the old one too and is dropped. What it brought behind them is
-kept, and compared with what came on the old one, as the cluster's other servers learn of the UNSUBs a moment later.
-Messages of queue groups go to one of the two links only, so these are never compared. Equal messages are told apart
-by their number, which the servers' own routes may blur by as much as they differ in delay.
+What the new link brings behind its mark is kept until the old one has brought it too. What is left in the end came on
+the new link only, and is delivered: the old server had unsubscribed before it had it, be it published behind that or
+still on its way through the cluster. Messages of queue groups go to one of the two links only, so these are never
+compared. Equal messages are told apart by their number, which the servers' own routes may blur by as much as they
+differ in delay.
 
 It runs on the two readers' threads and the timer's, and never waits. Its lock comes before the connection's.
 """
@@ -39,7 +40,7 @@ COMPARE_SECONDS = 1.0
 #: Seconds behind the marks in which the new link may still bring what the old one brought before its mark, because the
 #: mark had another way through the cluster. Such messages find no match, and are not taken for new ones.
 SKEW_SECONDS = 0.25
-#: The same with subscriptions made meanwhile, which need as much again.
+#: OVERLAP_SECONDS with subscriptions made meanwhile, which need as much again.
 LONGEST_OVERLAP = 5.0
 #: Seconds behind its arrival on the old link that the mark may take on the new one; a user who may not publish to his
 #: own inbox has none, and then a PONG must do.
