@@ -96,12 +96,68 @@ class Signal:
         return self._lock.acquire(timeout=deadline.wait_time())
 
 
+class SafeCondition:
+    """A threading.Condition that an interrupt (Ctrl-C) anywhere in wait() leaves with its lock taken, as it found it.
+
+    That class gives its lock back, and takes it again, in steps of Python: interrupted between them, `with` gives back
+    what is not taken (RuntimeError), or the lock stays taken and everybody else blocks for ever. Here each of the two
+    is one call into C that notes that it was made. The lock is a plain one, and entered itself: `with lock`.
+    """
+
+    __slots__ = ("_lock", "_turns")
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self._lock = lock
+        self._turns: deque[threading.Lock] = deque()  # of those who wait; given back = called
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Give the lock back until called, and take it again; False if the timeout (seconds) came first."""
+        lock = self._lock
+        turn = threading.Lock()
+        turn.acquire(False)
+        given, taken = list[object](), list[object]()
+        try:
+            self._turns.append(turn)
+            try:
+                given.extend(map(type(lock).release, (lock,)))
+                return turn.acquire(timeout=-1 if timeout is None else timeout)
+            finally:
+                if given:
+                    taken.extend(map(type(lock).acquire, (lock,)))
+        finally:
+            if given and not taken:  # the interrupt fell into that
+                taken.extend(map(type(lock).acquire, (lock,)))
+            if turn in self._turns:
+                self._turns.remove(turn)
+
+    def notify(self) -> None:
+        """Wake one who waits. Requires the lock."""
+        woken = False
+        while self._turns and not woken:
+            woken = self._call(self._turns[0])
+            self._turns.popleft()
+
+    def notify_all(self) -> None:
+        """Wake all who wait. Requires the lock."""
+        while self._turns:
+            self._call(self._turns[0])
+            self._turns.popleft()  # behind it: interrupted in between, the next one calls again, which does no harm
+
+    @staticmethod
+    def _call(turn: threading.Lock) -> bool:
+        try:
+            turn.release()
+        except RuntimeError:  # it was called already
+            return False
+        return True
+
+
 class SafeEvent(threading.Event):
     """A threading.Event that an interrupt (Ctrl-C) in wait() cannot leave locked.
 
     Event enters its Condition, which is Python code; interrupted inside, the lock stays taken, and whoever sets the
-    event next, perhaps the reader, blocks for ever. Here the plain lock is entered. Nothing of Event's own is relied
-    on: gevent puts another class in its place.
+    event next, perhaps the reader, blocks for ever. Nothing of Event's own is relied on: gevent puts another class in
+    its place.
     """
 
     def __init__(self) -> None:
@@ -112,7 +168,7 @@ class SafeEvent(threading.Event):
     def renew(self) -> None:
         """In a forked child: another thread of the parent may have held the lock at the fork."""
         self._plain = threading.Lock()
-        self._changed = threading.Condition(self._plain)
+        self._changed = SafeCondition(self._plain)
 
     def is_set(self) -> bool:
         return self._happened

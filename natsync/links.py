@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from natsync import hooks, protocol
-from natsync.concurrency import Deadline, SafeEvent, Signal, fork_generation, run_soon
+from natsync.concurrency import Deadline, SafeCondition, SafeEvent, Signal, fork_generation, run_soon
 from natsync.dispatcher import CALLBACK_WORKERS, Dispatcher
 from natsync.errors import (
     ConnectError,
@@ -86,7 +86,7 @@ class Links:
         self.generation = fork_generation()
         self._supervisor = Supervisor(self.name, ServerList(servers, options), options, self)
         self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
+        self._changed = SafeCondition(self._lock)
         self._status = Status.NEW
         self._session: Session | None = None
         self._leaving: Session | None = None  # the link that _session is about to take over from

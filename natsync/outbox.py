@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
-from natsync.concurrency import Deadline, at_home
+from natsync.concurrency import Deadline, SafeCondition, at_home
 from natsync.errors import ReconnectBufferFull, TimedOut
 
 #: Bytes waiting for the writer beyond which publishers wait. Enough for several large writes.
@@ -57,6 +57,15 @@ log = logging.getLogger("natsync.session")
 SendNow: TypeAlias = Callable[[bytes, int], int]
 
 
+class Receipt:
+    """Where a frame was put: its position, 0 before that. No interrupt comes between putting it and noting that."""
+
+    __slots__ = ("position",)
+
+    def __init__(self) -> None:
+        self.position = 0
+
+
 class Traffic(enum.Enum):
     """What a link is doing."""
 
@@ -83,8 +92,8 @@ class Outbox:
 
     def __init__(self, buffer_bytes: int, frames: list[bytes] | None = None, position: int = 0) -> None:
         self._lock = threading.Lock()
-        self._ready = threading.Condition(self._lock)
-        self._room = threading.Condition(self._lock)
+        self._ready = SafeCondition(self._lock)
+        self._room = SafeCondition(self._lock)
         self._frames = frames or []
         self._control: list[bytes] = []
         self._ready_producers: list[Producer] = []
@@ -165,7 +174,7 @@ class Outbox:
             with self._lock:
                 self._room.notify_all()
 
-    def put_now(self, frame: bytes, here: bool = False) -> int:
+    def put_now(self, frame: bytes, here: bool = False, receipt: Receipt | None = None) -> int:
         """Queue a protocol frame behind the messages without ever waiting; its position, 0 if there is no link.
 
         here: it is written in this thread, unless somebody else writes.
@@ -175,7 +184,9 @@ class Outbox:
                 return 0
             self._size += len(frame)  # in this order, see try_put()
             self.position += len(frame)
-            self._frames.append(frame)
+            self._frames += (frame,)  # no call from here on, see Receipt
+            if receipt is not None:
+                receipt.position = self.position
             if not (here and self._is_free() and self._wrote_locked()):
                 self._wake_locked()
             return self.position

@@ -15,10 +15,10 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from natsync import timers
-from natsync.concurrency import Deadline, join_all, run_soon, spawn
+from natsync.concurrency import Deadline, join_all, spawn
 from natsync.errors import ConnectError, NatsError, ProtocolError
 from natsync.options import ConnectOptions
-from natsync.outbox import Outbox, SendNow
+from natsync.outbox import Outbox, Receipt, SendNow
 from natsync.protocol import PING, PONG, Batch, Err, Event, Info, Op, Parser
 from natsync.server_errors import classify, server_error
 from natsync.transport import Transport
@@ -41,6 +41,16 @@ class Owner(Protocol):
 
 #: Called with the outbox position that the PONG confirms, or with None if the link ended first.
 PongCallback = Callable[[int | None], None]
+
+
+class _Ping(Receipt):
+    """A PING in flight; its position is 0 too while it is a control frame, ahead of all that is held."""
+
+    __slots__ = ("callback",)
+
+    def __init__(self, callback: PongCallback | None, position: int = 0) -> None:
+        self.callback = callback
+        self.position = position
 
 
 class Session:
@@ -71,7 +81,7 @@ class Session:
         self._ended = False
         self._reason: Exception | None = None
         self._last_error = ""
-        self._pings: deque[tuple[int, PongCallback | None]] = deque()
+        self._pings: deque[_Ping] = deque()
         self._unanswered = 0
         self._ping_timer: timers.Timer | None = None
         self._write_timer: timers.Timer | None = None
@@ -86,25 +96,25 @@ class Session:
 
     def ping(self, callback: PongCallback | None = None) -> bool:
         """Send a PING behind everything queued so far; callback gets its answer. False if the link has ended."""
+        ping = _Ping(callback)
         with self._lock:  # the order of _pings is the order on the wire
             if self._ended:
                 return False
             try:
-                position = self.outbox.put_now(PING)
-                if position:
-                    self._pings.append((position, callback))
-            except BaseException:  # a Ctrl-C: a PING may be out that nobody knows of, and answers would go astray
-                run_soon(lambda: self.end(ConnectError("an interrupt fell into a PING")), "the end of a link")
-                raise
-            return position > 0
+                self._pings.append(ping)
+                self.outbox.put_now(PING, receipt=ping)
+            finally:  # an interrupt must leave no PING that nobody knows of: each answer would go to the one before
+                if not ping.position and ping in self._pings:
+                    self._pings.remove(ping)
+            return ping.position > 0
 
     def ping_first(self, callback: PongCallback | None = None) -> bool:
         """Send a PING although the outbox is held, behind control frames only. False if the link has ended."""
         with self._lock:
             if self._ended:
                 return False
-            ahead = sum(1 for position, _ in self._pings if not position)  # all others are held
-            self._pings.insert(ahead, (0, callback))
+            ahead = sum(1 for ping in self._pings if not ping.position)  # all others are held
+            self._pings.insert(ahead, _Ping(callback))
             self.outbox.put_first(PING)
             return True
 
@@ -113,7 +123,7 @@ class Session:
         with self._lock:
             position = 0 if self._ended else self.outbox.put_now(PING + frame)
             if position:
-                self._pings.append((position, callback))
+                self._pings.append(_Ping(callback, position))
 
     def hand_over(self, last: bytes, callback: PongCallback) -> int:
         """Send the last frames of this link; callback gets the answer to the PING behind them.
@@ -123,7 +133,7 @@ class Session:
         with self._lock:
             position = 0 if self._ended else self.outbox.seal(last + PING)
             if position:
-                self._pings.append((position, callback))
+                self._pings.append(_Ping(callback, position))
             return position
 
     def end(self, reason: Exception, *, dead: bool = False) -> None:
@@ -134,7 +144,7 @@ class Session:
         with self._lock:
             again, self._ended = self._ended, True
             self._reason = self._reason or reason
-            waiting = [] if again else [callback for _, callback in self._pings if callback is not None]
+            waiting = [] if again else [ping.callback for ping in self._pings if ping.callback is not None]
             self._pings.clear()
             pending = [timer for timer in (self._ping_timer, self._write_timer) if timer is not None]
         for timer in pending:
@@ -209,11 +219,11 @@ class Session:
         with self._lock:
             if not self._pings:
                 return
-            position, callback = self._pings.popleft()
+            ping = self._pings.popleft()
             self._unanswered = 0
-            self.confirmed = max(self.confirmed, position)
-        if callback is not None:
-            callback(position)
+            self.confirmed = max(self.confirmed, ping.position)
+        if ping.callback is not None:
+            ping.callback(ping.position)
 
     def _end_of_link(self) -> NatsError:
         """The reason for an end without an error of the socket: the server's last words, if it had any."""

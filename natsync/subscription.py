@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Literal, Protocol, TypeAlias
 
-from natsync.concurrency import Deadline, check_timeout, fork_generation
+from natsync.concurrency import Deadline, SafeCondition, check_timeout, fork_generation
 from natsync.errors import ConnectionClosed, DrainTimeout, ForkError, InvalidArgument, SlowConsumerError, TimedOut
 from natsync.headers import Headers
 from natsync.message import Item, Message, Payload
@@ -82,7 +82,7 @@ class SubscriptionCore:
         self._concurrency = concurrency
         self._pool = pool
         self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
+        self._changed = SafeCondition(self._lock)
         self._pending: deque[tuple[bytes, Item]] = deque()
         self._pending_bytes = 0
         self._running = 0  # workers on this subscription

@@ -45,7 +45,7 @@ class Timer:
 class _Timers:
     def __init__(self) -> None:
         self._lock = threading.Lock()  # entered itself: an interrupt inside Condition.__enter__ would leave it locked
-        self._changed = threading.Condition(self._lock)
+        self._changed = concurrency.SafeCondition(self._lock)
         self._heap: list[tuple[float, int, Timer]] = []
         self._cancelled = 0
         self._numbers = itertools.count()
@@ -74,14 +74,15 @@ class _Timers:
         with self._lock:
             if timer.callback is None:
                 return
+            last = self._cancelled + 1 == len(self._heap)
+            if last:  # before it counts, so that an interrupt in between cannot leave a thread that sleeps for nothing
+                self._changed.notify()
             timer.callback = timer.keep = None
             self._cancelled += 1
-            if self._cancelled == len(self._heap) or self._cancelled >= max(_SWEEP_FROM, len(self._heap) // 2):
+            if last or self._cancelled >= max(_SWEEP_FROM, len(self._heap) // 2):
                 self._heap = [entry for entry in self._heap if entry[2].callback is not None]
                 heapq.heapify(self._heap)
                 self._cancelled = 0
-                if not self._heap:
-                    self._changed.notify()
 
     def settle(self) -> None:
         """Wait for the thread to leave if nothing is scheduled any more."""

@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-from natsync.concurrency import Deadline, fork_generation, join_all, run_safely
+from natsync.concurrency import Deadline, SafeCondition, fork_generation, join_all, run_safely
 
 log = logging.getLogger("natsync.workers")
 
@@ -45,7 +45,7 @@ class WorkerPool:
         self.name = name
         self.limit = limit
         self._lock = threading.Lock()
-        self._work = threading.Condition(self._lock)
+        self._work = SafeCondition(self._lock)
         self._tasks: deque[Task] = deque()
         self._threads: set[threading.Thread] = set()
         self._idle = 0

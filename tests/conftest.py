@@ -60,14 +60,16 @@ def _no_credential_shown() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _no_thread_left_behind(_no_credential_shown: None) -> Iterator[None]:
+def _no_thread_left_behind(request: pytest.FixtureRequest, _no_credential_shown: None) -> Iterator[None]:
     before = natsync_threads()
+    mark = request.node.get_closest_marker("threads_gone")
+    patience = mark.args[0] if mark else THREADS_GONE
     yield
     try:
-        eventually(lambda: natsync_threads() <= before, THREADS_GONE)
+        eventually(lambda: natsync_threads() <= before, patience)
     except AssertionError:
         names = sorted(thread.name for thread in natsync_threads() - before)
-        pytest.fail(f"natsync threads outlive the test by {THREADS_GONE:g} s: {', '.join(names)}", pytrace=False)
+        pytest.fail(f"natsync threads outlive the test by {patience:g} s: {', '.join(names)}", pytrace=False)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -42,8 +42,8 @@ TOOLS = (PACKAGE + "testing/", PACKAGE + "cli/")
 DEPTH = 14
 #: Where the interest of a stack ends.
 RUNNERS = ("/_pytest/", "/pluggy/")
-#: Classes whose locks are signals: taken to wait, given back by another thread.
-SIGNALS = {"Signal"}
+#: Locks that are signals: taken to wait, given back by another thread.
+SIGNALS = {"Signal._lock", "concurrency.turn"}
 #: Locks that are held over a wait on purpose: they admit one waiter at a time, and nobody else wants them.
 TURNSTILES = {"Call._taking", "Replies._taking"}
 #: Modules that interrupt natsync everywhere, thousands of times. They are left out: a lock of C is taken and entered in
@@ -275,7 +275,7 @@ class _Maker:
         if not _is_ours(frame):
             return self._plain()
         name = _name(frame)
-        signal = self._kept is _Lock and name.partition(".")[0] in SIGNALS
+        signal = self._kept is _Lock and name in SIGNALS
         return _SignalLock(self._recorder) if signal else self._kept(self._recorder, name)
 
 

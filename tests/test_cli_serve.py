@@ -35,7 +35,7 @@ def slow(ctx, request):
     yield "ended"
 """
 
-pytestmark = pytest.mark.timeout(120)  # each command takes seconds to start on a busy machine
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]  # each command takes seconds to start on a busy machine
 
 
 @pytest.fixture

@@ -17,6 +17,8 @@ from processes import NATSYNC, PATIENCE, child
 from support import ROOT
 from terminal import CTRL_C, check_snapshot, shell, terminal
 
+pytestmark = pytest.mark.slow
+
 INTERRUPTED = 130
 USERS = 'authorization { users = [ { user: "ada", password: "engine" } ] }'
 

@@ -19,7 +19,7 @@ from natsync.testing import NatsServer
 from processes import NATSYNC, PATIENCE, Child, child, environment, run
 from support import ROOT
 
-pytestmark = pytest.mark.timeout(120)  # each command takes seconds to start on a busy machine
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]  # each command takes seconds to start on a busy machine
 
 
 @pytest.fixture

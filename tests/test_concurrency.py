@@ -5,14 +5,25 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import signal
 import threading
 import time
 from typing import Any
 
 import pytest
 
+from interrupting import Interrupted, moments
 from natsync import concurrency
-from natsync.concurrency import Deadline, Signal, check_timeout, join_all, run_safely, run_soon, spawn
+from natsync.concurrency import (
+    Deadline,
+    SafeCondition,
+    Signal,
+    check_timeout,
+    join_all,
+    run_safely,
+    run_soon,
+    spawn,
+)
 from natsync.errors import InvalidArgument
 from natsync.testing import eventually
 from support import natsync_threads, run_python
@@ -121,17 +132,17 @@ def test_a_deadline_beyond_all_times_can_be_waited_for(at: float) -> None:
 
 
 def test_a_signal_set_before_the_wait_is_not_lost() -> None:
-    signal = Signal()
-    signal.set()
-    assert signal.wait(Deadline.after(0))
+    given = Signal()
+    given.set()
+    assert given.wait(Deadline.after(0))
 
 
 def test_several_sets_count_as_one() -> None:
-    signal = Signal()
+    given = Signal()
     for _ in range(3):
-        signal.set()
-    assert signal.wait(Deadline.after(0))
-    assert not signal.wait(Deadline.after(0))
+        given.set()
+    assert given.wait(Deadline.after(0))
+    assert not given.wait(Deadline.after(0))
 
 
 def test_a_signal_that_nobody_sets_ends_with_the_deadline() -> None:
@@ -142,11 +153,124 @@ def test_a_signal_that_nobody_sets_ends_with_the_deadline() -> None:
 
 @pytest.mark.parametrize("timeout", [None, 10.0, *HUGE])
 def test_setting_a_signal_wakes_the_waiter(timeout: float | None) -> None:
-    signal, woken = Signal(), []
-    thread = spawn(lambda: woken.append(signal.wait(Deadline.after(timeout))), "natsync-test")
-    signal.set()
+    given, woken = Signal(), []
+    thread = spawn(lambda: woken.append(given.wait(Deadline.after(timeout))), "natsync-test")
+    given.set()
     thread.join(5)
     assert woken == [True]
+
+
+# -- SafeCondition ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lock() -> threading.Lock:
+    return threading.Lock()
+
+
+def waiting(condition: SafeCondition, lock: threading.Lock, woken: list[bool], timeout: float | None = None) -> None:
+    with lock:
+        woken.append(condition.wait(timeout))
+
+
+def test_a_wait_gives_its_lock_back_and_has_it_again_when_it_ends(lock: threading.Lock) -> None:
+    condition, woken = SafeCondition(lock), list[bool]()
+    thread = spawn(lambda: waiting(condition, lock, woken), "natsync-test")
+    eventually(lambda: condition._turns)
+    with lock:
+        condition.notify()
+        assert not woken
+    thread.join(5)
+    assert woken == [True]
+    assert not lock.locked()
+    assert not condition._turns
+
+
+def test_a_wait_that_nobody_ends_lasts_as_long_as_told(lock: threading.Lock) -> None:
+    condition, started = SafeCondition(lock), time.monotonic()
+    with lock:
+        assert not condition.wait(0.05)
+        assert lock.locked()
+    assert time.monotonic() - started >= 0.049
+    assert not condition._turns
+
+
+def test_one_or_all_of_those_who_wait_are_woken(lock: threading.Lock) -> None:
+    condition, woken = SafeCondition(lock), list[bool]()
+    threads = [spawn(lambda: waiting(condition, lock, woken), "natsync-test") for _ in range(5)]
+    eventually(lambda: len(condition._turns) == 5)
+    with lock:
+        condition.notify()
+        assert len(condition._turns) == 4
+    eventually(lambda: len(woken) == 1)
+    with lock:
+        condition.notify_all()
+    for thread in threads:
+        thread.join(5)
+    assert woken == [True] * 5
+
+
+def test_an_interrupt_anywhere_in_a_wait_leaves_the_lock_taken(lock: threading.Lock) -> None:
+    condition, ends = SafeCondition(lock), list[bool]()
+
+    def wait() -> None:
+        with lock:
+            try:
+                condition.wait(0)
+            finally:
+                ends.append(lock.locked())
+
+    for _ in moments(wait, SafeCondition.wait, anywhere=True):
+        assert not lock.locked()
+        if condition._turns:  # the interrupt kept it from taking its turn away
+            condition.notify()
+        assert not condition._turns
+    assert len(ends) > 50
+    assert all(ends)
+    woken: list[bool] = []
+    thread = spawn(lambda: waiting(condition, lock, woken), "natsync-test")
+    eventually(lambda: condition._turns)
+    with lock:
+        condition.notify_all()
+    thread.join(5)
+    assert woken == [True]
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="this system cannot send a signal to a thread")
+def test_a_wait_interrupted_while_others_hold_the_lock_ends_with_it_taken(lock: threading.Lock) -> None:
+    """The interrupt falls into taking the lock again."""
+    condition, told, over = SafeCondition(lock), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock:
+            condition.notify_all()
+            told.set()
+            over.wait(5)
+
+    def interrupt() -> None:
+        told.wait(5)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+        threading.Timer(0.1, over.set).start()
+
+    def raises(*_: object) -> None:
+        raise Interrupted
+
+    former = signal.signal(signal.SIGUSR1, raises)
+    try:
+        for _ in range(5):
+            told.clear()
+            over.clear()
+            with pytest.raises(Interrupted), lock:
+                threads = [spawn(hold, "natsync-test"), spawn(interrupt, "natsync-test")]
+                try:
+                    condition.wait(5)
+                finally:
+                    assert lock.locked()
+            for thread in threads:
+                thread.join(5)
+            assert not lock.locked()
+    finally:
+        signal.signal(signal.SIGUSR1, former)
 
 
 # -- threads ---------------------------------------------------------------------------------------------------------
@@ -307,7 +431,7 @@ def test_a_forked_child_knows_that_it_is_another_process() -> None:
 FORK_WHILE_LOCKED = """
 import os, threading
 from natsync import concurrency, timers
-held = [concurrency._background._lock, timers.table()._changed]
+held = [concurrency._background._lock, timers.table()._lock]
 for lock in held:
     lock.acquire()
 child = os.fork()

@@ -34,7 +34,7 @@ def own_timers(monkeypatch: pytest.MonkeyPatch) -> Iterator[timers._Timers]:
     own = timers._Timers()
     monkeypatch.setattr(timers, "_timers", own)
     yield own
-    with own._changed:
+    with own._lock:
         own._heap.clear()
         own._changed.notify_all()
     eventually(lambda: own._thread is None)

@@ -16,6 +16,8 @@ import natsync
 from natsync.cli.demo.third_party import json_pieces, text_lines
 from processes import NATSYNC, Child, child, started
 
+pytestmark = pytest.mark.slow
+
 #: Seconds that a run may take.
 LIMIT = 15.0
 

@@ -18,6 +18,8 @@ from natsync.testing import NatsServer, eventually
 from processes import PATIENCE, Child, child, run
 from support import ROOT
 
+pytestmark = pytest.mark.slow
+
 SITE = ROOT / "tests" / "django_site"
 
 
@@ -273,7 +275,6 @@ def answers(client: natsync.Client, text: str) -> bool:
         return False
 
 
-@pytest.mark.slow
 def test_a_changed_handler_is_served(server: NatsServer, client: natsync.Client, site: Path) -> None:
     with worker(server, "--reload", site=site) as running:
         assert answers(client, "1")  # at once: from the first answer on the files are watched
@@ -283,7 +284,6 @@ def test_a_changed_handler_is_served(server: NatsServer, client: natsync.Client,
         assert running.wait() == 0, running
 
 
-@pytest.mark.slow
 def test_a_change_cancels_what_is_under_way(server: NatsServer, client: natsync.Client, site: Path) -> None:
     with worker(server, "--reload", site=site) as running:
         with client.stream("site.slow", "600", timeout=PATIENCE) as stream:
@@ -296,7 +296,6 @@ def test_a_change_cancels_what_is_under_way(server: NatsServer, client: natsync.
         assert running.wait() == 0, running
 
 
-@pytest.mark.slow
 def test_a_handler_that_does_not_load_is_waited_for(server: NatsServer, client: natsync.Client, site: Path) -> None:
     with worker(server, "--reload", site=site) as running:
         change(site, '"1")', '"1"')
@@ -312,7 +311,6 @@ def test_a_handler_that_does_not_load_is_waited_for(server: NatsServer, client: 
         assert running.wait() == 0, running
 
 
-@pytest.mark.slow
 def test_with_reload_too_sigterm_drains_and_a_second_one_cancels(server: NatsServer, client: natsync.Client) -> None:
     with worker(server, "--reload") as running:
         with client.stream("site.slow", "0.7", timeout=PATIENCE) as stream:

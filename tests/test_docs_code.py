@@ -28,6 +28,8 @@ from natsync.testing import NatsServer, eventually
 from processes import PATIENCE, Child, started
 from support import ROOT
 
+pytestmark = pytest.mark.slow
+
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 #: Languages of blocks that are no code: what is printed, drawn, or sent; and Sphinx's own directives.
 NO_CODE = {"", "text", "{toctree}", "{include} ../README.md", "{include} ../CHANGELOG.md", "{eval-rst}"}

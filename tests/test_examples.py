@@ -23,6 +23,8 @@ from processes import NATSYNC, PATIENCE, Child, child, run
 from support import ROOT
 from web_servers import serving
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = ROOT / "examples"
 
 

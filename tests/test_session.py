@@ -11,15 +11,17 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from interrupting import moments
 from natsync.concurrency import Deadline
 from natsync.errors import AuthorizationError, ConnectError, NatsError, ProtocolError
 from natsync.options import ConnectOptions, Server
-from natsync.outbox import WRITE_BYTES, Outbox, OutboxClosed
-from natsync.protocol import Batch, encode_pub
+from natsync.outbox import WRITE_BYTES, Outbox, OutboxClosed, Receipt
+from natsync.protocol import PING, Batch, encode_pub
 from natsync.session import Session
 from natsync.testing import eventually
 from natsync.transport import Transport
@@ -248,8 +250,8 @@ class CrowdedOutbox(Outbox):
 
     late = 0
 
-    def put_now(self, frame: bytes) -> Any:
-        done = super().put_now(frame)
+    def put_now(self, frame: bytes, here: bool = False, receipt: Receipt | None = None) -> Any:
+        done = super().put_now(frame, here, receipt)
         self.late = self.try_put(encode_pub(b"s", None, None, b"late"))
         return done
 
@@ -467,6 +469,25 @@ def test_pings_in_flight_are_told_of_the_end() -> None:
         it.peer.shutdown(socket.SHUT_RDWR)
         eventually(lambda: len(confirmed) == 2)
         assert confirmed == [None, None]
+
+
+def test_an_interrupt_in_a_ping_leaves_none_that_nobody_knows_of() -> None:
+    """An answer too many, or one too few, would have each PONG taken for that of another PING."""
+    outbox, told = Outbox(1 << 20), list[int | None]()
+    session = Session(SimpleNamespace(server="a"), {}, outbox, ConnectOptions(), Owner(), "test")  # type: ignore[arg-type]
+    outbox.attach([])
+    inside = (Session.ping, Outbox.put_now, Outbox._takes_locked, Outbox._wake_locked)
+    sent = set()
+    for _ in moments(lambda: session.ping(told.append), *inside):
+        pings = [frame for frame in outbox._frames if frame == PING]
+        assert len(session._pings) == len(pings)
+        sent.add(len(pings))
+        outbox._frames.clear()
+        session._pings.clear()
+    assert sent == {0, 1}
+    assert len(session._pings) == 1
+    session._pong()
+    assert told == [outbox.position]
 
 
 def test_a_link_that_has_ended_sends_no_ping() -> None:

@@ -116,9 +116,9 @@ class Waiting:
 
 def waiting_for(core: SubscriptionCore, call: Callable[[], Any]) -> Waiting:
     """A call that waits on the core already."""
-    before = len(core._changed._waiters)  # type: ignore[attr-defined]
+    before = len(core._changed._turns)
     one = Waiting(call)
-    eventually(lambda: len(core._changed._waiters) > before)  # type: ignore[attr-defined]
+    eventually(lambda: len(core._changed._turns) > before)
     return one
 
 

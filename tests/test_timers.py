@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from natsync import timers
+from natsync.concurrency import SafeCondition
 from natsync.testing import eventually
 from natsync.timers import Alarm, schedule, schedule_after, settle
 
@@ -27,7 +28,7 @@ def timer_threads() -> list[threading.Thread]:
 
 def asleep(one: timers._Timers) -> bool:
     """Whether the thread sleeps until something is due."""
-    return len(one._changed._waiters) > 0  # type: ignore[attr-defined]
+    return len(one._changed._turns) > 0
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +37,7 @@ def own_timers(monkeypatch: pytest.MonkeyPatch) -> Iterator[timers._Timers]:
     own = timers._Timers()
     monkeypatch.setattr(timers, "_timers", own)
     yield own
-    with own._changed:
+    with own._lock:
         own._heap.clear()
         own._changed.notify_all()
     eventually(lambda: not timer_threads())
@@ -240,14 +241,14 @@ def test_a_thread_that_cannot_be_started_is_started_at_the_next_chance(
 
 def test_the_thread_sleeps_and_does_not_poll(monkeypatch: pytest.MonkeyPatch, ran: list[Any]) -> None:
     sleeps: list[float | None] = []
-    wait = threading.Condition.wait
+    wait = SafeCondition.wait
 
-    def counting(condition: threading.Condition, timeout: float | None = None) -> bool:
+    def counting(condition: SafeCondition, timeout: float | None = None) -> bool:
         if threading.current_thread().name == "natsync-timer":
             sleeps.append(timeout)
         return wait(condition, timeout)
 
-    monkeypatch.setattr(threading.Condition, "wait", counting)
+    monkeypatch.setattr(SafeCondition, "wait", counting)
     far = schedule_after(FAR, lambda: None)
     eventually(lambda: len(sleeps) == 1)
     schedule_after(0.3, lambda: ran.append(1))
@@ -262,7 +263,7 @@ def test_the_thread_sleeps_and_does_not_poll(monkeypatch: pytest.MonkeyPatch, ra
 def test_a_later_time_does_not_wake_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     first = schedule_after(FAR, lambda: None)
     woken: list[int] = []
-    monkeypatch.setattr(threading.Condition, "notify", lambda condition, n=1: woken.append(n))
+    monkeypatch.setattr(SafeCondition, "notify", lambda condition, n=1: woken.append(n))
     others = [schedule_after(FAR + n, lambda: None) for n in range(1, 20)]
     assert woken == []
     monkeypatch.undo()

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from natsync import workers
-from natsync.concurrency import Deadline
+from natsync.concurrency import Deadline, SafeCondition
 from natsync.testing import eventually
 from natsync.workers import Lane, WorkerPool
 
@@ -188,18 +188,18 @@ def test_a_task_that_comes_in_the_moment_a_thread_gives_up_is_run(
 ) -> None:
     """The wait for work has ended without any, and before the lock is taken again a task comes in."""
     pool, ran = make_pool(limit), threading.Event()
-    wait = threading.Condition.wait
+    wait = SafeCondition.wait
     came: list[bool] = []
 
-    def gives_up(condition: threading.Condition, timeout: float | None = None) -> bool:
+    def gives_up(condition: SafeCondition, timeout: float | None = None) -> bool:
         if condition is not pool._work or came:
             return wait(condition, timeout)
-        condition.release()
+        pool._lock.release()
         came.append(pool.submit(ran.set))
-        condition.acquire()
+        pool._lock.acquire()
         return False
 
-    monkeypatch.setattr(threading.Condition, "wait", gives_up)
+    monkeypatch.setattr(SafeCondition, "wait", gives_up)
     pool.submit(lambda: None)
     assert ran.wait(5)
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from types import FrameType
 
 from natsync.client import Client
-from natsync.concurrency import Deadline, Signal, fork_generation
+from natsync.concurrency import Deadline, SafeCondition, Signal, fork_generation
 from natsync.connection import Connection
 from natsync.errors import PoolClosed
 
@@ -114,7 +114,7 @@ class Store:
     def __init__(self, max_size: int) -> None:
         self.debug = log.isEnabledFor(logging.DEBUG)
         self.lock = threading.Lock()
-        self.changed = threading.Condition(self.lock)
+        self.changed = SafeCondition(self.lock)
         self.max_size = max_size
         self.closed = False
         self.idle: list[Member] = []  # the one that came back last is lent first: the others may grow old

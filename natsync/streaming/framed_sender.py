@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import enum
 import random
-import threading
 import time
 
-from natsync.concurrency import Deadline, Happening
+from natsync.concurrency import Deadline, Happening, SafeCondition
 from natsync.connection import Connection
 from natsync.context import Context
 from natsync.errors import ClientLost, Code, MaxPayloadExceeded, StreamClosed, TimedOut
@@ -87,7 +86,7 @@ class FramedSender(SenderCore):
         self._chunk_bytes = offer.chunk_bytes
         self._quarter = max(1, offer.window // 4)
         self._held_bytes = 0  # of the memory that all streams share
-        self._room = threading.Condition(self.lock)
+        self._room = SafeCondition(self.lock)
         self._waiting = 0  # threads that wait for room
         self._starved = False  # try_send() found none
         self._wakes = 0  # how often there was news of the memory that all streams share

@@ -7,7 +7,7 @@ import threading
 import time
 from dataclasses import dataclass
 
-from natsync.concurrency import Deadline
+from natsync.concurrency import Deadline, SafeCondition
 from natsync.context import Context
 from natsync.errors import Cancelled
 from natsync.hooks import Kind
@@ -76,7 +76,7 @@ class Work:
         self.limit = limit
         self.warned = False
         self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
+        self._changed = SafeCondition(self._lock)
         self._under_way: dict[Context, _Begun] = {}
         self._numbers = dict.fromkeys(COUNTED, 0)
 

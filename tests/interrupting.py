@@ -1,0 +1,54 @@
+"""Interrupts at every moment of a call that Python allows for, one after the other, where a storm only samples."""
+
+from __future__ import annotations
+
+import dis
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+
+class Interrupted(BaseException):
+    """As a KeyboardInterrupt of a signal handler, but no other one."""
+
+
+def moments(call: Callable[[], object], *functions: Callable[..., Any], anywhere: bool = False) -> Iterator[int]:
+    """Make the call again and again, each time interrupted at the next moment of these functions; yields after each.
+
+    The moments are those at which CPython runs signal handlers: where a function begins, and behind each call. With
+    anywhere, those before every single instruction. Ends when a call came to its end.
+    """
+    codes = {function.__code__ for function in functions}
+    moment = 0
+    while _interrupted(call, codes, moment, anywhere):
+        yield moment
+        moment += 1
+
+
+def _interrupted(call: Callable[[], object], codes: set[Any], moment: int, anywhere: bool) -> bool:
+    seen = 0
+    before: dict[FrameType, str] = {}
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal seen
+        if frame.f_code not in codes:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            last, before[frame] = before.get(frame, "CALL"), dis.opname[frame.f_code.co_code[frame.f_lasti]]
+            if anywhere or last.startswith("CALL"):
+                seen += 1
+                if seen == moment + 1:
+                    raise Interrupted
+        return trace
+
+    former = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except Interrupted:
+        return True
+    finally:
+        sys.settrace(former)
+    return False
