@@ -112,6 +112,7 @@ class SafeCondition:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Give the lock back until called, and take it again; False if the timeout (seconds) came first."""
+        self._check_taken()
         lock = self._lock
         turn = threading.Lock()
         turn.acquire(False)
@@ -132,6 +133,7 @@ class SafeCondition:
 
     def notify(self) -> None:
         """Wake one who waits. Requires the lock."""
+        self._check_taken()
         woken = False
         while self._turns and not woken:
             woken = self._call(self._turns[0])
@@ -139,9 +141,17 @@ class SafeCondition:
 
     def notify_all(self) -> None:
         """Wake all who wait. Requires the lock."""
+        self._check_taken()
         while self._turns:
             self._call(self._turns[0])
             self._turns.popleft()  # behind it: interrupted in between, the next one calls again, which does no harm
+
+    def _check_taken(self) -> None:
+        # threading.Condition asks so too. Under gevent it has a use besides: a lock that is not to be had lets other
+        # greenlets run, so that the writer gets its turn though a publisher never waits.
+        if self._lock.acquire(False):
+            self._lock.release()
+            raise RuntimeError("the lock is not taken")
 
     @staticmethod
     def _call(turn: threading.Lock) -> bool:

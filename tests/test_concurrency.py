@@ -195,6 +195,14 @@ def test_a_wait_that_nobody_ends_lasts_as_long_as_told(lock: threading.Lock) -> 
     assert not condition._turns
 
 
+def test_nobody_is_woken_without_the_lock(lock: threading.Lock) -> None:
+    condition = SafeCondition(lock)
+    for wake in (condition.wait, condition.notify, condition.notify_all):
+        with pytest.raises(RuntimeError, match="not taken"):
+            wake()
+        assert not lock.locked()
+
+
 def test_one_or_all_of_those_who_wait_are_woken(lock: threading.Lock) -> None:
     condition, woken = SafeCondition(lock), list[bool]()
     threads = [spawn(lambda: waiting(condition, lock, woken), "natsync-test") for _ in range(5)]
@@ -222,8 +230,8 @@ def test_an_interrupt_anywhere_in_a_wait_leaves_the_lock_taken(lock: threading.L
 
     for _ in moments(wait, SafeCondition.wait, anywhere=True):
         assert not lock.locked()
-        if condition._turns:  # the interrupt kept it from taking its turn away
-            condition.notify()
+        with lock:
+            condition.notify_all()  # if the interrupt kept it from taking its turn away
         assert not condition._turns
     assert len(ends) > 50
     assert all(ends)

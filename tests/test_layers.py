@@ -22,8 +22,8 @@ CORE = [
     "streaming", "streaming.terms", "streaming.frames", "streaming.window", "streaming.peers", "streaming.inlet",
     "streaming.calls", "streaming.plain_receiver", "streaming.framed_receiver", "streaming.call",
     "streaming.stream", "streaming.framing", "streaming.sender", "streaming.plain_sender", "streaming.framed_sender",
-    "streaming.handlers", "streaming.watched", "streaming.passing", "streaming.work", "streaming.responder",
-    "streaming.registration", "streaming.serving", "streaming.subscriber", "client",
+    "streaming.drawing", "streaming.handlers", "streaming.watched", "streaming.passing", "streaming.work",
+    "streaming.responder", "streaming.registration", "streaming.serving", "streaming.subscriber", "client",
     "pooling", "pooling.health", "pooling.store", "pooling.keeper", "pool",
 ]  # fmt: skip
 #: What the core never imports: these may import all of it.

@@ -18,6 +18,7 @@ from natsync.context import TRACE_HEADERS, Context
 from natsync.errors import Cancelled, Code, DeadlineExceeded, HandlerError, StreamClosed, StreamError
 from natsync.headers import Headers
 from natsync.message import Message, to_bytes
+from natsync.streaming.drawing import send_each
 from natsync.streaming.sender import ResponseSender, SenderCore, describe
 from natsync.streaming.terms import Status
 
@@ -181,11 +182,14 @@ def _callback(function: Handler, ctx: HandlerContext, request: Message, core: Se
     # The sender must not be held here: whether the handler kept it is what decides over a stream without an end.
     result = function(ctx, request, ResponseSender(core))
     if isinstance(result, Iterator):  # a generator function that was given a sender all the same
-        _send_all(result, core)
+        _send_all(result, core, shared=True)
 
 
-def _send_all(result: Any, core: SenderCore) -> None:
-    """Send what a handler returned and end the stream; a generator is closed here, in the thread that ran it."""
+def _send_all(result: Any, core: SenderCore, *, shared: bool = False) -> None:
+    """Send what a handler returned and end the stream; a generator is closed here, in the thread that ran it.
+
+    shared: it may send by itself too.
+    """
     if result is None:
         core.end()
         return
@@ -195,14 +199,9 @@ def _send_all(result: Any, core: SenderCore) -> None:
         return
     if not isinstance(result, Iterable):
         raise TypeError(f"the handler returned {type(result).__name__}, not an iterator of chunks")
-    iterator = iter(result)
-    send = ResponseSender(core).send
+    iterator, sender = iter(result), ResponseSender(core)
     try:
-        for chunk in iterator:
-            try:
-                send(chunk)
-            except StreamClosed:
-                break  # no error of the handler
+        send_each(iterator, sender.send, core, shared=shared)
     finally:
         close = getattr(iterator, "close", None)
         if callable(close):

@@ -114,6 +114,9 @@ class SenderCore(Waiter):
         """Where ResponseSender.send() may put bare chunks by itself, under lock; then it calls see_to_it()."""
         return None
 
+    def gather(self, bring: Callable[[], object] | None) -> None:
+        """Chunks gather elsewhere: have bring() called, unless this or see_to_it() is called again within a moment."""
+
     def see_to_it(self) -> None:
         """There is something to be sent, or more of it than is left to the writer."""
 
