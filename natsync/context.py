@@ -301,7 +301,10 @@ class Context:
         """
         context: Context | None = self
         while context is not None:
-            needed, timer, parent = context._needed(), context._timer, context._parent
+            timer, parent = context._timer, context._parent
+            if timer is None and parent is None:
+                return  # nobody holds the uppermost
+            needed = context._needed()
             if timer is not None:
                 timer.keep = context if needed else None
             if parent is not None:

@@ -33,6 +33,8 @@ class Headers(MutableMapping[str, str]):
 
     def __init__(self, fields: HeaderInput = None) -> None:
         self._fields: list[tuple[str, str]] = []
+        if fields is None:
+            return
         if isinstance(fields, Headers):
             self._fields = list(fields._fields)
         elif isinstance(fields, Mapping):
@@ -42,7 +44,7 @@ class Headers(MutableMapping[str, str]):
                 else:
                     for one in value:
                         self.add(key, one)
-        elif fields is not None:
+        else:
             raise TypeError(f"headers are a mapping of str to str or several str, not {type(fields).__name__}")
 
     def add(self, key: str, value: str) -> None:

@@ -1255,3 +1255,43 @@ def test_a_quota_that_grows_or_shrinks_counts_at_once() -> None:
     assert taken_quickly(out, b"2")
     out.quota_bytes -= 1
     assert not taken_quickly(out, b"")
+
+
+# -- many at once ------------------------------------------------------------------------------------------------------
+
+
+@given(
+    sizes=st.lists(st.integers(0, 60), min_size=1, max_size=30),
+    window=st.integers(1, 40),
+    window_bytes=st.integers(1, 900),
+    at_once=st.integers(1, 10),
+)
+def test_chunks_taken_together_are_taken_as_one_by_one(
+    sizes: list[int], window: int, window_bytes: int, at_once: int
+) -> None:
+    payloads = [bytes([number]) * size for number, size in enumerate(sizes)]
+    outcomes = []
+    for together in (False, True):
+        incoming, chunks, fault = Incoming(window, window_bytes, 1 << 20), list[bytes](), ""
+        try:
+            for begin in range(0, len(payloads), at_once):
+                run = payloads[begin : begin + at_once]
+                if together:
+                    incoming.take_next(run, chunks)
+                else:
+                    for payload in run:
+                        incoming.take(Op.DATA, incoming.received + 1, payload, chunks)
+        except ProtocolError as error:
+            fault = str(error)
+        outcomes.append((chunks, fault, incoming.received, incoming.account(window_bytes)))
+    assert outcomes[0] == outcomes[1]
+
+
+def test_whole_chunks_do_not_come_between_fragments() -> None:
+    incoming, chunks = Incoming(8, 1000, 1000), list[bytes]()
+    assert incoming.between_chunks
+    incoming.take(Op.FRAGMENT, 1, b"a", chunks)
+    assert not incoming.between_chunks
+    incoming.take(Op.DATA, 2, b"b", chunks)
+    assert incoming.between_chunks
+    assert chunks == [b"ab"]

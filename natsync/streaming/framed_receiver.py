@@ -6,6 +6,7 @@ never waits; credit is given by the consumer's; questions that nobody answered a
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 
@@ -102,7 +103,16 @@ class FramedReceiver:
             before = self._incoming.received
             say = b""
             try:
-                for item in items:
+                index = 0
+                while index < len(items):
+                    run = self._next_ones(items, index)
+                    if run:
+                        self._incoming.take_next(run, chunks)
+                        index += len(run)
+                        self._control, heard = items[index - 1][0], True
+                        continue
+                    item = items[index]
+                    index += 1
                     reply, block, payload = item
                     if block is None and self._stream and reply is not None and reply.startswith(self._prefix):
                         op, _, digits = reply[len(self._prefix) :].partition(b".")
@@ -146,6 +156,18 @@ class FramedReceiver:
             self._inlet.fail(error)
         elif end is not None:
             self._ended(*end)
+
+    def _next_ones(self, items: list[Item], begin: int) -> list[bytes]:
+        """The payloads from there on that are the chunks expected next, one in a message. Requires _lock."""
+        run: list[bytes] = []
+        if self._stream and self._incoming.between_chunks:
+            seq = self._incoming.received
+            for reply, block, payload in itertools.islice(items, begin, None):
+                seq += 1
+                if block is not None or reply != b"%b%b.%d" % (self._prefix, Op.DATA, seq):
+                    break
+                run.append(payload)
+        return run
 
     def _after(self, heard: bool, unreachable: bool, chunks: list[bytes], answer: Ack | None) -> None:
         peer = self._peer

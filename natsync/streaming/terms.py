@@ -5,6 +5,7 @@ They go in headers; docs/protocol.md lists them. Everything between is in frames
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ SERVICE_CODE_HEADER = "Nats-Service-Error-Code"
 SEQ_HEADER = "Natsync-Seq"
 #: Header names with these beginnings are the library's and the server's own.
 RESERVED = ("natsync-", "nats-")
+_STREAM, _TIMEOUT, _ATTEMPT, _RESUME = map(str.lower, (STREAM_HEADER, TIMEOUT_HEADER, ATTEMPT_HEADER, RESUME_HEADER))
 
 VERSION = "1"
 #: What a requester says that wants a plain stream: it is one still, to handlers that answer requests, too.
@@ -72,15 +74,20 @@ class Offer:
     chunk_bytes: int = 64 << 20
 
     def encode(self) -> str:
-        fields = {
-            "w": self.window,
-            "b": self.window_bytes,
-            "g": round(self.grace * 1000),
-            "hb": round(self.heartbeat * 1000),
-            "m": self.chunk_bytes,
-        }
-        text = ";".join(f"{key}={min(value, _LARGEST)}" for key, value in fields.items())
-        return f"{VERSION};{text};cap={'b' if self.batches else ''}"
+        return _encode_offer(self)
+
+
+@functools.lru_cache(maxsize=64)  # a client makes the same one for each stream
+def _encode_offer(offer: Offer) -> str:
+    fields = {
+        "w": offer.window,
+        "b": offer.window_bytes,
+        "g": round(offer.grace * 1000),
+        "hb": round(offer.heartbeat * 1000),
+        "m": offer.chunk_bytes,
+    }
+    text = ";".join(f"{key}={min(value, _LARGEST)}" for key, value in fields.items())
+    return f"{VERSION};{text};cap={'b' if offer.batches else ''}"
 
 
 #: The largest number that is understood.
@@ -93,6 +100,15 @@ LEAST_WINDOW_BYTES = 4096
 
 def decode_offer(text: str) -> Offer | None:
     """The offer in STREAM_HEADER; None if it is of another version, or makes no sense: then the stream is plain."""
+    return _decode_offer(text) if len(text) <= _REMEMBERED else _decode_offer.__wrapped__(text)
+
+
+#: Characters of an offer that is remembered at most; those of today have a third of that.
+_REMEMBERED = 200
+
+
+@functools.lru_cache(maxsize=256)  # requesters make the same one for each stream
+def _decode_offer(text: str) -> Offer | None:
     version, *pairs = text.split(";")
     if version.strip() != VERSION:
         return None
@@ -154,21 +170,27 @@ def with_timeout(headers: HeaderInput, timeout: float | None) -> Headers:
     """The headers, and how much time is left."""
     block = Headers(headers)
     if timeout is not None:
-        block[TIMEOUT_HEADER] = str(max(1, math.ceil(timeout * 1000)))  # rounded up: the requester's runs out first
+        block[TIMEOUT_HEADER] = _milliseconds(timeout)
     return block
+
+
+def _milliseconds(timeout: float) -> str:
+    return str(max(1, math.ceil(timeout * 1000)))  # rounded up: the requester's runs out first
 
 
 def encode_opening(
     headers: Headers, offer: Offer | None, timeout: float | None = None, attempt: int = 0, resume: int | None = None
 ) -> bytes:
     """The header block of a request that opens a stream; offer=None: a plain one."""
-    block = Headers(headers)
-    block[STREAM_HEADER] = PLAIN_VERSION if offer is None else offer.encode()
-    block = with_timeout(block, timeout)
+    fields = [(STREAM_HEADER, PLAIN_VERSION if offer is None else offer.encode())]
+    if timeout is not None:
+        fields.append((TIMEOUT_HEADER, _milliseconds(timeout)))
     if attempt:
-        block[ATTEMPT_HEADER] = str(attempt)
+        fields.append((ATTEMPT_HEADER, str(attempt)))
     if resume is not None:
-        block[RESUME_HEADER] = str(resume)
+        fields.append((RESUME_HEADER, str(resume)))
+    block = Headers(headers)
+    block._fields += fields  # their names are reserved, so none of them is there already
     return block.encode()
 
 
@@ -176,15 +198,19 @@ def decode_opening(headers: Headers) -> Opening:
     """The opening of a request; what is missing or malformed counts as not said."""
     if not headers:
         return Opening(natsync=False, offer=None, timeout=None, attempt=0, resume=None, metadata=Headers())
-    milliseconds, attempt = headers.get(TIMEOUT_HEADER, ""), headers.get(ATTEMPT_HEADER, "")
-    resume = headers.get(RESUME_HEADER, "")
+    said: dict[str, str] = {}
     metadata = Headers()
-    for key, value in headers.fields():
-        if not key.lower().startswith(RESERVED):
-            metadata._fields.append((key, value))
+    for field in headers._fields:
+        name = field[0].lower()
+        if name.startswith(RESERVED):
+            said.setdefault(name, field[1])
+        else:
+            metadata._fields.append(field)
+    milliseconds, attempt = said.get(_TIMEOUT, ""), said.get(_ATTEMPT, "")
+    resume, offered = said.get(_RESUME, ""), said.get(_STREAM)
     return Opening(
-        natsync=STREAM_HEADER in headers,
-        offer=decode_offer(headers.get(STREAM_HEADER, "")),
+        natsync=offered is not None,
+        offer=None if offered is None else decode_offer(offered),
         timeout=int(milliseconds) / 1000 if _is_number(milliseconds) else None,
         attempt=int(attempt) if _is_number(attempt) else 0,
         resume=int(resume) if _is_number(resume) else None,

@@ -396,6 +396,25 @@ class Incoming:
             raise ProtocolError(f"a frame of the unknown kind {op[:8]!r}")
         return Verdict.TAKEN
 
+    @property
+    def between_chunks(self) -> bool:
+        """Whether no fragment waits for those that complete its chunk."""
+        return not self._parts
+
+    def take_next(self, run: list[bytes], chunks: list[bytes]) -> None:
+        """Take whole chunks that come next, between chunks; as take() does each.
+
+        Raises:
+            ProtocolError: the responder sends more than it may.
+        """
+        count, size = len(run), sum(map(len, run))
+        if self.received + count <= self._limit and self._received_bytes + size <= self._limit_bytes:
+            self._count(count, size)
+            chunks.extend(run)
+            return
+        for payload in run:  # up to the one that is too much
+            self.take(Op.DATA, self.received + 1, payload, chunks)
+
     def _count(self, count: int, size: int) -> None:
         self.received += count
         self._received_bytes += size
