@@ -45,8 +45,8 @@ def serve(nats_server: NatsServer, mode: str) -> Iterator[Callable[[Chunks], nat
 
 
 @pytest.fixture
-def gathered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """However slow the machine is, chunks count as coming fast. Lists how many were to be gathered each time."""
+def counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many chunks were to be gathered each time."""
     counts: list[int] = []
     draw = Drawing._draw
 
@@ -54,8 +54,14 @@ def gathered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         counts.append(count)
         return draw(self, count, most_bytes)
 
-    monkeypatch.setattr(drawing, "GATHER_SECONDS", 1e6)
     monkeypatch.setattr(Drawing, "_draw", counting)
+    return counts
+
+
+@pytest.fixture
+def gathered(counts: list[int], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The same where, however slow the machine is, chunks count as coming fast."""
+    monkeypatch.setattr(drawing, "GATHER_SECONDS", 1e6)
     return counts
 
 
@@ -113,6 +119,27 @@ def test_a_pause_delays_no_chunk_before_it(
             has.release()
             assert next(stream) == b"%d" % number
         assert list(stream) == []
+
+
+@framed_only
+def test_what_comes_slowly_is_not_gathered(
+    client: natsync.Client, serve: Callable[[Chunks], natsync.Subscriber], counts: list[int]
+) -> None:
+    """Neither from the beginning nor behind a pause; however many come fast before it, one more try at most is made."""
+    behind: list[int] = []
+
+    def chunks() -> Iterator[bytes]:
+        for number in range(5_000):
+            yield b"%d" % number
+        behind.append(len(counts))
+        for number in range(5_000, 5_100):
+            time.sleep(0.002)
+            yield b"%d" % number
+        behind.append(len(counts))
+
+    serve(chunks)
+    assert list(client.stream("drawn.x", timeout=PATIENCE)) == [b"%d" % number for number in range(5_100)]
+    assert behind[1] - behind[0] <= 1
 
 
 @pytest.mark.parametrize("kind", [bytes, str, bytearray, memoryview])

@@ -77,12 +77,15 @@ class Drawing:
         most = min(MOST, GUARANTEED_BYTES // most_bytes)
         try:
             while True:
-                count = min(most, int(GATHER_SECONDS / pace), self._out.room, self._out.free // most_bytes)
+                fitting = int(GATHER_SECONDS / pace) if pace else most  # 0 on a coarse clock
+                count = min(most, fitting, self._out.room, self._out.free // most_bytes)
                 if count < FEW:
                     return True
                 began = time.perf_counter()
                 if not self._draw(count, most_bytes):
                     return False
+                if self._cut:
+                    return True
                 pace = (time.perf_counter() - began) / count
         finally:
             self._core.gather(None)
