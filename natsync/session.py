@@ -87,6 +87,7 @@ class Session:
         self._write_timer: timers.Timer | None = None
         self._writing_since: float | None = None
         self.threads: list[threading.Thread] = []
+        self._left = 0  # of them
 
     def start(self) -> None:
         """Start the two threads; from here on the owner is told of what comes."""
@@ -201,6 +202,7 @@ class Session:
             log.exception("the reader of %s failed", self._name)
             reason = ConnectError(f"the reader failed: {error!r}")
         self.end(reason)
+        self._leave()
 
     def _handle(self, event: Event) -> None:
         if isinstance(event, Batch):
@@ -243,6 +245,15 @@ class Session:
                 self._writing_since = None
         except Exception as error:
             self.end(ConnectError(f"cannot write to {self.server}: {error}"))
+        self._leave()
+
+    def _leave(self) -> None:
+        """The last of the two threads gives the socket back: on a busy machine nobody may have waited for so long."""
+        with self._lock:
+            self._left += 1
+            last = self._left == 2
+        if last:
+            self._transport.close()
 
     # -- the timer's thread --------------------------------------------------------------------------------------
 

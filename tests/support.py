@@ -52,7 +52,7 @@ def between_two_tries() -> bool:
     return False
 
 
-def run_python(code: str, *args: str, timeout: float = 30.0) -> subprocess.CompletedProcess[str]:
+def run_python(code: str, *args: str, timeout: float = 55.0) -> subprocess.CompletedProcess[str]:
     """Run code in a fresh interpreter with this one's sys.path; the outcome is the caller's to check."""
     bootstrap = f"import sys; sys.path[:] = {sys.path!r}\n"
     return subprocess.run(

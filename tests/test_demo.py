@@ -19,7 +19,7 @@ from processes import NATSYNC, Child, child, started
 pytestmark = pytest.mark.slow
 
 #: Seconds that a run may take.
-LIMIT = 15.0
+LIMIT = 30.0
 
 SCENES = (
     "A slow HTTP service, line by line",
@@ -42,6 +42,7 @@ def piped() -> tuple[Child, float]:
 
 def test_demo_ends_by_itself_with_status_0_in_time(piped: tuple[Child, float]) -> None:
     command, seconds = piped
+    assert [line for line in command.out if "✗" in line] == []
     assert command.process.returncode == 0, command
     assert seconds < LIMIT
     assert command.err == []

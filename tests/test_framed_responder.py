@@ -106,6 +106,20 @@ def test_there_are_no_batches_for_a_requester_that_does_not_offer_to_take_them(b
     ]
 
 
+def test_seeing_to_chunks_that_have_arrived_meanwhile_is_no_error(bench: Bench) -> None:
+    """Between a send() and its look at what waits, the timer may have had all sent, and the requester have it."""
+    asker, sender = bench.open(offer(cap="b"))
+    sender.send_many([b"a", b"b"])
+    asker.next()
+    asker.say(b"+2 10 65536")
+    core = sender._core
+    eventually(lambda: not core._out.kept)  # type: ignore[attr-defined]
+    for _ in range(10):
+        core.see_to_it()
+    assert sender.send(b"c") == 3
+    assert asker.next().key == (b"d", 3)
+
+
 def test_the_end_has_a_number_and_the_sentinel_for_people_who_watch(bench: Bench) -> None:
     asker, sender = bench.open()
     sender.send(b"one")

@@ -530,9 +530,9 @@ def test_idle_timeout_does_not_run_while_the_consumer_is_busy(client: natsync.Cl
 
 
 def test_idle_timeout_starts_anew_with_each_chunk(client: natsync.Client, hold: Hold) -> None:
-    with client.stream("sc.hold", idle_timeout=0.3) as stream:
+    with client.stream("sc.hold", idle_timeout=1.0) as stream:
         for n in range(6):
-            threading.Timer(0.1, hold.sender.send, [b"%d" % n]).start()
+            threading.Timer(0.2, hold.sender.send, [b"%d" % n]).start()
             assert stream.next() == b"%d" % n
 
 

@@ -169,8 +169,9 @@ class FramedSender(SenderCore):
         with self.lock:
             out = self._out
             left = GATHER_CHUNKS - (out.last - out.sent)
+            newest = len(out.kept[-1]) if out.kept else 0  # all may have been sent and confirmed meanwhile
             if traffic is Traffic.OWN and not self._ready and out.waiting_bytes < GATHER_BYTES:
-                left = min(left, (GATHER_BYTES - out.waiting_bytes) // (len(out.kept[-1]) or 1))
+                left = min(left, (GATHER_BYTES - out.waiting_bytes) // max(1, newest))
             else:
                 left = 0
             wake = left <= 0 and self._wants_writer_locked()
