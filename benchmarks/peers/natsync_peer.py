@@ -7,6 +7,7 @@ stream_request() with a processor; "plain", a for loop over a client that speaks
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import contract
 
 import natsync
-from natsync.streaming import window
+from natsync.streaming import terms
 
 #: Seconds a stream may be silent before its client gives up.
 IDLE_TIMEOUT = 10.0
@@ -22,7 +23,8 @@ IDLE_TIMEOUT = 10.0
 
 def serve(url: str, subject: str, chunks: list[bytes], form: str) -> None:
     if form == "single":
-        window.BATCHED_CHUNK_BYTES = -1
+        decode_offer = terms.decode_offer
+        terms.decode_offer = lambda text: dataclasses.replace(decode_offer(text), batches=False)
     with natsync.Subscriber(url) as subscriber:
 
         def send(ctx: Any, request: Any, sender: Any) -> None:

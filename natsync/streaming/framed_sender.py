@@ -311,6 +311,12 @@ class FramedSender(SenderCore):
                 self._accepts = False
                 parts.append(self._encode(Frame(Op.ACCEPT, 0, None, b"", 0)))
             while size < most_bytes:
+                ones = self._next_ones()
+                if ones:
+                    parts += ones
+                    size += sum(map(len, ones))
+                    messages += len(ones)
+                    continue
                 frame = self._out.next()
                 if frame is None:
                     if not here:
@@ -335,6 +341,14 @@ class FramedSender(SenderCore):
         """The writer knows of nothing. Requires _lock."""
         self._ready = False
         self._out.watch_at = 0
+
+    def _next_ones(self) -> list[bytes]:
+        """Frames of chunks that are due one by one, encoded; none where that takes a closer look. Requires the lock."""
+        if self._imported:
+            return []
+        seq, run = self._out.next_ones(FORMATTED_BYTES)
+        line = b"PUB %b %b.%b." % (self._reply, self._inbox, Op.DATA)
+        return [b"%b%d %d\r\n%b\r\n" % (line, number, len(one), one) for number, one in enumerate(run, seq)]
 
     def _encode(self, frame: Frame) -> bytes:
         if self._imported:

@@ -23,6 +23,8 @@ from natsync.streaming.terms import Offer
 BATCH_CHUNKS = 256
 #: Bytes in one batch at most.
 BATCH_BYTES = 64 << 10
+#: Chunks that are taken at once where each has a frame of its own.
+ONES = 64
 #: The largest chunk that shares a frame: of larger ones the frame's own cost is nothing.
 BATCHED_CHUNK_BYTES = 8 << 10
 #: What a responder keeps unacknowledged for one stream at most, whatever it is offered: chunks, and bytes.
@@ -228,6 +230,23 @@ class Outgoing:
         else:
             self._advance(1, len(payload))
         return Frame(op, seq, block, payload, 1)
+
+    def next_ones(self, most_bytes: int) -> tuple[int, list[bytes]]:
+        """Bare chunks that are due, each for a frame of its own, of up to most_bytes; and the seq of the first.
+
+        None where next() has to be asked: they may share frames, or the next one is no bare chunk or a larger one.
+        """
+        seq = self.sent + 1
+        if self._batches or self._special or self._cleared:
+            return seq, []
+        begin = seq - self.acked - 1
+        run = self.kept[begin : begin + ONES]
+        sizes = list(map(len, run))
+        if max(sizes, default=0) > most_bytes:
+            run = list(itertools.takewhile(lambda chunk: len(chunk) <= most_bytes, run))
+            del sizes[len(run) :]
+        self._advance(len(run), sum(sizes))
+        return seq, run
 
     def _next_chunks(self, seq: int) -> Frame:
         begin = seq - self.acked - 1
