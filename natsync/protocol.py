@@ -201,12 +201,13 @@ class Parser:
         last_reply: bytes | None = None
         items: list[Item] = []
         prefix = b""  # the control line of the message before up to its size, where such lines repeat,
-        line, length = b"", 0  # and the whole of it, and the size
+        line, length = b"", 0  # and the whole of it while the size repeats too, and the size
+        stem = reply_stem = b""  # the control line up to its reply's last dot, where nothing but numbers follow
         while pos < size:
             if prefix and buf.startswith(prefix, pos):
                 # A stream's messages differ in nothing but their size, if in that: half the cost of the regular
                 # expression, or a quarter. Whatever is not in order here is left to it.
-                if buf.startswith(line, pos):
+                if line and buf.startswith(line, pos):
                     begin = pos + len(line)
                     end = begin + length
                     if buf[end : end + 2] == _CRLF:
@@ -219,7 +220,20 @@ class Parser:
                 if begin > at and digits.isdigit():
                     end = begin + int(digits)
                     if end - begin <= limit and buf[end : end + 2] == _CRLF:
-                        line, length = buf[pos:begin], end - begin
+                        line = buf[pos:begin] if end - begin == length else b""
+                        length = end - begin
+                        items.append((last_reply, None, buf[begin:end]))
+                        pos = end + 2
+                        continue
+            elif stem and buf.startswith(stem, pos):
+                # The same for numbered ones: frames that are sent one by one, requests of one client.
+                at = pos + len(stem)
+                begin = buf.find(_CRLF, at, at + 2 * _MOST_DIGITS + 3) + 2
+                number, _, digits = buf[at : begin - 2].partition(b" ")
+                if begin > at and number.isdigit() and digits.isdigit():
+                    end = begin + int(digits)
+                    if end - begin <= limit and buf[end : end + 2] == _CRLF:
+                        last_reply = reply_stem + number
                         items.append((last_reply, None, buf[begin:end]))
                         pos = end + 2
                         continue
@@ -235,7 +249,7 @@ class Parser:
                     pos = self._line(buf, pos, events)
                     if not pos:
                         return
-                    last_sid = prefix = b""
+                    last_sid = prefix = stem = b""
                     continue
                 subject, sid, reply, header_digits, digits = match.groups()
                 begin = match.end()
@@ -254,11 +268,17 @@ class Parser:
             item = (reply, block, buf[start:end])
             if subject == last_subject and sid == last_sid:
                 items.append(item)
-                prefix = b""
-                if block is None and reply == last_reply:
-                    prefix, line, length = buf[pos : match.start(4)], buf[pos:begin], end - begin
+                prefix = stem = b""
+                if block is not None:
+                    pass
+                elif reply == last_reply:
+                    prefix, line, length = buf[pos : match.start(4)], b"", end - begin
+                elif reply is not None and last_reply is not None:
+                    reply_stem = reply[: reply.rfind(b".") + 1]
+                    if last_reply.startswith(reply_stem):
+                        stem = buf[pos : match.start(3) + len(reply_stem)]
             else:
-                last_sid, last_subject, items, prefix = sid, subject, [item], b""
+                last_sid, last_subject, items, prefix, stem = sid, subject, [item], b"", b""
                 events.append(Batch(sid, subject, items))
             last_reply = reply
             pos = end + 2

@@ -235,6 +235,55 @@ def test_messages_that_differ_in_their_size_only() -> None:
         assert SERVER.parse(single_bytes(wire[:200]) + chunks(wire[200:], 50)) == expected
 
 
+REPLIES = [
+    None,
+    b"r",
+    b"2",
+    b"7",
+    b"s.1",
+    b"s.22",
+    b"s.3",
+    b"s.x",
+    b"s.1.4",
+    b"s.1.55",
+    b"s..",
+    b"s.",
+    b".",
+    b".9",
+    b"t.1",
+]
+
+
+def test_messages_that_differ_in_the_number_of_their_reply() -> None:
+    items = [(b"_I.x.d.%d" % (number * number), None, b"x" * (number % 12)) for number in range(1, 60)]
+    wire = b"".join(encode_msg(b"a", b"1", *item) for item in items)
+    assert Parser().feed(wire) == [Batch(b"1", b"a", items)]
+    for cut in range(len(wire)):
+        assert SERVER.parse([wire[:cut], wire[cut:]]) == [Batch(b"1", b"a", items)], cut
+
+
+@given(st.lists(st.tuples(st.sampled_from(REPLIES), st.sampled_from([0, 1, 2, 2, 2, 10, 123])), max_size=40))
+def test_messages_whose_replies_follow_each_other_in_any_order(shapes: list[tuple[bytes | None, int]]) -> None:
+    items: list[Any] = [(reply, None, b"%d" % index * size) for index, (reply, size) in enumerate(shapes)]
+    wire = b"".join(encode_msg(b"a", b"1", *item) for item in items)
+    assert Parser().feed(wire) == ([Batch(b"1", b"a", items)] if items else [])
+
+
+@pytest.mark.parametrize("behind", [b"x\r\n", b"3 x\r\n", b"3 \r\n", b" 3\r\n", b"3 3", b"3 99999999999999999999\r\n"])
+def test_malformed_input_behind_numbered_messages_is_refused_or_waited_for(behind: bytes) -> None:
+    """Exactly as behind others."""
+    outcomes = []
+    for reply in (b"s.%d", b"s%dx"):
+        parser = Parser()
+        wire = b"".join(encode_msg(b"a", b"1", reply % number, None, b"hi") for number in range(4))
+        try:
+            events: Any = parser.feed(wire + b"MSG a 1 s." + behind)
+        except ProtocolError as error:
+            events = parser.events_before_error, str(error)
+        outcomes.append(str(events).replace("x'", "'").replace("b's.", "b's"))
+    assert outcomes[0] == outcomes[1]
+
+
 def test_a_stream_of_messages_cut_anywhere() -> None:
     sizes = (2, 2, 2, 123, 2, 14, 0)
     wire = b"".join(encode_msg(b"a", b"1", None, None, b"x" * size) for size in sizes)
@@ -249,6 +298,8 @@ def test_messages_of_one_stream_with_and_without_reply_and_headers() -> None:
         (None, None),
         (b"r", None),
         (b"2", None),
+        (b"s.1", None),
+        (b"s.2", None),
         (None, BLOCK),
         (b"r", BLOCK),
     ]
