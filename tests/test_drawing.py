@@ -197,6 +197,16 @@ def test_large_chunks_in_between_keep_their_place(
     assert list(client.stream("drawn.x", timeout=PATIENCE)) == expected
 
 
+@framed_only
+def test_chunks_that_are_larger_from_one_on_are_gathered_too(
+    client: natsync.Client, serve: Callable[[Chunks], natsync.Subscriber], gathered: list[int]
+) -> None:
+    serve(lambda: (b"%d" % number * (1 if number < 1_000 else 500) for number in range(5_000)))
+    chunks = list(client.stream("drawn.x", timeout=PATIENCE))
+    assert chunks == [b"%d" % number * (1 if number < 1_000 else 500) for number in range(5_000)]
+    assert len(gathered) < 1_000  # a new try for each would be 4,000
+
+
 @pytest.mark.parametrize("taken", [0, 1, 500])
 def test_a_requester_that_leaves_ends_a_fast_generator_at_once(
     client: natsync.Client, serve: Callable[[Chunks], natsync.Subscriber], gathered: list[int], taken: int

@@ -109,6 +109,7 @@ class Drawing:
         finally:
             open_ = self._give()
         if large is not None:
+            self._cut = True  # perhaps the next ones are like it: measure again
             try:
                 self._core.send(large, _NO_DEADLINE)
             except StreamClosed:
