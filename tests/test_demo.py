@@ -98,7 +98,7 @@ def run_on_terminal(**environment: str) -> tuple[int, str]:
 
 def test_demo_on_a_terminal_has_colours_and_the_same_scenes() -> None:
     status, text = run_on_terminal(COLUMNS="100")
-    assert status == 0
+    assert status == 0, text
     assert "\x1b[" in text
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
     assert sorted(SCENES, key=plain.index) == list(SCENES)
@@ -106,7 +106,7 @@ def test_demo_on_a_terminal_has_colours_and_the_same_scenes() -> None:
 
 def test_demo_respects_no_color_and_the_width_of_the_terminal() -> None:
     status, text = run_on_terminal(NO_COLOR="1", COLUMNS="60")
-    assert status == 0
+    assert status == 0, text
     assert not re.search(r"\x1b\[[0-9;]*3[0-9]", text)  # bold and dim may stay; colours do not
     lines = re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()
     assert max(map(len, lines)) <= 60

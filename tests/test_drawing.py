@@ -259,3 +259,22 @@ def test_a_generator_that_has_a_sender_too_keeps_the_order_of_both(
         chunks = list(client.stream("drawn.x", timeout=PATIENCE))
     assert chunks == [b"%d" % number for number in range(4_000)]
     assert gathered == []
+
+
+def test_a_generators_sender_is_not_taken_for_dropped_when_it_ends(
+    client: natsync.Client, nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The generator's own reference to it goes with its frame, before the end of the stream is sent."""
+    dropped: list[str] = []
+    monkeypatch.setattr(natsync.ResponseSender, "__del__", lambda self: dropped.append(repr(self)))
+
+    def both(ctx: natsync.Context, request: natsync.Message, sender: natsync.ResponseSender) -> Iterator[bytes]:
+        yield b"one"
+
+    with natsync.Subscriber(nats_server.url, **QUICK) as subscriber:
+        subscriber.stream_subscribe("drawn.x", both)
+        subscriber.open()
+        for _ in range(20):
+            assert list(client.stream("drawn.x", timeout=PATIENCE)) == [b"one"]
+        eventually(lambda: len(dropped) == 20, PATIENCE)
+    assert [text for text in dropped if ": open" in text] == []

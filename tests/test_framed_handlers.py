@@ -752,7 +752,7 @@ def test_the_requests_deadline_ends_a_call_in_its_handler(nested: Nested, verb: 
 
     nested.call = call
     with pytest.raises(natsync.DeadlineExceeded):
-        list(nested.client.stream("h.outer", timeout=0.4))
+        list(nested.client.stream("h.outer", timeout=1.5))
     eventually(lambda: nested.errors, PATIENCE)
     assert isinstance(nested.errors[0], natsync.TimedOut)
     eventually(lambda: nested.inner, PATIENCE)

@@ -295,7 +295,7 @@ def test_an_idle_requester_that_does_not_answer_is_lost(bench: Bench) -> None:
 
 @pytest.mark.usefixtures("impatient")
 def test_an_idle_requester_that_answers_is_kept(bench: Bench) -> None:
-    asker, sender = bench.open(offer(g=0, hb=200))
+    asker, sender = bench.open(offer(hb=200))
     asker.say(b"+0 8 65536")
     for _ in range(5):
         assert asker.probe().key == (b"h", 0)
@@ -326,9 +326,9 @@ def test_one_probe_serves_all_idle_streams_of_a_requester(bench: Bench) -> None:
     for stream in streams:
         stream.say(b"+0 8 65536")
     by_inbox = {stream.inbox: stream for stream in streams}
+    begin = time.monotonic()
     bench.desk.all(lambda message: True)  # what ACCEPTs that were confirmed late have asked
     bench.raw.flush()
-    begin = time.monotonic()
     asked: list[RawMessage] = []
     while len(asked) < 6:
         asked.append(bench.desk.pick(lambda message: message.subject in by_inbox))

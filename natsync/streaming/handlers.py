@@ -179,16 +179,17 @@ def code_of(error: BaseException) -> int:
 
 
 def _callback(function: Handler, ctx: HandlerContext, request: Message, core: SenderCore) -> None:
-    # The sender must not be held here: whether the handler kept it is what decides over a stream without an end.
-    result = function(ctx, request, ResponseSender(core))
+    # The sender must not be held any longer: whether the handler kept it is what decides over a stream without an end.
+    sender = ResponseSender(core)
+    result = function(ctx, request, sender)
     if isinstance(result, Iterator):  # a generator function that was given a sender all the same
-        _send_all(result, core, shared=True)
+        _send_all(result, core, sender)
 
 
-def _send_all(result: Any, core: SenderCore, *, shared: bool = False) -> None:
+def _send_all(result: Any, core: SenderCore, given: ResponseSender | None = None) -> None:
     """Send what a handler returned and end the stream; a generator is closed here, in the thread that ran it.
 
-    shared: it may send by itself too.
+    given: what it may send with by itself too.
     """
     if result is None:
         core.end()
@@ -199,9 +200,9 @@ def _send_all(result: Any, core: SenderCore, *, shared: bool = False) -> None:
         return
     if not isinstance(result, Iterable):
         raise TypeError(f"the handler returned {type(result).__name__}, not an iterator of chunks")
-    iterator, sender = iter(result), ResponseSender(core)
+    iterator, sender = iter(result), given or ResponseSender(core)  # held until the end: a dropped one ends the stream
     try:
-        send_each(iterator, sender.send, core, shared=shared)
+        send_each(iterator, sender.send, core, shared=given is not None)
     finally:
         close = getattr(iterator, "close", None)
         if callable(close):
