@@ -204,7 +204,7 @@ def test_reload_serves_what_was_saved_and_survives_a_mistake(
 
 
 def _soon(condition: Callable[[], bool]) -> bool:
-    """Whether it becomes true; watchfiles gathers changes for 1.6 s, and writing more often would put off the reload."""
+    """Whether it becomes true. watchfiles gathers changes for 1.6 s: to write more often would put off the reload."""
     try:
         eventually(condition, 8)
     except AssertionError:
