@@ -134,7 +134,7 @@ def test_an_inbox_that_is_allowed_on_the_next_link_works_again() -> None:
     broker = Broker()
     events = Events()
     with ScriptedPeer(broker) as peer, opened(peer, on_event=events) as client:
-        eventually(lambda: broker.said[0])
+        eventually(lambda: broker.said and broker.said[0])
         inbox = broker.said[0][0].subject  # type: ignore[union-attr]
         broker.newest.send(b"-ERR 'Permissions Violation for Subscription to \"%b\"'\r\n" % inbox)
         events.wait("error")

@@ -6,6 +6,7 @@ where that matters the tests say that everything is fast.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import threading
 import time
@@ -266,6 +267,7 @@ def test_a_generators_sender_is_not_taken_for_dropped_when_it_ends(
 ) -> None:
     """The generator's own reference to it goes with its frame, before the end of the stream is sent."""
     dropped: list[str] = []
+    gc.collect()  # those of other tests
     monkeypatch.setattr(natsync.ResponseSender, "__del__", lambda self: dropped.append(repr(self)))
 
     def both(ctx: natsync.Context, request: natsync.Message, sender: natsync.ResponseSender) -> Iterator[bytes]:
@@ -276,5 +278,5 @@ def test_a_generators_sender_is_not_taken_for_dropped_when_it_ends(
         subscriber.open()
         for _ in range(20):
             assert list(client.stream("drawn.x", timeout=PATIENCE)) == [b"one"]
-        eventually(lambda: len(dropped) == 20, PATIENCE)
+        eventually(lambda: len(dropped) >= 20, PATIENCE)
     assert [text for text in dropped if ": open" in text] == []
