@@ -5,6 +5,7 @@ Requesters that confirm late or never, cancel, fall silent, leave and come back;
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 
@@ -188,7 +189,8 @@ def test_without_grace_a_requester_that_nobody_listens_for_is_lost_at_once(bench
     asker, sender = bench.open(offer(g=0), held=held)
     asker.leave()
     begin = time.monotonic()
-    sender.send(b"one")
+    with contextlib.suppress(natsync.ClientLost):  # an ACCEPT that came late may have found it out
+        sender.send(b"one")
     assert sender.closed.wait(SLACK)
     assert time.monotonic() - begin < 1.0
     with pytest.raises(natsync.ClientLost):
