@@ -409,7 +409,7 @@ def test_ours_and_theirs_are_found_together(subscriber: natsync.Subscriber, clie
         await theirs.stop()
 
     theirs = loop.run(start())
-    assert [each.name for each in services.discover(client)] == ["ours", "theirs"]
+    eventually(lambda: [each.name for each in services.discover(client)] == ["ours", "theirs"], 20)
     loop.run(stop(theirs))
     assert [each.name for each in services.discover(client)] == ["ours"]
 
