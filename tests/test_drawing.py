@@ -62,7 +62,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.fixture
 def gathered(counts: list[int], monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The same where, however slow the machine is, chunks count as coming fast."""
-    monkeypatch.setattr(drawing, "GATHER_SECONDS", 1e6)
+    monkeypatch.setattr(drawing, "SLICE_SECONDS", 1e6)
     return counts
 
 

@@ -24,7 +24,7 @@ from natsync.streaming.window import BATCHED_CHUNK_BYTES, Outgoing
 FEW = 16
 #: Chunks that are gathered at most, and the seconds that this may take.
 MOST = 256
-GATHER_SECONDS = 0.25e-3
+SLICE_SECONDS = 0.25e-3
 #: Chunks of up to this many bytes are gathered, however small those before were.
 SMALL_BYTES = 256
 
@@ -77,7 +77,7 @@ class Drawing:
         most = min(MOST, GUARANTEED_BYTES // most_bytes)
         try:
             while True:
-                fitting = int(GATHER_SECONDS / pace) if pace else most  # 0 on a coarse clock
+                fitting = int(SLICE_SECONDS / pace) if pace else most  # 0 on a coarse clock
                 count = min(most, fitting, self._out.room, self._out.free // most_bytes)
                 if count < FEW:
                     return True
