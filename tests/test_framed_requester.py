@@ -505,9 +505,9 @@ def test_a_responder_that_sends_more_chunks_than_it_may_fails_the_stream_and_is_
     client = table.client()
     stream, answer = table.open(client, window=4)
     answer.send_all(*chunks(1, 5))
+    assert answer.until(b"x ").startswith(b"x 13 ")  # before a chunk is taken, which would allow another
     error = failure(stream)
     assert (type(error), error.code, error.last_seq) == (natsync.StreamError, natsync.Code.INTERNAL, 4)
-    assert answer.until(b"x ").startswith(b"x 13 ")
     client.flush()
 
 
@@ -517,6 +517,7 @@ def test_a_responder_that_sends_more_bytes_than_it_may_fails_the_stream(
     monkeypatch.setattr(calls, "WINDOW_BYTES", 64 << 10)
     stream, answer = table.open()
     answer.send_all(("d", 1, b"x" * (64 << 10)), ("d", 2, b"y"))
+    assert answer.until(b"x ")  # before a chunk is taken, which would allow more
     assert failure(stream).last_seq == 1
 
 
