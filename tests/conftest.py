@@ -44,6 +44,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(lock_order.Plugin(), "natsync-lock-order")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    if config.getoption("dist") != "load":  # the user wants another one
+        return None
+    return importlib.import_module("scheduling").Scheduling(config, log)
+
+
 @pytest.fixture(params=["framed", "plain"])
 def mode(request: pytest.FixtureRequest) -> str:
     """The mode of streams between natsync's own sides, where both matter; support has marks for one of them."""

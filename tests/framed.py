@@ -177,6 +177,12 @@ class Asker:
         assert self.control is not None
         self.desk.raw.publish(self.control, payload, self.inbox if reply else None)
 
+    def say_all(self, *payloads: bytes) -> None:
+        """Send control messages in one write, so that they arrive together."""
+        assert self.control is not None
+        frames = [encode_pub(self.control, self.inbox, None, payload) for payload in payloads]
+        self.desk.raw.sock.sendall(b"".join(frames))
+
     def ping(self) -> int:
         """What the responder answers to `?`: how far it has sent. Probes that come before are passed over."""
         self.desk.all(lambda message: message.subject == self.inbox and b".h." in (message.reply or b""))

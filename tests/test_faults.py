@@ -308,9 +308,12 @@ def test_a_link_that_ends_within_a_message_delivers_no_part_of_it(
     events = Events()
     with connect(proxy, on_event=events) as client:
         record = Record(client)
-        proxy.down.drop_after(offset, how)
+        proxy.down.stall()  # so that all of them are for this link
         for number in range(5):
             other.publish("f.numbers", numbered(number, 50_000))
+        other.flush(PATIENCE)
+        proxy.down.drop_after(offset, how)
+        proxy.down.resume()
         events.wait("reconnected")
         client.flush(PATIENCE)
         other.publish("f.numbers", numbered(100, 50_000))

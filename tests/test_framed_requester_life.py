@@ -304,9 +304,10 @@ def test_a_responder_that_is_heard_again_within_the_grace_goes_on(table: Table) 
 
 @pytest.mark.usefixtures("impatient")
 def test_a_responder_that_says_nothing_is_asked_and_then_lost(table: Table) -> None:
-    stream, answer = table.open(table.client(heartbeat=0.2, resume_grace=0.3))
-    answer.send("d", 1, b"c1")
+    client = table.client(heartbeat=0.2, resume_grace=0.3)
     begin = time.monotonic()
+    stream, answer = table.open(client)
+    answer.send("d", 1, b"c1")
     assert answer.until(b"?") == b"?"
     assert time.monotonic() - begin >= 0.2 * EARLY - 0.05
     error = failure(stream)

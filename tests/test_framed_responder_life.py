@@ -48,6 +48,16 @@ def test_an_end_that_is_not_confirmed_is_asked_about_until_it_is(bench: Bench) -
     assert is_gone(asker)
 
 
+def test_what_is_asked_right_behind_the_last_confirmation_is_answered_as_if_the_stream_had_never_been(
+    bench: Bench,
+) -> None:
+    asker, sender = sent(bench, 1)
+    sender.end()
+    assert asker.next().key == (b"e", 2)
+    asker.say_all(b"+2 10 65536", b"?")
+    assert asker.next().key == (b"x", 0)
+
+
 def test_end_does_not_wait(bench: Bench) -> None:
     _, sender = sent(bench, 1)
     begin = time.monotonic()

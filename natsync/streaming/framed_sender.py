@@ -437,7 +437,10 @@ class FramedSender(SenderCore):
     # -- what the requester says (the reader) ----------------------------------------------------------------------
 
     def deliver(self, items: list[Item]) -> None:
-        for item in items:
+        for index, item in enumerate(items):
+            if self._state is State.CLOSED:  # by one of those before
+                self._control.came_late(self._token, items[index:])
+                return
             if frames.is_unheard(item):
                 self._peer.unreachable()
                 continue
