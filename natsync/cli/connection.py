@@ -114,11 +114,6 @@ def options_given() -> dict[str, Any]:
     return {**{key: value for key, value in named.items() if value is not None}, **_credentials(), **_tls()}
 
 
-def inbox_prefix() -> str:
-    """What the subjects start with on which a command waits for answers."""
-    return str(_given("inbox_prefix") or "_INBOX")
-
-
 def child_environment() -> dict[str, str]:
     """The environment for a `natsync` that is to connect as the running command would.
 

@@ -3,14 +3,10 @@
 import time
 
 import natsync
-from natsync.cli.connection import inbox_prefix
 from natsync.headers import HeaderInput
-from natsync.subject import unique
 
 #: Seconds without a further answer after which there are taken to be no more. Default of nats.go's RequestMany.
 STALL = 0.3
-#: Status of the message by which a server says that nothing subscribes to the subject.
-_NO_RESPONDERS = 503
 
 
 def ask_all(
@@ -26,22 +22,16 @@ def ask_all(
     """Publish a question, and return what comes within timeout seconds, each answer with its seconds from the question.
 
     Blocks until timeout, until `most` answers have come, or until none came for stall seconds after the first
-    (None = wait for timeout). Returns at once, without any, if nothing subscribes to the subject.
+    (None = wait for timeout). Returns at once, with what has come, if the link breaks, or nothing subscribes to the
+    subject.
     """
     answers: list[tuple[natsync.Message, float]] = []
-    inbox = f"{inbox_prefix()}.{unique()}"
-    with client.subscribe(inbox) as subscription:
-        began = time.monotonic()
-        client.publish(subject, payload, reply=inbox, headers=headers)
-        while most is None or len(answers) < most:
-            left = began + timeout - time.monotonic()
-            if answers and stall is not None:
-                left = min(left, stall)
-            try:
-                message = subscription.next(max(0.0, left))
-            except natsync.TimedOut:
-                break
-            if message.status == _NO_RESPONDERS:
-                break
+    began = time.monotonic()
+    try:
+        for message in client.request_many(
+            subject, payload, headers=headers, timeout=timeout, stall=stall, max_messages=most
+        ):
             answers.append((message, time.monotonic() - began))
+    except (natsync.NoRespondersError, natsync.ConnectionLost, natsync.RequestTimeout):
+        pass
     return answers
