@@ -479,7 +479,7 @@ def test_the_handler_sees_attempt_cursor_and_the_users_headers_and_none_of_the_p
 
 def test_a_deadline_that_passes_ends_the_stream_with_code_4(bench: Bench) -> None:
     held = bench.hold()
-    asker = bench.ask(held, Natsync_Timeout="200")
+    asker = bench.ask(held, Natsync_Timeout="1000")
     assert asker.next().key == (b"a", 0)
     error = asker.next()
     assert error.key == (b"x", 1)

@@ -452,7 +452,7 @@ def test_map_keeps_the_context_manager_and_map(client: natsync.Client, hold: Hol
 
 def test_timeout_is_the_deadline_of_the_whole_stream(client: natsync.Client, hold: Hold) -> None:
     begin = time.monotonic()
-    stream = client.stream("sc.hold", timeout=0.3)
+    stream = client.stream("sc.hold", timeout=1.0)
     sender = hold.sender
     taken = 0
     with pytest.raises(natsync.DeadlineExceeded):
@@ -462,7 +462,7 @@ def test_timeout_is_the_deadline_of_the_whole_stream(client: natsync.Client, hol
             stream.next()
             taken += 1
             sender.closed.wait(0.02)
-    assert 0.29 <= time.monotonic() - begin < 1.5
+    assert 0.99 <= time.monotonic() - begin < PATIENCE
     assert taken
 
 
