@@ -225,7 +225,7 @@ def test_a_stream_left_twice_while_the_client_closes_keeps_no_timer(table: Table
 
 
 def test_a_deadline_is_told_as_code_4(table: Table) -> None:
-    stream, answer = table.open(timeout=0.3)
+    stream, answer = table.open(timeout=1.0)
     assert isinstance(failure(stream), natsync.DeadlineExceeded)
     assert answer.until(b"x ").startswith(b"x 4 ")
 
@@ -253,11 +253,11 @@ def test_probes_are_no_chunks_and_do_not_hold_off_the_idle_timeout(table: Table)
 
 
 def test_the_idle_timeout_does_not_run_while_the_consumer_is_busy(table: Table) -> None:
-    stream, answer = table.open(idle_timeout=0.3)
+    stream, answer = table.open(idle_timeout=1.0)
     answer.send("d", 1, b"c1")
     stream.next(PATIENCE)
-    with pytest.raises(TimeoutError):  # busy for 0.6 s
-        answer.until(b"x ", timeout=0.6)
+    with pytest.raises(TimeoutError):  # busy for 1.2 s
+        answer.until(b"x ", timeout=1.2)
     answer.send("d", 2, b"c2")
     assert stream.next(PATIENCE) == b"c2"
 
