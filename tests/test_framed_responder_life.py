@@ -296,8 +296,8 @@ def test_a_requester_that_does_not_answer_is_lost_within_the_grace_and_three_sec
 @pytest.mark.usefixtures("impatient")
 def test_an_idle_requester_that_does_not_answer_is_lost(bench: Bench) -> None:
     asker, sender = bench.open(offer(g=200, hb=200))
-    asker.say(b"+0 8 65536")
     begin = time.monotonic()
+    asker.say(b"+0 8 65536")
     assert asker.probe().key == (b"h", 0)
     assert time.monotonic() - begin >= 0.2 * EARLY - 0.05
     assert sender.closed.wait(SLACK)
