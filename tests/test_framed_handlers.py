@@ -23,8 +23,10 @@ import tenacity
 import natsync
 from broker import QUICK, SLACK, Events, Outcome
 from framed import Held
+from interrupting import moments
 from natsync.streaming.framed_sender import FramedSender
 from natsync.streaming.sender import Ending
+from natsync.streaming.window import GIVEN_BYTES, Outgoing
 from natsync.testing import FaultProxy, NatsCluster, NatsServer, eventually
 from numbered import PATIENCE, Pace, Taking, plain, send, serve, sized
 from processes import Child, child
@@ -97,6 +99,83 @@ def test_a_chunk_that_found_no_credit_in_time_is_not_sent_later_either(client: n
     held.sender.end()
     assert taking.within(PATIENCE) is None
     assert taking.value == [b"5"]
+
+
+@pytest.fixture
+def restless() -> Iterator[None]:
+    """Threads take turns every few instructions."""
+    former = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(former)
+
+
+@pytest.mark.usefixtures("restless")
+def test_the_numbers_are_those_of_the_places_also_when_a_second_thread_joins_in(
+    client: natsync.Client, held: Held
+) -> None:
+    """One thread alone gives its chunks without a lock; the second one may come between any two steps of that."""
+    for delay in range(30):
+        stream = client.stream(held.subject)
+        sender, sent = held.take(delay)[2], dict[int, bytes]()
+
+        def give(name: str, wait: int, into: dict[int, bytes], sender: natsync.ResponseSender = sender) -> None:
+            eventually(lambda: sender.send_count >= wait, PATIENCE)
+            for number in range(300):
+                chunk = b"%b %d" % (name.encode(), number)
+                into[sender.send(chunk)] = chunk
+
+        theirs: dict[int, bytes] = {}
+        other = Outcome(lambda wait=delay, into=theirs: give("second", wait, into))  # type: ignore[misc]
+        give("first", 0, sent)
+        assert other.within(PATIENCE) is None
+        sender.end()
+        assert not sent.keys() & theirs.keys()
+        assert list(stream) == [chunk for _, chunk in sorted((sent | theirs).items())]
+
+
+def test_an_interrupt_at_any_moment_of_send_loses_and_doubles_nothing_and_shifts_no_number(
+    client: natsync.Client, held: Held
+) -> None:
+    stream, sender = client.stream(held.subject), held.sender
+    sender.send(b"0")
+    taking = Outcome(lambda: list(stream))
+    begun, done = 1, {1: b"0"}
+
+    def send_three() -> None:
+        nonlocal begun
+        for size in (1, 1, 2 * GIVEN_BYTES):
+            chunk = b"%d " % begun + b"x" * size
+            begun += 1
+            done[sender.send(chunk)] = chunk
+
+    inside = (
+        natsync.ResponseSender.send,
+        FramedSender.send,
+        FramedSender.gave,
+        FramedSender.see_to_it,
+        FramedSender._push_locked,
+        Outgoing.push,
+        Outgoing._pushing,
+        Outgoing.take_in,
+        Outgoing.takes,
+        Outgoing._allot,
+        Outgoing.watch,
+        Outgoing.was_taken,
+    )
+    for sweep in range(20):  # where they fall depends on what the writer and the reader have done meanwhile
+        for _ in range(sweep):
+            send_three()
+        assert sum(1 for _ in moments(send_three, *inside)) > 20
+        send_three()
+    done[sender.send(b"last")] = b"last"
+    assert sender.end(wait=PATIENCE)
+    assert taking.within(PATIENCE) is None
+    chunks: Any = taking.value
+    assert sender.send_count == len(chunks)
+    assert {number: chunks[number - 1] for number in done} == done
+    order = [int(chunk.split()[0]) for chunk in chunks[:-1]]
+    assert order == sorted(set(order))
 
 
 def test_send_many_beyond_the_window_waits_and_its_timeout_leaves_what_was_queued(

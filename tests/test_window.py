@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -15,12 +16,22 @@ from natsync.streaming import window
 from natsync.streaming.frames import END_PAYLOAD, ERROR_PREFIX, Ack, Op, encode_batch
 from natsync.streaming.sender import ResponseSender
 from natsync.streaming.terms import Offer
-from natsync.streaming.window import BATCH_BYTES, BATCH_CHUNKS, BATCHED_CHUNK_BYTES, Frame, Incoming, Outgoing, Verdict
+from natsync.streaming.window import (
+    BATCH_BYTES,
+    BATCH_CHUNKS,
+    BATCHED_CHUNK_BYTES,
+    GIVEN_BYTES,
+    Frame,
+    Incoming,
+    Outgoing,
+    Verdict,
+)
 
 BLOCK = b"NATS/1.0\r\nA: 1\r\n\r\n"
 #: The least window there is, and the fragments it allows.
 LEAST, FRAGMENT = 4096, 1024
 PLENTY = 1 << 20
+PATIENCE = 10.0
 
 
 def outgoing(
@@ -1152,27 +1163,39 @@ class Core:
     def __init__(self, out: Outgoing) -> None:
         self.over = Happening()
         self.over.set()  # to drop the sender is no fault
-        self.lock, self.direct = threading.Lock(), out
+        self.direct = out
         self.slow = self.seen_to = 0
 
     def send(self, data: bytes, deadline: Deadline) -> int:
         self.slow += 1
         return 0
 
-    def see_to_it(self) -> None:
+    def gave(self) -> bool:
         self.seen_to += 1
+        return self.direct.was_taken()
+
+
+def giving(out: Outgoing) -> ResponseSender:
+    """A sender of this thread, which may give chunks, as it may once it has pushed the first."""
+    out.push_some([], [])
+    out.allow(True)
+    core: Any = Core(out)
+    return ResponseSender(core)
 
 
 def taken_quickly(out: Outgoing, chunk: bytes) -> bool:
-    """Whether ResponseSender.send() gives the chunk itself, as it may once the first was sent."""
-    core: Any = Core(out)
-    out.allow(True)
-    number = ResponseSender(core).send(chunk)
-    assert number == (0 if core.slow else out.count)
+    """Whether ResponseSender.send() gives the chunk itself."""
+    sender = giving(out)
+    number = sender.send(chunk)
+    core: Any = sender._core
+    assert number == (0 if core.slow else out.number)
+    out.take_in()
+    assert out.given == []
+    assert out.number == out.count
     return not core.slow
 
 
-def test_a_bare_chunk_is_taken_the_quick_way_as_push_would_take_it() -> None:
+def test_a_small_bare_chunk_is_given_as_push_would_take_it() -> None:
     quick, slow = outgoing(), outgoing()
     for chunk in (b"one", b"", b"three"):
         assert taken_quickly(quick, chunk)
@@ -1182,49 +1205,124 @@ def test_a_bare_chunk_is_taken_the_quick_way_as_push_would_take_it() -> None:
 
 
 @pytest.mark.parametrize(
-    "out",
+    ("out", "most"),
     [
-        outgoing(chunks=2),
-        outgoing(size=8 * PLENTY, max_payload=2 * PLENTY + 1, quota=2 * PLENTY),
-        outgoing(size=2 * PLENTY + 9, max_payload=PLENTY // 2),
+        (outgoing(chunks=2), 2),
+        (outgoing(size=8 * PLENTY, quota=3 * GIVEN_BYTES - 1), 2),
+        (outgoing(size=5 * GIVEN_BYTES - 1), 4),
+        (outgoing(max_payload=GIVEN_BYTES - 1), 0),
+        (Outgoing(Offer(9, PLENTY, 10.0, 5.0, chunk_bytes=GIVEN_BYTES - 1), PLENTY, PLENTY), 0),
     ],
-    ids=["no seq left", "more than the quota", "larger than a fragment"],
+    ids=[
+        "no seq left",
+        "more than the quota",
+        "no credit left",
+        "larger than a fragment",
+        "more than it puts together",
+    ],
 )
-def test_the_quick_way_takes_nothing_there_is_no_room_or_credit_for(out: Outgoing) -> None:
-    chunk = b"x" * PLENTY
-    taken = 0
-    while taken_quickly(out, chunk):
-        taken += 1
-        assert taken <= 2
-    before = (out.last, out.offset, out.kept_bytes)
-    assert before == (taken, taken * PLENTY, taken * PLENTY)
-    assert out.push_some([chunk], [len(chunk)]) == 0
-    assert (out.last, out.offset, out.kept_bytes) == before
+def test_nothing_is_given_that_there_is_no_room_or_credit_for(out: Outgoing, most: int) -> None:
+    chunk = b"x" * GIVEN_BYTES
+    sender = giving(out)
+    given = 0
+    while sender.send(chunk):
+        given += 1
+        assert given <= most
+    assert given == most
+    out.take_in()
+    assert (out.last, out.offset, out.kept_bytes) == (most, most * GIVEN_BYTES, most * GIVEN_BYTES)
+    assert not taken_quickly(out, chunk)
 
 
-def test_nothing_is_taken_the_quick_way_before_the_first_chunk_and_behind_the_end() -> None:
+def test_a_chunk_that_is_not_small_is_not_given() -> None:
+    assert not taken_quickly(outgoing(), b"x" * (GIVEN_BYTES + 1))
+
+
+def test_nothing_is_given_before_the_first_chunk_and_behind_the_end() -> None:
     core: Any = Core(outgoing())
-    sender = ResponseSender(core)
+    out, sender = core.direct, ResponseSender(core)
     assert (sender.send(b"1"), core.slow) == (0, 1)
-    core.direct.allow(True)
-    assert (sender.send(b"1"), core.slow) == (1, 1)
-    core.direct.acknowledge(Ack(0, PLENTY, 2 * PLENTY))
-    assert (sender.send(b"2"), core.slow) == (2, 1)
-    core.direct.allow(False)
-    core.direct.acknowledge(Ack(0, PLENTY, 3 * PLENTY))  # which opens nothing
-    assert (sender.send(b"3"), core.slow) == (0, 2)
+    out.push(b"1")
+    assert (sender.send(b"2"), core.slow) == (0, 2)  # not before that is allowed
+    out.allow(True)
+    assert (sender.send(b"2"), core.slow) == (2, 2)
+    out.acknowledge(Ack(0, PLENTY, 2 * PLENTY))
+    assert (sender.send(b"3"), core.slow) == (3, 2)
+    out.allow(False)
+    out.acknowledge(Ack(0, PLENTY, 3 * PLENTY))  # which opens nothing
+    assert (sender.send(b"4"), core.slow) == (0, 3)
+    assert out.kept == [b"1", b"2", b"3"]
 
 
-def test_whoever_gives_chunks_himself_sees_to_their_being_sent_from_the_count_that_was_agreed_on() -> None:
-    core: Any = Core(outgoing())
-    core.direct.allow(True)
-    core.direct.watch_at = 3
-    sender = ResponseSender(core)
+def test_whoever_gives_chunks_himself_sees_to_their_being_sent_from_the_number_that_was_agreed_on() -> None:
+    sender = giving(outgoing())
+    core: Any = sender._core
+    core.direct.watch(3)
     seen = []
     for _ in range(4):
         sender.send(b"x")
         seen.append(core.seen_to)
     assert seen == [0, 0, 1, 2]
+
+
+def in_another_thread(call: Callable[[], object]) -> None:
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(call).result(PATIENCE)
+
+
+@pytest.mark.parametrize("how", ["another thread pushes", "the stream ends"])
+@pytest.mark.parametrize("when", ["behind it", "in front of it"])
+def test_a_chunk_whose_thread_is_no_giver_any_more_is_kept_or_given_back(how: str, when: str) -> None:
+    """What falls between two steps of send()."""
+    out = outgoing()
+    giving(out)
+    out.watch(PLENTY)
+
+    def end() -> None:
+        if how == "the stream ends":
+            out.allow(False)
+        else:
+            in_another_thread(lambda: out.push(b"theirs"))
+
+    if when == "in front of it":
+        end()
+    out.number += 1
+    out.given.append(b"mine")
+    if when == "behind it":
+        end()
+    out.take_in()
+    theirs = [b"theirs"] if how == "another thread pushes" else []
+    assert out.kept == [*([b"mine"] if when == "behind it" else []), *theirs]
+    assert out.giver_until == 0  # so that it asks
+    assert out.was_taken() == (when == "behind it")
+    assert out.given == []
+    assert out.count == len(out.kept)
+    assert (out.giver, out.spare) == (0, 0)
+
+
+def test_once_a_second_thread_has_pushed_there_is_no_giver_for_good() -> None:
+    out = outgoing()
+    assert taken_quickly(out, b"1")
+    in_another_thread(lambda: out.push(b"2"))
+    assert not taken_quickly(out, b"3")
+    out.push(b"3")
+    assert not taken_quickly(out, b"4")
+    assert (out.kept, out.count) == ([b"1", b"2", b"3"], 3)
+
+
+def test_what_is_given_while_the_writer_comes_to_rest_is_seen() -> None:
+    out = outgoing()
+    sender = giving(out)
+    core: Any = sender._core
+    out.watch(PLENTY)
+    assert sender.send(b"1")
+    assert (core.seen_to, out.has_given) == (0, True)  # it looks behind watch(0)
+    out.watch(0)
+    assert out.has_given
+    assert sender.send(b"2")
+    assert core.seen_to == 1  # or the giver does
+    out.take_in()
+    assert not out.has_given
 
 
 def test_of_a_run_as_many_are_taken_as_there_is_room_for() -> None:
@@ -1249,10 +1347,10 @@ def test_room_that_an_account_makes_is_there_for_the_quick_way() -> None:
 
 
 def test_a_quota_that_grows_or_shrinks_counts_at_once() -> None:
-    out = outgoing(quota=2)
-    assert out.push_some([b"11", b"2"], [2, 1]) == 1
-    out.quota_bytes += 1
-    assert taken_quickly(out, b"2")
+    out = outgoing(quota=GIVEN_BYTES)
+    assert out.push_some([b"11", b"x" * GIVEN_BYTES], [2, GIVEN_BYTES]) == 1
+    out.quota_bytes += 2
+    assert taken_quickly(out, b"x" * GIVEN_BYTES)
     out.quota_bytes -= 1
     assert not taken_quickly(out, b"")
 

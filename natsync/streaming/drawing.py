@@ -78,7 +78,9 @@ class Drawing:
         try:
             while True:
                 fitting = int(SLICE_SECONDS / pace) if pace else most  # 0 on a coarse clock
-                count = min(most, fitting, self._out.room, self._out.free // most_bytes)
+                with self._core.lock:
+                    self._out.take_in()
+                    count = min(most, fitting, self._out.room, self._out.free // most_bytes)
                 if count < FEW:
                     return True
                 began = time.perf_counter()

@@ -131,7 +131,8 @@ class FramedSender(SenderCore):
 
     @property
     def count(self) -> int:
-        return self._out.count
+        out = self._out
+        return out.number if out.giver else out.count
 
     @property
     def direct(self) -> Outgoing | None:
@@ -150,24 +151,33 @@ class FramedSender(SenderCore):
     # -- sending -----------------------------------------------------------------------------------------------
 
     def send(self, data: bytes, deadline: Deadline) -> int:
-        """The long way, if ResponseSender.send() cannot: a first or a large chunk, or one that there is no room for."""
-        size = len(data)
+        """The long way, if ResponseSender.send() cannot: what is large, or the first, or not of the giver."""
+        size, out = len(data), self._out
         self._check_size(size)
         while True:
             with self.lock:
                 if self._error is not None:
                     raise self._closed_error()
-                if self._out.takes(size):
-                    first, number = self._push_locked(data), self.count
+                if out.takes(size):
+                    first, number = self._push_locked(data), out.count
                     break
             self._wait_room(size, deadline)
-        self._pushed(first)
+        if first or number >= out.watch_at:
+            self._pushed(first)
         return number
+
+    def gave(self) -> bool:
+        with self.lock:
+            taken = self._out.was_taken()
+        if taken:
+            self.see_to_it()
+        return taken
 
     def see_to_it(self) -> None:
         traffic = self._connection.traffic
         with self.lock:
             out = self._out
+            out.take_in()
             left = GATHER_CHUNKS - (out.last - out.sent)
             newest = len(out.kept[-1]) if out.kept else 0  # all may have been sent and confirmed meanwhile
             if traffic is Traffic.OWN and not self._ready and out.waiting_bytes < GATHER_BYTES:
@@ -176,7 +186,7 @@ class FramedSender(SenderCore):
                 left = 0
             wake = left <= 0 and self._wants_writer_locked()
             if not wake:
-                out.watch_at = out.count + (left if left > 0 else GATHER_CHUNKS)
+                out.watch(out.count + (left if left > 0 else GATHER_CHUNKS))
         if wake:
             self._connection.ready_here(self, traffic)
         elif left > 0:
@@ -204,7 +214,9 @@ class FramedSender(SenderCore):
     def try_send(self, data: bytes) -> bool:
         size = len(data)
         self._check_size(size)
-        if self._out.has_credit(size) and not self._out.takes(size):
+        with self.lock:
+            short = self._out.has_credit(size) and not self._out.takes(size)
+        if short:
             self._framing.extend(self, size)
         with self.lock:
             if self._error is not None:
@@ -271,11 +283,12 @@ class FramedSender(SenderCore):
             TimedOut: the deadline came first.
         """
         with self.lock:
-            wakes, has_credit, wake = self._wakes, self._out.has_credit(size), self._wants_writer_locked()
+            wakes, wake = self._wakes, self._wants_writer_locked()
+            has_credit, takes = self._out.has_credit(size), self._out.takes(size)
         if wake:  # what has gathered
             self._connection.ready_here(self, self._connection.traffic)
         if has_credit:  # it is memory that is short
-            if self._out.takes(size) or self._framing.extend(self, size):
+            if takes or self._framing.extend(self, size):
                 return
             self.ask()  # what has arrived need not be kept
         with self.lock:
@@ -320,7 +333,7 @@ class FramedSender(SenderCore):
                 frame = self._out.next()
                 if frame is None:
                     if not here:
-                        self._idle_locked()
+                        self._rest_locked()
                     break
                 data = self._encode(frame)
                 parts.append(data)
@@ -333,14 +346,21 @@ class FramedSender(SenderCore):
 
     def produced(self) -> bool:
         with self.lock:
-            if self._ready and (self._paused or self._settling or not self._out.blocked):
+            if self._paused or self._settling:
                 self._idle_locked()
+            elif self._ready and not self._out.blocked:
+                self._rest_locked()
             return self._ready
+
+    def _rest_locked(self) -> None:
+        """The writer has everything, but for what is given in this very moment. Requires _lock."""
+        self._idle_locked()
+        self._ready = self._out.has_given
 
     def _idle_locked(self) -> None:
         """The writer knows of nothing. Requires _lock."""
         self._ready = False
-        self._out.watch_at = 0
+        self._out.watch(0)
 
     def _next_ones(self) -> list[bytes]:
         """Frames of chunks that are due one by one, encoded; none where that takes a closer look. Requires the lock."""

@@ -11,6 +11,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from threading import get_ident
 from typing import Any, Protocol
 
 from natsync import headers as _headers
@@ -34,7 +35,7 @@ from natsync.mux import Mux, Waiter
 from natsync.streaming import frames, terms
 from natsync.streaming.frames import Op
 from natsync.streaming.terms import Status
-from natsync.streaming.window import Outgoing
+from natsync.streaming.window import GIVEN_BYTES, Outgoing
 
 log = logging.getLogger("natsync.streaming")
 
@@ -111,8 +112,12 @@ class SenderCore(Waiter):
 
     @property
     def direct(self) -> Outgoing | None:
-        """Where ResponseSender.send() may put bare chunks by itself, under lock; then it calls see_to_it()."""
+        """Where ResponseSender.send() may give small chunks by itself; then it calls gave()."""
         return None
+
+    def gave(self) -> bool:
+        """Look after the chunk that this thread has given; False if it was not taken, for another one sends too."""
+        raise NotImplementedError
 
     def gather(self, bring: Callable[[], object] | None) -> None:
         """Chunks gather elsewhere: have bring() called, unless this or see_to_it() is called again within a moment."""
@@ -330,7 +335,6 @@ class ResponseSender:
 
     def __init__(self, core: SenderCore) -> None:
         self._core = core
-        self._lock = core.lock
         self._direct = core.direct
         self._generation = fork_generation()
         self._home = at_home[0]
@@ -355,19 +359,11 @@ class ResponseSender:
         if type(data) is not bytes:
             data = to_bytes(data)
         out = self._direct
-        if out is not None:
-            # What happens to nearly every chunk, in as few steps as can be; any other goes the long way.
-            size = len(data)
-            with self._lock:
-                quick = size <= out.free and size <= out.fragment_bytes and len(out.kept) < out.allowed
-                if quick:
-                    out.kept.append(data)
-                    out.free -= size
-                    out.count = number = out.count + 1
-                    if number < out.watch_at:
-                        return number
-            if quick:
-                self._core.see_to_it()
+        # What happens to nearly every chunk, in as few steps as can be, see Outgoing; any other goes the long way.
+        if out is not None and get_ident() == out.giver and len(data) <= GIVEN_BYTES and len(out.given) < out.spare:
+            out.number = number = out.number + 1
+            out.given.append(data)
+            if number < out.giver_until or self._core.gave():
                 return number
         return self._core.send(data, _NO_DEADLINE if timeout is None else Deadline.after(check_timeout(timeout)))
 

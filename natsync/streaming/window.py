@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import enum
 import itertools
+from threading import get_ident
 from typing import NamedTuple
 
 from natsync.errors import MaxPayloadExceeded, ProtocolError
@@ -27,6 +28,8 @@ BATCH_BYTES = 64 << 10
 ONES = 64
 #: The largest chunk that shares a frame: of larger ones the frame's own cost is nothing.
 BATCHED_CHUNK_BYTES = 8 << 10
+#: The largest chunk that may be given without a lock: the room for it is reckoned as if each were that large.
+GIVEN_BYTES = 256
 #: What a responder keeps unacknowledged for one stream at most, whatever it is offered: chunks, and bytes.
 MOST_WINDOW = 65_536
 MOST_WINDOW_BYTES = 32 << 20
@@ -45,16 +48,24 @@ class Frame(NamedTuple):
 class Outgoing:
     """What a responder has been given to send, until the requester has it.
 
-    Taking a chunk is what happens most, so it changes three things only: the list of what is kept, how many bytes are
-    free, and how many chunks were given. ResponseSender.send() does that itself, for a call would cost as much.
+    Giving a chunk is what happens most, and the lock of whoever drives this would be a third of it. So one thread, the
+    giver, may append small bare chunks to `given` without that lock, as ResponseSender.send() does. It is the first
+    thread that pushes; when another one does, or the stream is over, there is none any more. Everything else is done
+    under the lock, and begins by taking in what was given: only there the list gets shorter. A giver that finds
+    afterwards that it is none any more asks was_taken(): then its chunk is either among those that were taken in while
+    it was, or the only one in the list, where nobody but itself will look for it.
 
     Attributes:
-        kept: what was given, and not acknowledged: of the seqs from acked+1 up.
-        free: how many bytes more may be given.
-        allowed: how many frames may be kept when somebody gives a chunk himself; 0 while nobody may.
+        kept: what was pushed or taken in, and not acknowledged: of the seqs from acked+1 up.
+        free: how many bytes more may be kept.
         fragment_bytes: the size of the largest chunk that is not split.
-        count: chunks given.
-        watch_at: the count from which on whoever gives chunks himself has to see to their being sent.
+        count: chunks pushed or taken in.
+        watch_at: the count from which on whoever pushes has to see to their being sent.
+        given: small bare chunks on their way from the giver.
+        giver: its thread, 0 if there is none.
+        spare: so many of them there may be; to be read behind their number, which may fall in between.
+        number: of the last chunk of the giver's.
+        giver_until: the number from which on it has to see to their being sent, or is no giver.
         acked: the requester has everything up to this seq.
         sent: up to this seq everything was handed to the link since it last had to be sent again.
         highest: up to this seq everything was handed to some link.
@@ -69,13 +80,17 @@ class Outgoing:
         self._batches = offer.batches
         self._quota_bytes = quota_bytes
         self._limit, self._limit_bytes = offer.window, offer.window_bytes
+        self._chunk_bytes = offer.chunk_bytes
         self.kept: list[bytes] = []
         self.count = self.watch_at = 0
+        self.given: list[bytes] = []
+        self.giver = self.spare = self.number = self.giver_until = 0
+        self._givers = 0  # threads that have pushed: none, one, or more
         self._direct = False
         self._special: dict[int, tuple[bytes, bytes | None]] = {}  # seq -> (op, headers) of all but bare chunks
         self._sent_offset = 0  # application bytes up to `sent`,
         self._acked_offset = 0  # and up to `acked`
-        self.allowed = self._most = 0  # how much may be in the list now
+        self._most = 0  # how much may be in the list now
         self._reach = self.free = 0  # the offset up to which may be given out and kept, and what is left until there
         self._reckon()
 
@@ -87,9 +102,9 @@ class Outgoing:
         """How far the credit, one's own window and the quota reach."""
         offset = self.offset
         self._most = min(self._limit, self.acked + MOST_WINDOW) - self.acked
-        self.allowed = self._most if self._direct else 0
         self._reach = min(self._last_offset, self._acked_offset + self._quota_bytes)
         self.free = self._reach - offset
+        self._allot()
 
     @property
     def last(self) -> int:
@@ -118,6 +133,7 @@ class Outgoing:
 
     @quota_bytes.setter
     def quota_bytes(self, quota_bytes: int) -> None:
+        self.take_in()
         self._quota_bytes = quota_bytes
         self._reckon()
 
@@ -126,6 +142,62 @@ class Outgoing:
         """The offset up to which credit and window reach."""
         return min(self._limit_bytes, self._acked_offset + MOST_WINDOW_BYTES)
 
+    # -- giving without the lock -----------------------------------------------------------------------------------
+
+    def take_in(self) -> None:
+        """Keep what was given."""
+        count = len(self.given)
+        if not (count and self.giver):
+            return
+        self.spare = 0
+        chunks = self.given[:count]
+        size = sum(map(len, chunks))
+        del self.given[:count]  # from here on no call, so no interrupt
+        self.kept += chunks
+        self.free -= size
+        self.count += count
+        self._allot()
+
+    def _allot(self) -> None:
+        """How much may be given."""
+        small = min(self.fragment_bytes, self._chunk_bytes)
+        if not (self.giver and self._direct) or small < GIVEN_BYTES:
+            self.spare = 0
+        else:
+            self.spare = max(0, min(self._most - len(self.kept), self.free // GIVEN_BYTES))
+
+    def _pushing(self) -> None:
+        """This thread pushes: it is the giver if no other one has."""
+        self.take_in()
+        me = get_ident()
+        if self._givers == 0:
+            self._givers, self.giver = 1, me
+        elif me != self.giver and self._givers == 1:
+            self._givers = 2
+            self._no_giver()
+        self.spare = 0  # until _allot() is called again, should an interrupt keep it from that
+
+    def _no_giver(self) -> None:
+        self.giver = self.giver_until = self.spare = 0
+
+    def watch(self, count: int) -> None:
+        """Whoever gives or pushes the chunk of this number, or a later one, has to see to their being sent."""
+        self.watch_at = count
+        self.giver_until = count if self.giver else 0
+
+    @property
+    def has_given(self) -> bool:
+        """Whether something is to be taken in; after watch(0), which the giver looks at behind what it gives."""
+        return self.giver != 0 and bool(self.given[:1])
+
+    def was_taken(self) -> bool:
+        """Whether the chunk that this thread has just given is taken, or will be; else it is not here any more."""
+        if self.giver == get_ident():
+            return True
+        taken = not self.given
+        self.given.clear()
+        return taken
+
     # -- giving --------------------------------------------------------------------------------------------------
 
     def takes(self, size: int) -> bool:
@@ -133,33 +205,42 @@ class Outgoing:
 
         For one there is room if nothing else is kept, whatever the quota: else it could wait for ever.
         """
+        self.take_in()
         return (self.kept_bytes + size <= self.quota_bytes or not self.kept_bytes) and self.has_credit(size)
 
     def has_credit(self, size: int) -> bool:
         """Whether nothing but the quota can keep a chunk of this size waiting."""
+        self.take_in()
         first = size if size < self.fragment_bytes else self.fragment_bytes
         return len(self.kept) < self._most and self.offset + first <= self._last_offset
 
     def allow(self, direct: bool) -> None:
-        """Whether others may give bare chunks themselves: not the first one, nor any once the stream is over."""
+        """Whether chunks may be given: not the first one, nor any once the stream is over."""
+        self.take_in()
         self._direct = direct
+        if not direct:
+            self._no_giver()
         self._reckon()
 
     def push_some(self, chunks: list[bytes], sizes: list[int]) -> int:
         """Take bare chunks that are no larger than a fragment, as long as there is room and credit; how many."""
+        self._pushing()
         count = min(len(chunks), self._most - len(self.kept))
         if count <= 0:
             return 0
         run = sizes if count == len(sizes) else sizes[:count]
-        if max(run) > self.fragment_bytes or sum(run) > self.free:
-            free, largest = self.free, self.fragment_bytes
+        largest = min(self.fragment_bytes, self._chunk_bytes)
+        if max(run) > largest or sum(run) > self.free:
+            free = self.free
             totals = itertools.accumulate(run)
             fits = (size <= largest and total <= free for size, total in zip(run, totals, strict=True))
             count = next(index for index, one in enumerate(fits) if not one)
             run = run[:count]
-        self.kept += chunks if count == len(chunks) else chunks[:count]
-        self.free -= sum(run)
-        self.count += count
+        given, size = chunks if count == len(chunks) else chunks[:count], sum(run)
+        self.kept += given  # from here on no call, as in take_in()
+        self.free -= size
+        self.count = self.number = self.count + count
+        self._allot()
         return count
 
     @property
@@ -173,15 +254,17 @@ class Outgoing:
         Raises:
             MaxPayloadExceeded: the headers alone are larger than a frame.
         """
+        self._pushing()
         size = len(chunk)
         if block is not None:
             self._push_with_headers(chunk, block)
         elif size > self.fragment_bytes:
             self._push_fragments([chunk])
         else:
-            self.kept.append(chunk)
+            self.kept += (chunk,)  # no call, as in take_in()
             self.free -= size
-        self.count += 1
+        self.count = self.number = self.count + 1
+        self._allot()
 
     def _push_with_headers(self, chunk: bytes, block: bytes) -> None:
         room = self.fragment_bytes - len(block)
@@ -207,6 +290,7 @@ class Outgoing:
 
     def push_end(self, op: bytes, block: bytes | None, payload: bytes) -> None:
         """Take what ends the stream; it needs no credit, and counts no application bytes."""
+        self.take_in()
         self.kept.append(payload)
         self._special[self.last] = (op, block)
         self.ended = True
@@ -215,6 +299,7 @@ class Outgoing:
 
     def next(self) -> Frame | None:
         """The next frame to be sent; None if all is sent, or its credit is still to come."""
+        self.take_in()
         seq = self.sent + 1
         if seq > self.last or self._cleared:
             return None
@@ -236,6 +321,7 @@ class Outgoing:
 
         None where next() has to be asked: they may share frames, or the next one is no bare chunk or a larger one.
         """
+        self.take_in()
         seq = self.sent + 1
         if self._batches or self._special or self._cleared:
             return seq, []
@@ -284,12 +370,14 @@ class Outgoing:
     @property
     def blocked(self) -> bool:
         """Whether something waits for credit to be sent."""
+        self.take_in()
         return self.sent < self.last
 
     # -- what the requester says ---------------------------------------------------------------------------------
 
     def acknowledge(self, ack: Ack) -> bool:
         """Take a requester's account; whether it brings anything new. What it has is let go."""
+        self.take_in()
         if ack.received > self.highest or self._cleared:
             return False  # of what was never sent: not of this stream, or nonsense
         news = False
@@ -330,13 +418,16 @@ class Outgoing:
 
     def adapt(self, max_payload: int) -> bool:
         """Frames are to be no larger than this from now on; whether all that is kept is."""
+        self.take_in()
         self._fit(max_payload)
+        self._allot()
         headers = {seq: len(block) for seq, (_, block) in self._special.items() if block is not None}
         sizes = (headers.get(seq, 0) + len(payload) for seq, payload in enumerate(self.kept, self.acked + 1))
         return max(sizes, default=0) <= max_payload
 
     def clear(self) -> None:
         """Keep nothing any more, and send nothing."""
+        self._no_giver()
         self._cleared = True
         self.kept, self._special = [], {}
         self._acked_offset = self.offset
