@@ -101,6 +101,67 @@ def test_a_chunk_that_found_no_credit_in_time_is_not_sent_later_either(client: n
     assert taking.value == [b"5"]
 
 
+@pytest.mark.parametrize("size", [4 * GIVEN_BYTES, 128 << 10])
+def test_no_chunk_is_larger_than_the_requester_takes_be_it_the_first_or_a_later_one(
+    nats_server: NatsServer, held: Held, size: int
+) -> None:
+    with natsync.connect(nats_server.url, max_message_bytes=size, **QUICK) as client:
+        stream, sender = client.stream(held.subject), held.sender
+        for number in range(3):
+            with pytest.raises(natsync.MaxPayloadExceeded):
+                sender.send(b"x" * (size + 1))
+            assert sender.send(b"x" * (size // 2)) == number + 1
+        with pytest.raises(natsync.MaxPayloadExceeded):
+            sender.send_many([b"", b"x" * (size + 1)])
+        sender.end()
+        assert list(stream) == [b"x" * (size // 2)] * 3
+
+
+def outcome_of(stream: natsync.Stream) -> tuple[list[bytes], Exception | None]:
+    """What came, and with which error it ended."""
+    taken: list[bytes] = []
+    try:
+        taken.extend(stream)
+    except natsync.StreamError as error:
+        return taken, error
+    return taken, None
+
+
+@pytest.mark.parametrize("most", [1000, 10_000])
+def test_nothing_that_is_sent_is_larger_than_the_requester_takes(
+    nats_server: NatsServer, subscriber: natsync.Subscriber, most: int
+) -> None:
+    """It would cost it its link. Here are batches, fragments, headers, a chunk too large, errors with details."""
+    small, large = [b"x" * 100] * 3000, b"y" * most
+
+    def headers(ctx: natsync.Context, request: natsync.Message, sender: natsync.ResponseSender) -> None:
+        sender.set_header("Long", "h" * (most // 2))
+        sender.send(large)
+        with pytest.raises(natsync.MaxPayloadExceeded):
+            sender.end(trailers={"Long": "t" * most})
+        sender.end()
+
+    def fails(ctx: natsync.Context, request: natsync.Message, sender: natsync.ResponseSender) -> None:
+        sender.send_error("z" * 2 * most, code=9, details="d" * most)
+
+    subscriber.stream_subscribe("framed.small", lambda ctx, request: iter(small))
+    subscriber.stream_subscribe("framed.too.large", lambda ctx, request: iter([*small, large + b"y"]))
+    subscriber.stream_subscribe("framed.headers", headers)
+    subscriber.stream_subscribe("framed.fails", fails)
+    subscriber.open()
+    with natsync.connect(nats_server.url, max_message_bytes=most, **QUICK) as client:
+        assert outcome_of(client.stream("framed.small", timeout=PATIENCE)) == (small, None)
+        taken, error = outcome_of(client.stream("framed.too.large", timeout=PATIENCE))
+        assert taken == small
+        assert isinstance(error, natsync.HandlerError)
+        assert str(most + 1) in str(error)
+        assert outcome_of(client.stream("framed.headers", timeout=PATIENCE)) == ([large], None)
+        taken, error = outcome_of(client.stream("framed.fails", timeout=PATIENCE))
+        assert isinstance(error, natsync.HandlerError)
+        assert "z" * (most // 2) in str(error)
+        assert client.stats()["reconnects"] == 0
+
+
 @pytest.fixture
 def restless() -> Iterator[None]:
     """Threads take turns every few instructions."""

@@ -1211,14 +1211,12 @@ def test_a_small_bare_chunk_is_given_as_push_would_take_it() -> None:
         (outgoing(size=8 * PLENTY, quota=3 * GIVEN_BYTES - 1), 2),
         (outgoing(size=5 * GIVEN_BYTES - 1), 4),
         (outgoing(max_payload=GIVEN_BYTES - 1), 0),
-        (Outgoing(Offer(9, PLENTY, 10.0, 5.0, chunk_bytes=GIVEN_BYTES - 1), PLENTY, PLENTY), 0),
     ],
     ids=[
         "no seq left",
         "more than the quota",
         "no credit left",
         "larger than a fragment",
-        "more than it puts together",
     ],
 )
 def test_nothing_is_given_that_there_is_no_room_or_credit_for(out: Outgoing, most: int) -> None:

@@ -83,8 +83,8 @@ class FramedSender(SenderCore):
         self._framing = framing
         self._imported = reply.startswith(frames.IMPORTED)
         self._state = State.OPEN
-        self._out = Outgoing(offer, self._max_payload(), GUARANTEED_BYTES)
         self._chunk_bytes = offer.chunk_bytes
+        self._out = Outgoing(offer, self._max_payload(), GUARANTEED_BYTES)
         self._quarter = max(1, offer.window // 4)
         self._held_bytes = 0  # of the memory that all streams share
         self._room = SafeCondition(self.lock)
@@ -117,7 +117,8 @@ class FramedSender(SenderCore):
             self.resume()
 
     def _max_payload(self) -> int:
-        limit: int = self._connection.info.get("max_payload", MAX_MESSAGE_BYTES)
+        """What the server takes, and the requester: a larger message would cost it its link."""
+        limit: int = min(self._connection.info.get("max_payload", MAX_MESSAGE_BYTES), self._chunk_bytes)
         return limit - len(self._inbox) - _SEQ_BYTES if self._imported else limit
 
     def accept(self) -> None:

@@ -452,12 +452,14 @@ class ResponseSender:
         return f"<ResponseSender for {self._core.subject!r}: {state}, {self.send_count} sent>"
 
 
-def fitting_error(status: Status, text: str, payload: bytes, limit: int) -> tuple[bytes, bytes]:
-    """Headers and payload of an error's message; what does not fit is left out: details first, then the text's end."""
+def fitting_error(status: Status, text: str, payload: bytes, limit: int) -> tuple[bytes | None, bytes]:
+    """Headers and payload of an error's message. What does not fit is left out: details, the text's end, the status."""
     block = terms.encode_status(status, text).encode()
     if len(block) + len(payload) > limit:
         block = terms.encode_status(replace(status, details=None), text).encode()
-    return block, payload[: max(0, limit - len(block))]
+    if len(block) > limit:
+        return None, payload[:limit]
+    return block, payload[: limit - len(block)]
 
 
 def describe(error: BaseException | str) -> str:

@@ -80,7 +80,6 @@ class Outgoing:
         self._batches = offer.batches
         self._quota_bytes = quota_bytes
         self._limit, self._limit_bytes = offer.window, offer.window_bytes
-        self._chunk_bytes = offer.chunk_bytes
         self.kept: list[bytes] = []
         self.count = self.watch_at = 0
         self.given: list[bytes] = []
@@ -160,8 +159,7 @@ class Outgoing:
 
     def _allot(self) -> None:
         """How much may be given."""
-        small = min(self.fragment_bytes, self._chunk_bytes)
-        if not (self.giver and self._direct) or small < GIVEN_BYTES:
+        if not (self.giver and self._direct) or self.fragment_bytes < GIVEN_BYTES:
             self.spare = 0
         else:
             self.spare = max(0, min(self._most - len(self.kept), self.free // GIVEN_BYTES))
@@ -229,9 +227,8 @@ class Outgoing:
         if count <= 0:
             return 0
         run = sizes if count == len(sizes) else sizes[:count]
-        largest = min(self.fragment_bytes, self._chunk_bytes)
-        if max(run) > largest or sum(run) > self.free:
-            free = self.free
+        if max(run) > self.fragment_bytes or sum(run) > self.free:
+            free, largest = self.free, self.fragment_bytes
             totals = itertools.accumulate(run)
             fits = (size <= largest and total <= free for size, total in zip(run, totals, strict=True))
             count = next(index for index, one in enumerate(fits) if not one)
