@@ -22,7 +22,7 @@ CORE = [
     "streaming", "streaming.terms", "streaming.frames", "streaming.window", "streaming.peers", "streaming.inlet",
     "streaming.calls", "streaming.plain_receiver", "streaming.framed_receiver", "streaming.call",
     "streaming.stream", "streaming.framing", "streaming.sender", "streaming.plain_sender", "streaming.framed_sender",
-    "streaming.drawing", "streaming.handlers", "streaming.watched", "streaming.passing", "streaming.work",
+    "streaming.handlers", "streaming.watched", "streaming.passing", "streaming.work",
     "streaming.responder", "streaming.registration", "streaming.serving", "streaming.subscriber", "client",
     "pooling", "pooling.health", "pooling.store", "pooling.keeper", "pool",
 ]  # fmt: skip

@@ -10,7 +10,6 @@ from __future__ import annotations
 import enum
 import random
 import time
-from collections.abc import Callable
 
 from natsync.concurrency import Deadline, Happening, SafeCondition
 from natsync.connection import Connection
@@ -101,7 +100,6 @@ class FramedSender(SenderCore):
         self._moved_at = time.monotonic()  # of the last progress, or question
         self._alarm = Alarm(self._look)
         self._gathering = Alarm(self._gathered)
-        self._bring: Callable[[], object] | None = None  # what gathers elsewhere
         self._done = Happening()
         self._arrived = False
         options = connection.options
@@ -193,16 +191,8 @@ class FramedSender(SenderCore):
         elif left > 0:
             self._gathering.set(time.monotonic() + GATHER_SECONDS)
 
-    def gather(self, bring: Callable[[], object] | None) -> None:
-        self._bring = bring
-        if bring is not None:
-            self._gathering.set(time.monotonic() + GATHER_SECONDS)
-
     def _gathered(self) -> None:
         """Some have gathered, and no more have come."""
-        bring = self._bring
-        if bring is not None:
-            bring()
         with self.lock:
             wake = self._wants_writer_locked()
             accepts = self._accepts and not wake and self._state is not State.CLOSED

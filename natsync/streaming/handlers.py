@@ -18,7 +18,6 @@ from natsync.context import TRACE_HEADERS, Context
 from natsync.errors import Cancelled, Code, DeadlineExceeded, HandlerError, StreamClosed, StreamError
 from natsync.headers import Headers
 from natsync.message import Message, to_bytes
-from natsync.streaming.drawing import send_each
 from natsync.streaming.sender import ResponseSender, SenderCore, describe
 from natsync.streaming.terms import Status
 
@@ -202,7 +201,12 @@ def _send_all(result: Any, core: SenderCore, given: ResponseSender | None = None
         raise TypeError(f"the handler returned {type(result).__name__}, not an iterator of chunks")
     iterator, sender = iter(result), given or ResponseSender(core)  # held until the end: a dropped one ends the stream
     try:
-        send_each(iterator, sender.send, core, shared=given is not None)
+        send = sender.send
+        for chunk in iterator:
+            try:
+                send(chunk)
+            except StreamClosed:
+                break  # no error of the handler
     finally:
         close = getattr(iterator, "close", None)
         if callable(close):

@@ -119,12 +119,6 @@ class SenderCore(Waiter):
         """Look after the chunk that this thread has given; False if it was not taken, for another one sends too."""
         raise NotImplementedError
 
-    def gather(self, bring: Callable[[], object] | None) -> None:
-        """Chunks gather elsewhere: have bring() called, unless this or see_to_it() is called again within a moment."""
-
-    def see_to_it(self) -> None:
-        """There is something to be sent, or more of it than is left to the writer."""
-
     @property
     def ends_empty(self) -> bool:
         """Whether an empty message ends the stream."""
