@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from natsync.streaming.frames import END_PAYLOAD, ERROR_PREFIX, Ack, Op, decode_batch
 from natsync.streaming.terms import Offer
-from natsync.streaming.window import Frame, Incoming, Outgoing, Verdict
+from natsync.streaming.window import GIVEN_BYTES, Frame, Incoming, Outgoing, Verdict
 
 BLOCK = b"NATS/1.0\r\nA: %b\r\n\r\n" % (b"1" * 260)
 #: Bytes that the least window allows in a fragment; the larger sizes lie around it and its multiples.
@@ -95,6 +95,7 @@ class Simulation:
         if not out.takes(size):
             return False
         out.push(chunk, block)
+        out.allow(True)  # from the first one on
         room = out.fragment_bytes - len(block or b"")
         self.given.append(chunk)
         self.given_frames += 1 + max(0, -(-(size - room) // out.fragment_bytes))
@@ -105,6 +106,21 @@ class Simulation:
     def give_several(self, number: int) -> None:
         for one in range(number, 2 * number + 1):
             self.give(SMALL[one % len(SMALL)])
+
+    def give_without_lock(self, number: int) -> None:
+        """As ResponseSender.send() does. Nothing else is looked at, or changed, until something takes it in."""
+        out = self.out
+        for one in range(number + 1):
+            if len(out.given) >= out.spare:
+                return
+            size = SMALL[one % len(SMALL)] % (GIVEN_BYTES + 1)
+            assert self.may_take(size)
+            self.given.append(PATTERN[len(self.given) % 1000 :][:size])
+            out.number += 1
+            out.given.append(self.given[-1])
+            self.given_frames += 1
+            self.given_bytes += size
+            assert out.number == len(self.given)
 
     def give_large(self, number: int) -> None:
         self.give(LARGE[number % len(LARGE)])
@@ -123,6 +139,7 @@ class Simulation:
     def end(self, number: int) -> None:
         if not self.out.ended:
             op, block, payload = ((Op.END, None, END_PAYLOAD), (Op.ERROR, BLOCK, ERROR_PREFIX))[number % 2]
+            self.out.allow(False)
             self.out.push_end(op, block, payload)
             self.given_frames += 1
 
@@ -267,10 +284,12 @@ class Simulation:
 
     def check(self) -> None:
         out, into, ledger = self.out, self.into, self.ledger
-        assert out.acked <= out.sent <= out.highest <= out.last == self.given_frames
+        given = len(out.given)
+        assert out.acked <= out.sent <= out.highest <= out.last == self.given_frames - given
         assert out.acked <= into.received <= out.highest == len(ledger.frames) - 1
-        assert out.kept_bytes == self.given_bytes - ledger.offsets[out.acked]
-        assert out.blocked == (out.sent < out.last)
+        assert out.kept_bytes + sum(map(len, out.given)) == self.given_bytes - ledger.offsets[out.acked]
+        if not given:  # which this would take in
+            assert out.blocked == (out.sent < out.last)
         assert into.granted_bytes == self.told.limit_bytes - self.freed_bytes()
         assert self.taken_bytes - self.consumed_bytes <= into.granted_bytes
         assert self.ends == (out.ended and into.received == out.last)
@@ -303,6 +322,7 @@ class Simulation:
 STEPS: dict[str, tuple[Callable[[Simulation, int], object], float]] = {
     "nothing": (lambda simulation, _: simulation.check(), 0),
     "give several chunks": (Simulation.give_several, 20),
+    "give chunks without the lock": (Simulation.give_without_lock, 20),
     "give a large chunk": (Simulation.give_large, 5),
     "give a chunk with headers": (Simulation.give_with_headers, 1),
     "send": (Simulation.send, 20),
