@@ -1,4 +1,7 @@
-"""Interrupts at every moment of a call that Python allows for, one after the other, where a storm only samples."""
+"""Interrupts, or another thread's turn, at every moment of a call that Python allows for, one after the other.
+
+A storm of signals, or of threads, only samples them.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,33 @@ def moments(call: Callable[[], object], *functions: Callable[..., Any], anywhere
     """
     codes = {function.__code__ for function in functions}
     moment = 0
-    while _interrupted(call, codes, moment, anywhere):
+    while True:
+        try:
+            if not _stopped(call, codes, moment, anywhere, _interrupt):
+                return
+        except Interrupted:
+            pass
         yield moment
         moment += 1
 
 
-def _interrupted(call: Callable[[], object], codes: set[Any], moment: int, anywhere: bool) -> bool:
+def turns(call: Callable[[], object], turn: Callable[[], object], *functions: Callable[..., Any]) -> Iterator[int]:
+    """The same, but the call is not ended there: turn() is called, and then it goes on. Before any instruction."""
+    codes = {function.__code__ for function in functions}
+    moment = 0
+    while _stopped(call, codes, moment, True, turn):
+        yield moment
+        moment += 1
+
+
+def _interrupt() -> None:
+    raise Interrupted
+
+
+def _stopped(
+    call: Callable[[], object], codes: set[Any], moment: int, anywhere: bool, stop: Callable[[], object]
+) -> bool:
+    """Whether the call came to that moment, where stop() was called."""
     seen = 0
     before: dict[FrameType, str] = {}
 
@@ -40,15 +64,13 @@ def _interrupted(call: Callable[[], object], codes: set[Any], moment: int, anywh
             if anywhere or last.startswith("CALL"):
                 seen += 1
                 if seen == moment + 1:
-                    raise Interrupted
+                    stop()
         return trace
 
     former = sys.gettrace()
     sys.settrace(trace)
     try:
         call()
-    except Interrupted:
-        return True
     finally:
         sys.settrace(former)
-    return False
+    return seen > moment

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from interrupting import turns
 from natsync.concurrency import Deadline, Happening
-from natsync.errors import MaxPayloadExceeded, ProtocolError
+from natsync.errors import MaxPayloadExceeded, ProtocolError, StreamClosed
 from natsync.streaming import window
 from natsync.streaming.frames import END_PAYLOAD, ERROR_PREFIX, Ack, Op, encode_batch
 from natsync.streaming.sender import ResponseSender
@@ -1296,6 +1299,119 @@ def test_a_chunk_whose_thread_is_no_giver_any_more_is_kept_or_given_back(how: st
     assert out.given == []
     assert out.count == len(out.kept)
     assert (out.giver, out.spare) == (0, 0)
+
+
+class Giver:
+    """The thread that gives, and a stream whose lock another thread holds while this one has a turn."""
+
+    subject = "a"
+
+    def __init__(self, window: int) -> None:
+        self.over = Happening()
+        self.over.set()
+        self.direct = outgoing(window)
+        self.sent: dict[int, bytes] = {}
+        self._turn, self._stands, self._free = threading.Event(), threading.Event(), threading.Event()
+        self._thread = ThreadPoolExecutor(1)
+        self._thread.submit(self._prepare).result(PATIENCE)
+        self._giving = self._thread.submit(self._give)
+
+    def _prepare(self) -> None:
+        self.direct.push(b"0")
+        self.direct.allow(True)
+        self.direct.watch(PLENTY)
+        core: Any = self
+        self._sender = ResponseSender(core)
+        for chunk in (b"mine a", b"mine b"):
+            self.sent[self._sender.send(chunk)] = chunk
+
+    def _give(self) -> None:
+        assert self._turn.wait(PATIENCE)
+        for number in range(3):
+            chunk = b"mine %d" % number
+            with contextlib.suppress(StreamClosed):
+                self.sent[self._sender.send(chunk)] = chunk
+        self._stands.set()
+
+    def turn(self) -> None:
+        """It goes on until it has given its chunks, or needs the lock."""
+        self._turn.set()
+        assert self._stands.wait(PATIENCE)
+
+    def finish(self) -> None:
+        """The lock is free."""
+        self._free.set()
+        self._turn.set()
+        self._giving.result(PATIENCE)
+        self._thread.shutdown()
+
+    def _lock(self) -> None:
+        self._stands.set()
+        assert self._free.wait(PATIENCE)
+
+    def gave(self) -> bool:
+        self._lock()
+        return self.direct.was_taken()
+
+    def send(self, data: bytes, deadline: Deadline) -> int:
+        self._lock()
+        if not self.direct._direct or not self.direct.takes(len(data)):
+            raise StreamClosed("it is over, or would have to wait")
+        self.direct.push(data)
+        return self.direct.count
+
+
+@pytest.mark.parametrize(
+    ("how", "window", "sent"),
+    [
+        ("another thread pushes", 9, 5),
+        ("another thread pushes several", 9, 5),
+        ("the writer comes", 5, 4),
+        ("the requester has some", 5, 5),
+        ("the stream ends", 9, 2),
+    ],
+)
+def test_whenever_the_giver_gives_while_another_thread_is_at_it_nothing_is_lost_doubled_or_misnumbered(
+    how: str, window: int, sent: int
+) -> None:
+    calls: dict[str, Callable[[Outgoing], object]] = {
+        "another thread pushes": lambda out: out.push(b"theirs"),
+        "another thread pushes several": lambda out: out.push_some([b"theirs"] * 2, [6, 6]),
+        "the writer comes": lambda out: out.next(),
+        "the requester has some": lambda out: (out.next(), out.acknowledge(Ack(1, 6, PLENTY))),
+        "the stream ends": lambda out: out.allow(False),
+    }
+    inside = (
+        Outgoing.push,
+        Outgoing.push_some,
+        Outgoing._pushing,
+        Outgoing.allow,
+        Outgoing.take_in,
+        Outgoing._take_in,
+        Outgoing._no_giver,
+        Outgoing._allot,
+        Outgoing._reckon,
+        Outgoing.next,
+        Outgoing._next_chunks,
+        Outgoing.acknowledge,
+        Outgoing._let_go,
+    )
+    givers = [Giver(window)]
+    for _ in turns(lambda: calls[how](givers[-1].direct), lambda: givers[-1].turn(), *inside):
+        giver = givers[-1]
+        giver.finish()
+        out = giver.direct
+        out.take_in()
+        assert out.given == []
+        assert out.count == out.last
+        assert len(out.kept) <= window
+        chunks = [b"0"] * out.acked + out.kept
+        assert {number: chunks[number - 1] for number in giver.sent} == giver.sent
+        assert [chunk for chunk in chunks if chunk.startswith(b"mine")] == list(giver.sent.values())
+        assert len(giver.sent) >= sent
+        givers.append(Giver(window))
+    givers[-1].finish()
+    assert len(givers) > 50
 
 
 def test_once_a_second_thread_has_pushed_there_is_no_giver_for_good() -> None:

@@ -145,10 +145,12 @@ class Outgoing:
 
     def take_in(self) -> None:
         """Keep what was given."""
-        count = len(self.given)
-        if not (count and self.giver):
-            return
+        if self.given and self.giver:
+            self._take_in()
+
+    def _take_in(self) -> None:
         self.spare = 0
+        count = len(self.given)
         chunks = self.given[:count]
         size = sum(map(len, chunks))
         del self.given[:count]  # from here on no call, so no interrupt
@@ -166,17 +168,19 @@ class Outgoing:
 
     def _pushing(self) -> None:
         """This thread pushes: it is the giver if no other one has."""
-        self.take_in()
         me = get_ident()
         if self._givers == 0:
             self._givers, self.giver = 1, me
         elif me != self.giver and self._givers == 1:
             self._givers = 2
             self._no_giver()
+        self.take_in()
         self.spare = 0  # until _allot() is called again, should an interrupt keep it from that
 
     def _no_giver(self) -> None:
+        """From here on nobody gives, but for a chunk at most that is about to be: then its thread notices."""
         self.giver = self.giver_until = self.spare = 0
+        self._take_in()  # behind that: until then chunks may have come
 
     def watch(self, count: int) -> None:
         """Whoever gives or pushes the chunk of this number, or a later one, has to see to their being sent."""
