@@ -1194,7 +1194,7 @@ def taken_quickly(out: Outgoing, chunk: bytes) -> bool:
     assert number == (0 if core.slow else out.number)
     out.take_in()
     assert out.given == []
-    assert out.number == out.count
+    assert (out.number, out.number_bytes) == (out.count, out.offset)
     return not core.slow
 
 
@@ -1287,18 +1287,18 @@ def test_a_chunk_whose_thread_is_no_giver_any_more_is_kept_or_given_back(how: st
 
     if when == "in front of it":
         end()
-    out.number += 1
+    out.number, out.number_bytes = out.number + 1, out.number_bytes + 4
     out.given.append(b"mine")
     if when == "behind it":
         end()
     out.take_in()
     theirs = [b"theirs"] if how == "another thread pushes" else []
     assert out.kept == [*([b"mine"] if when == "behind it" else []), *theirs]
-    assert out.giver_until == 0  # so that it asks
+    assert out.look_at == 0  # so that it asks
     assert out.was_taken() == (when == "behind it")
     assert out.given == []
     assert out.count == len(out.kept)
-    assert (out.giver, out.spare) == (0, 0)
+    assert (out.giver, out.limit) == (0, 0)
 
 
 class Giver:

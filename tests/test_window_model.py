@@ -111,16 +111,16 @@ class Simulation:
         """As ResponseSender.send() does. Nothing else is looked at, or changed, until something takes it in."""
         out = self.out
         for one in range(number + 1):
-            if len(out.given) >= out.spare:
+            size = (*SMALL, GIVEN_BYTES)[one % (len(SMALL) + 1)]
+            if out.number >= out.limit or out.number_bytes + size > out.limit_bytes:
                 return
-            size = SMALL[one % len(SMALL)] % (GIVEN_BYTES + 1)
             assert self.may_take(size)
             self.given.append(PATTERN[len(self.given) % 1000 :][:size])
-            out.number += 1
+            out.number, out.number_bytes = out.number + 1, out.number_bytes + size
             out.given.append(self.given[-1])
             self.given_frames += 1
             self.given_bytes += size
-            assert out.number == len(self.given)
+            assert (out.number, out.number_bytes) == (len(self.given), self.given_bytes)
 
     def give_large(self, number: int) -> None:
         self.give(LARGE[number % len(LARGE)])

@@ -353,12 +353,15 @@ class ResponseSender:
         if type(data) is not bytes:
             data = to_bytes(data)
         out = self._direct
-        # What happens to nearly every chunk, in as few steps as can be, see Outgoing; any other goes the long way.
-        if out is not None and get_ident() == out.giver and len(data) <= GIVEN_BYTES and len(out.given) < out.spare:
-            out.number = number = out.number + 1
-            out.given.append(data)
-            if number < out.giver_until or self._core.gave():
-                return number
+        if out is not None and get_ident() == out.giver:
+            # What happens to nearly every chunk, in as few steps as can be, see Outgoing; any other goes the long way.
+            size = len(data)
+            number, number_bytes = out.number + 1, out.number_bytes + size
+            if size <= GIVEN_BYTES and number <= out.limit and number_bytes <= out.limit_bytes:
+                out.number, out.number_bytes = number, number_bytes
+                out.given.append(data)
+                if number < out.look_at or self._core.gave():
+                    return number
         return self._core.send(data, _NO_DEADLINE if timeout is None else Deadline.after(check_timeout(timeout)))
 
     def try_send(self, data: Payload) -> bool:

@@ -28,8 +28,8 @@ BATCH_BYTES = 64 << 10
 ONES = 64
 #: The largest chunk that shares a frame: of larger ones the frame's own cost is nothing.
 BATCHED_CHUNK_BYTES = 8 << 10
-#: The largest chunk that may be given without a lock: the room for it is reckoned as if each were that large.
-GIVEN_BYTES = 256
+#: The largest chunk that may be given without a lock; of larger ones the lock's cost is nothing.
+GIVEN_BYTES = BATCHED_CHUNK_BYTES
 #: What a responder keeps unacknowledged for one stream at most, whatever it is offered: chunks, and bytes.
 MOST_WINDOW = 65_536
 MOST_WINDOW_BYTES = 32 << 20
@@ -61,11 +61,11 @@ class Outgoing:
         fragment_bytes: the size of the largest chunk that is not split.
         count: chunks pushed or taken in.
         watch_at: the count from which on whoever pushes has to see to their being sent.
-        given: small bare chunks on their way from the giver.
+        given: bare chunks of up to GIVEN_BYTES on their way from the giver.
         giver: its thread, 0 if there is none.
-        spare: so many of them there may be; to be read behind their number, which may fall in between.
-        number: of the last chunk of the giver's.
-        giver_until: the number from which on it has to see to their being sent, or is no giver.
+        number, number_bytes: of the last chunk that was pushed or given; and the bytes up to its end.
+        limit, limit_bytes: up to where that may go. Absolute, so that it does no harm if they change meanwhile.
+        look_at: the number from which on the giver has to see to their being sent, or is none any more.
         acked: the requester has everything up to this seq.
         sent: up to this seq everything was handed to the link since it last had to be sent again.
         highest: up to this seq everything was handed to some link.
@@ -83,7 +83,8 @@ class Outgoing:
         self.kept: list[bytes] = []
         self.count = self.watch_at = 0
         self.given: list[bytes] = []
-        self.giver = self.spare = self.number = self.giver_until = 0
+        self.giver = self.look_at = 0
+        self.number = self.number_bytes = self.limit = self.limit_bytes = 0
         self._givers = 0  # threads that have pushed: none, one, or more
         self._direct = False
         self._special: dict[int, tuple[bytes, bytes | None]] = {}  # seq -> (op, headers) of all but bare chunks
@@ -149,7 +150,6 @@ class Outgoing:
             self._take_in()
 
     def _take_in(self) -> None:
-        self.spare = 0
         count = len(self.given)
         chunks = self.given[:count]
         size = sum(map(len, chunks))
@@ -157,14 +157,13 @@ class Outgoing:
         self.kept += chunks
         self.free -= size
         self.count += count
-        self._allot()
 
     def _allot(self) -> None:
         """How much may be given."""
-        if not (self.giver and self._direct) or self.fragment_bytes < GIVEN_BYTES:
-            self.spare = 0
+        if self.giver and self._direct and self.fragment_bytes >= GIVEN_BYTES:
+            self.limit, self.limit_bytes = self.count + self.room, self._reach
         else:
-            self.spare = max(0, min(self._most - len(self.kept), self.free // GIVEN_BYTES))
+            self.limit = 0
 
     def _pushing(self) -> None:
         """This thread pushes: it is the giver if no other one has."""
@@ -175,17 +174,21 @@ class Outgoing:
             self._givers = 2
             self._no_giver()
         self.take_in()
-        self.spare = 0  # until _allot() is called again, should an interrupt keep it from that
+        self.limit = 0  # until _pushed() is called, should an interrupt keep it from that
+
+    def _pushed(self) -> None:
+        self.number, self.number_bytes = self.count, self.offset
+        self._allot()
 
     def _no_giver(self) -> None:
         """From here on nobody gives, but for a chunk at most that is about to be: then its thread notices."""
-        self.giver = self.giver_until = self.spare = 0
+        self.giver = self.look_at = self.limit = 0
         self._take_in()  # behind that: until then chunks may have come
 
     def watch(self, count: int) -> None:
         """Whoever gives or pushes the chunk of this number, or a later one, has to see to their being sent."""
         self.watch_at = count
-        self.giver_until = count if self.giver else 0
+        self.look_at = count if self.giver else 0
 
     @property
     def has_given(self) -> bool:
@@ -240,9 +243,21 @@ class Outgoing:
         given, size = chunks if count == len(chunks) else chunks[:count], sum(run)
         self.kept += given  # from here on no call, as in take_in()
         self.free -= size
-        self.count = self.number = self.count + count
-        self._allot()
+        self.count += count
+        self._pushed()
         return count
+
+    def push_quickly(self, chunk: bytes) -> bool:
+        """Take a bare chunk that is no larger than a fragment, if there is room and credit; in few steps."""
+        self._pushing()
+        size = len(chunk)
+        fits = self._direct and size <= self.free and size <= self.fragment_bytes and len(self.kept) < self._most
+        if fits:
+            self.kept += (chunk,)
+            self.free -= size
+            self.count += 1
+        self._pushed()
+        return fits
 
     @property
     def room(self) -> int:
@@ -264,8 +279,8 @@ class Outgoing:
         else:
             self.kept += (chunk,)  # no call, as in take_in()
             self.free -= size
-        self.count = self.number = self.count + 1
-        self._allot()
+        self.count += 1
+        self._pushed()
 
     def _push_with_headers(self, chunk: bytes, block: bytes) -> None:
         room = self.fragment_bytes - len(block)
@@ -419,8 +434,10 @@ class Outgoing:
 
     def adapt(self, max_payload: int) -> bool:
         """Frames are to be no larger than this from now on; whether all that is kept is."""
-        self.take_in()
         self._fit(max_payload)
+        if self.fragment_bytes < GIVEN_BYTES:
+            self._no_giver()
+        self.take_in()
         self._allot()
         headers = {seq: len(block) for seq, (_, block) in self._special.items() if block is not None}
         sizes = (headers.get(seq, 0) + len(payload) for seq, payload in enumerate(self.kept, self.acked + 1))
