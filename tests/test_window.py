@@ -1166,7 +1166,7 @@ class Core:
     def __init__(self, out: Outgoing) -> None:
         self.over = Happening()
         self.over.set()  # to drop the sender is no fault
-        self.direct = out
+        self.direct, self.lock = out, threading.Lock()
         self.slow = self.seen_to = 0
 
     def send(self, data: bytes, deadline: Deadline) -> int:
@@ -1174,8 +1174,11 @@ class Core:
         return 0
 
     def gave(self) -> bool:
-        self.seen_to += 1
+        self.see_to_it()
         return self.direct.was_taken()
+
+    def see_to_it(self) -> None:
+        self.seen_to += 1
 
 
 def giving(out: Outgoing) -> ResponseSender:
@@ -1309,7 +1312,7 @@ class Giver:
     def __init__(self, window: int) -> None:
         self.over = Happening()
         self.over.set()
-        self.direct = outgoing(window)
+        self.direct, self.lock = outgoing(window), threading.Lock()
         self.sent: dict[int, bytes] = {}
         self._turn, self._stands, self._free = threading.Event(), threading.Event(), threading.Event()
         self._thread = ThreadPoolExecutor(1)
@@ -1418,10 +1421,37 @@ def test_once_a_second_thread_has_pushed_there_is_no_giver_for_good() -> None:
     out = outgoing()
     assert taken_quickly(out, b"1")
     in_another_thread(lambda: out.push(b"2"))
-    assert not taken_quickly(out, b"3")
+    assert (out.giver, out.limit) == (0, 0)
+    assert out.allowed
     out.push(b"3")
-    assert not taken_quickly(out, b"4")
+    assert (out.giver, out.limit) == (0, 0)
     assert (out.kept, out.count) == ([b"1", b"2", b"3"], 3)
+
+
+@pytest.mark.parametrize(
+    ("out", "size", "most"),
+    [
+        (outgoing(chunks=3), 9, 3),
+        (outgoing(size=8 * PLENTY, max_payload=2 * PLENTY + 1, quota=3 * PLENTY), PLENTY, 3),
+        (outgoing(size=4 * PLENTY), PLENTY, 4),
+        (outgoing(size=2 * PLENTY + 9, max_payload=PLENTY // 2), PLENTY, 0),
+    ],
+    ids=["no seq left", "more than the quota", "no credit left", "larger than a fragment"],
+)
+def test_several_threads_push_quickly_what_there_is_room_and_credit_for(out: Outgoing, size: int, most: int) -> None:
+    sender = giving(out)
+    in_another_thread(lambda: out.push_some([], []))
+    out.allow(True)
+    core: Any = sender._core
+    chunk, pushed = b"x" * size, 0
+    while sender.send(chunk):
+        pushed += 1
+        assert pushed <= most
+        assert core.seen_to == pushed  # watch_at is 0
+        assert (out.given, out.count, out.kept_bytes) == ([], pushed, pushed * size)
+    assert (pushed, core.slow) == (most, 1)
+    out.allow(False)
+    assert (sender.send(b""), core.slow) == (0, 2)
 
 
 def test_what_is_given_while_the_writer_comes_to_rest_is_seen() -> None:

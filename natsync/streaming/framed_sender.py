@@ -157,10 +157,6 @@ class FramedSender(SenderCore):
             with self.lock:
                 if self._error is not None:
                     raise self._closed_error()
-                first = False
-                if out.push_quickly(data):
-                    number = out.count
-                    break
                 if out.takes(size):
                     first, number = self._push_locked(data), out.count
                     break

@@ -115,6 +115,10 @@ class SenderCore(Waiter):
         """Where ResponseSender.send() may give small chunks by itself; then it calls gave()."""
         return None
 
+    def see_to_it(self) -> None:
+        """There is something to be sent, or more of it than is left to the writer."""
+        raise NotImplementedError
+
     def gave(self) -> bool:
         """Look after the chunk that this thread has given; False if it was not taken, for another one sends too."""
         raise NotImplementedError
@@ -329,6 +333,7 @@ class ResponseSender:
 
     def __init__(self, core: SenderCore) -> None:
         self._core = core
+        self._lock = core.lock
         self._direct = core.direct
         self._generation = fork_generation()
         self._home = at_home[0]
@@ -353,14 +358,27 @@ class ResponseSender:
         if type(data) is not bytes:
             data = to_bytes(data)
         out = self._direct
-        if out is not None and get_ident() == out.giver:
+        if out is not None:
             # What happens to nearly every chunk, in as few steps as can be, see Outgoing; any other goes the long way.
             size = len(data)
-            number, number_bytes = out.number + 1, out.number_bytes + size
-            if size <= GIVEN_BYTES and number <= out.limit and number_bytes <= out.limit_bytes:
-                out.number, out.number_bytes = number, number_bytes
-                out.given.append(data)
-                if number < out.look_at or self._core.gave():
+            if get_ident() == out.giver:
+                number, number_bytes = out.number + 1, out.number_bytes + size
+                if size <= GIVEN_BYTES and number <= out.limit and number_bytes <= out.limit_bytes:
+                    out.number, out.number_bytes = number, number_bytes
+                    out.given.append(data)
+                    if number < out.look_at or self._core.gave():
+                        return number
+            elif out.allowed:
+                with self._lock:
+                    fits = size <= out.free and size <= out.fragment_bytes and len(out.kept) < out.allowed
+                    if fits:
+                        out.kept.append(data)
+                        out.free -= size
+                        out.count = number = out.count + 1
+                        if number < out.watch_at:
+                            return number
+                if fits:
+                    self._core.see_to_it()
                     return number
         return self._core.send(data, _NO_DEADLINE if timeout is None else Deadline.after(check_timeout(timeout)))
 

@@ -55,9 +55,12 @@ class Outgoing:
     afterwards that it is none any more asks was_taken(): then its chunk is either among those that were taken in while
     it was, or the only one in the list, where nobody but itself will look for it.
 
+    Where several threads push there is no giver, and send() changes `kept`, `free` and `count` itself, under the lock.
+
     Attributes:
         kept: what was pushed or taken in, and not acknowledged: of the seqs from acked+1 up.
         free: how many bytes more may be kept.
+        allowed: how many frames may be kept when one of several threads pushes by itself; 0 while none may.
         fragment_bytes: the size of the largest chunk that is not split.
         count: chunks pushed or taken in.
         watch_at: the count from which on whoever pushes has to see to their being sent.
@@ -83,7 +86,7 @@ class Outgoing:
         self.kept: list[bytes] = []
         self.count = self.watch_at = 0
         self.given: list[bytes] = []
-        self.giver = self.look_at = 0
+        self.giver = self.look_at = self.allowed = 0
         self.number = self.number_bytes = self.limit = self.limit_bytes = 0
         self._givers = 0  # threads that have pushed: none, one, or more
         self._direct = False
@@ -159,11 +162,12 @@ class Outgoing:
         self.count += count
 
     def _allot(self) -> None:
-        """How much may be given."""
-        if self.giver and self._direct and self.fragment_bytes >= GIVEN_BYTES:
+        """How much may be given, or kept by several threads."""
+        self.limit = self.allowed = 0
+        if self._direct and self.giver and self.fragment_bytes >= GIVEN_BYTES:
             self.limit, self.limit_bytes = self.count + self.room, self._reach
-        else:
-            self.limit = 0
+        elif self._direct and self._givers > 1:
+            self.allowed = self._most
 
     def _pushing(self) -> None:
         """This thread pushes: it is the giver if no other one has."""
@@ -246,18 +250,6 @@ class Outgoing:
         self.count += count
         self._pushed()
         return count
-
-    def push_quickly(self, chunk: bytes) -> bool:
-        """Take a bare chunk that is no larger than a fragment, if there is room and credit; in few steps."""
-        self._pushing()
-        size = len(chunk)
-        fits = self._direct and size <= self.free and size <= self.fragment_bytes and len(self.kept) < self._most
-        if fits:
-            self.kept += (chunk,)
-            self.free -= size
-            self.count += 1
-        self._pushed()
-        return fits
 
     @property
     def room(self) -> int:
