@@ -208,6 +208,7 @@ class ConnectionPool:
 
     def _borrow(self, turn: Turn, timeout: float | None) -> Client:
         """Wait for the turn; whatever happens, the caller has to _leave() it."""
+        check_timeout(timeout)  # also where none is needed
         turn.store.borrow(turn)
         client = turn.client
         return client if client is not None else self._wait_turn(turn, timeout)

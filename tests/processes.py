@@ -116,10 +116,12 @@ def started(
                 process.kill()
 
 
-def run(*command: str, url: str | None = None, stdin: bytes | None = None, **options: object) -> Child:
+def run(
+    *command: str, url: str | None = None, stdin: bytes | None = None, timeout: float = PATIENCE, **options: object
+) -> Child:
     """Run a command to its end."""
     with child(*command, url=url, stdin=stdin, **options) as running:  # type: ignore[arg-type]
-        running.wait()
+        running.wait(timeout)
     return running
 
 

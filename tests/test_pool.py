@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -156,7 +157,21 @@ def test_a_verbs_timeout_covers_the_wait_for_a_connection(nats_server: NatsServe
         begin = time.monotonic()
         with pytest.raises(natsync.TimedOut):
             getattr(pool, verb)(*arguments, timeout=0.2)
-        assert time.monotonic() - begin < 1
+        assert time.monotonic() - begin < 2.5
+
+
+@pytest.mark.parametrize(("timeout", "error"), [(-1, natsync.InvalidArgument), ("1", TypeError)])
+def test_a_timeout_that_makes_no_sense_is_refused_also_where_no_wait_is_needed(
+    pool: natsync.ConnectionPool, timeout: Any, error: type[Exception]
+) -> None:
+    with pool.connection():
+        pass
+    for _ in range(3):
+        with pytest.raises(error):
+            pool.getconn(timeout)
+        with pytest.raises(error), pool.connection(timeout):
+            pass
+    pool.putconn(pool.getconn(0))
 
 
 # -- faults --------------------------------------------------------------------------------------------------------

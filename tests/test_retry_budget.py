@@ -185,8 +185,8 @@ def test_a_refusing_responder_is_given_the_time_that_it_asked_for(monkeypatch: p
 
 
 def test_the_deadline_ends_a_wait_that_would_outlast_it() -> None:
-    ctx = Context().with_timeout(0.1)
     begin = time.monotonic()
+    ctx = Context().with_timeout(0.1)
     with pytest.raises(natsync.DeadlineExceeded):
         run(_refused, Retry(), ctx)
     assert 0.09 <= time.monotonic() - begin < 2

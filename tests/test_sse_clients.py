@@ -17,7 +17,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 def test_each_of_many_clients_gets_its_whole_stream(kind: str) -> None:
     clients = 80
     result = run(
-        sys.executable, "benchmarks/sse_clients.py", "--clients", str(clients), "--worker-class", kind, cwd=ROOT
+        *(sys.executable, "benchmarks/sse_clients.py", "--clients", str(clients), "--worker-class", kind),
+        cwd=ROOT,
+        timeout=120,
     )
     assert result.process.returncode == 0, result
     report = json.loads(result.out[-1])

@@ -474,7 +474,7 @@ def test_timeout_reaches_the_handler_as_its_deadline(client: natsync.Client, hol
 
 
 def test_timeout_cancels_the_handler(client: natsync.Client, hold: Hold) -> None:
-    stream = client.stream("sc.hold", timeout=0.1)
+    stream = client.stream("sc.hold", timeout=1.0)
     assert hold.ctx.wait(PATIENCE)
     with pytest.raises(natsync.DeadlineExceeded):
         stream.next()
