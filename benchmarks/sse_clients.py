@@ -109,9 +109,9 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--limit", type=float, default=60, help="seconds after which it gives up")
     chosen = parser.parse_args()
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "gunicorn", "--bind", f"127.0.0.1:{port}", "--worker-class", chosen.worker_class]
+    listener = socket.create_server(("127.0.0.1", 0), backlog=2048)  # gunicorn's; a port let go may be another's
+    port, number = listener.getsockname()[1], listener.fileno()
+    command = [sys.executable, "-m", "gunicorn", "--bind", f"fd://{number}", "--worker-class", chosen.worker_class]
     # Each worker may get all of them: which one accepts is the kernel's choice.
     command += ["--workers", str(chosen.workers), "--threads", str(chosen.clients), "--backlog", "2048"]
     command += ["--worker-connections", str(2 * chosen.clients), "--log-level", "warning", "flask_sse:app"]
@@ -119,7 +119,8 @@ def main() -> int:
         respond(subscriber, chosen.clients)
         paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         env = {**os.environ, "NATS_URL": server.url, "PYTHONPATH": paths, "XDG_RUNTIME_DIR": scratch}
-        gunicorn = subprocess.Popen(command, cwd=ROOT / "examples", env=env)
+        with listener:
+            gunicorn = subprocess.Popen(command, cwd=ROOT / "examples", env=env, pass_fds=[number])
         try:
             wait_for_port(port, chosen.limit)
             report = read_all(port, chosen.clients, chosen.limit, gunicorn.pid)

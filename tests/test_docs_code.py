@@ -7,9 +7,11 @@ stands for it, and other ports of the page for free ones. Shell blocks are looke
 from __future__ import annotations
 
 import configparser
+import contextlib
 import importlib.metadata
 import json
 import os
+import random
 import re
 import socket
 import subprocess
@@ -53,8 +55,13 @@ _PORT = re.compile(r"127\.0\.0\.1:(\d{4,5})|(?<=--port )(\d{4,5})")
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
+    """None of those that systems give to whoever asks for any, as a test beside this one may until it is used."""
+    while True:
+        with (
+            contextlib.suppress(OSError),
+            socket.create_server(("127.0.0.1", random.SystemRandom().randrange(10_000, 30_000))) as one,
+        ):
+            return int(one.getsockname()[1])
 
 
 class Reader:
