@@ -395,6 +395,7 @@ class Links:
             return error
         self._outbox.attach(self.dispatcher.resubscription(self._outbox.position), session.send_now)
         self._session = session
+        self.info = session.info  # its reader may have brought another one by now
         self._status = Status.CONNECTED
         self._sessions += 1
         if self._attempt is not None:

@@ -16,6 +16,7 @@ import pytest
 
 import natsync
 from natsync.protocol import Pub, Request, Sub, Unsub
+from natsync.session import Session
 from natsync.testing import NatsServer, PeerConnection, ScriptedPeer, eventually
 from rawclient import PATIENCE, RawClient, RecordingServer
 from support import run_python, shown
@@ -891,6 +892,22 @@ def test_messages_for_a_subscription_that_is_gone_do_not_end_the_reader() -> Non
         client.subscribe("c.x").unsubscribe()
         client.flush()
         assert client.status == "connected"
+
+
+def test_info_that_comes_before_the_link_is_in_force_counts(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = Session.start
+
+    def start_and_hear(session: Session) -> None:
+        start(session)
+        session._owner.on_info(session, {"max_payload": 77})
+
+    monkeypatch.setattr(Session, "start", start_and_hear)
+    with natsync.connect(nats_server.url) as client:
+        assert client.server_info["max_payload"] == 77
+        with pytest.raises(natsync.MaxPayloadExceeded):
+            client.publish("c.x", b"x" * 78)
 
 
 def test_info_and_errors_at_any_moment_do_not_end_the_reader() -> None:

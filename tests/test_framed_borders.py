@@ -5,6 +5,7 @@ There a reply subject does not arrive as it was sent, and each answer needs a pe
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Iterator
 
@@ -209,6 +210,7 @@ def test_another_stream_of_a_responder_that_may_answer_once_is_not_concerned(gua
     held = guarded.hold(user="one", password="S3CRET-3")
     _, first = guarded.open(held=held)
     _, second = guarded.open(held=held)
-    first.send(b"x")
+    with contextlib.suppress(natsync.StreamClosed):  # a question that it asks soon may have found it out
+        first.send(b"x")
     assert first.closed.wait(SLACK)
     assert not second.is_closed()
