@@ -1,8 +1,8 @@
 """The two ends of a framed stream as pure state machines: what is kept until it has arrived, and what is taken.
 
 Outgoing keeps what was sent and may have to be sent again; Incoming puts frames in order and accounts for the credit it
-gives. No locks, no I/O, no clock: whoever drives them owns them, but for what one thread gives. What they promise together, over a link that loses,
-doubles and reorders: each chunk comes out once, in order.
+gives. No locks, no I/O, no clock: whoever drives them owns them, but for what one thread gives. What they promise
+together, over a link that loses, doubles and reorders: each chunk comes out once, in order.
 
 Frames are numbered from 1. A limit is absolute (the highest seq, the highest offset in application bytes), so that
 losing, doubling or reordering what tells it does no harm.
