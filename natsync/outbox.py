@@ -8,9 +8,6 @@ still works, the old outbox is sealed and written to its end, and the new one he
 
 Producers, which keep what they send until it has arrived, put no frames: they say that they are ready, and are asked
 for frames when the writer comes round. Nothing of theirs waits for another link.
-
-Positions count bytes put since the connection was made. A frame's position tells later whether it had been handed
-to a link that was lost (position <= taken) and whether the server is known to have it (position <= confirmed).
 """
 
 from __future__ import annotations
@@ -23,6 +20,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
+from natsync.backlog import Backlog, destination, is_message, largest_payload
 from natsync.concurrency import Deadline, SafeCondition, at_home
 from natsync.errors import ReconnectBufferFull, TimedOut
 
@@ -43,8 +41,6 @@ HERE_BYTES = 64 << 10
 PRODUCED_HERE_BYTES = 320 << 10
 #: Has the kernel take what it can and not wait; 0 where there is no such thing (Windows).
 NOWAIT: int = getattr(socket, "MSG_DONTWAIT", 0)
-#: How the frames of messages begin.
-_MESSAGES = (b"PUB ", b"HPUB")
 
 
 class OutboxClosed(Exception):
@@ -87,17 +83,16 @@ class Producer(Protocol):
         """Behind produce(here=True), once the frames are on their way; whether more has become ready meanwhile."""
 
 
-class Outbox:
+class Outbox(Backlog):
     """A queue of frames between publishers and one writer. A new one has no writer yet: it is a buffer."""
 
     def __init__(self, buffer_bytes: int, frames: list[bytes] | None = None, position: int = 0) -> None:
         self._lock = threading.Lock()
         self._ready = SafeCondition(self._lock)
         self._room = SafeCondition(self._lock)
-        self._frames = frames or []
+        super().__init__(frames, position)
         self._control: list[bytes] = []
         self._ready_producers: list[Producer] = []
-        self._size = sum(map(len, self._frames))
         self._ceiling = 0  # of _size: what is put below it needs no other look; 0 unless there is a link
         self._buffer_bytes = buffer_bytes
         self._attached = False
@@ -112,10 +107,6 @@ class Outbox:
         self._last_putter = 0  # the thread that found it idle last
         self._rest = b""  # what the kernel did not take of a write that was not the writer's: goes first
         self._publishers_wait = 0
-        self.position = position
-        # Frames that were left out or taken back leave gaps; counting those as taken errs on the side of "maybe lost".
-        self.taken = position - self._size
-        self.messages = 0
         self.produced_bytes = self.produced_messages = 0
 
     # -- publishers --------------------------------------------------------------------------------------------
@@ -213,29 +204,20 @@ class Outbox:
     def withdraw(self, frame: bytes) -> bool:
         """Take a frame back; True if it was still here, so that it surely never left."""
         with self._lock:
-            for index, waiting in enumerate(self._frames):
-                if waiting is frame:
-                    del self._frames[index]
-                    self._size -= len(frame)
-                    # Those behind it keep their positions, so that what was promised of them stays true.
-                    self.taken += len(frame)
-                    return True
-        return False
+            return self._remove(frame)
 
     def withdraw_to(self, subjects: set[bytes]) -> None:
         """Take back all messages to these subjects."""
         if not subjects:
             return
         with self._lock:
-            self._keep_locked(
-                [one for one in self._frames if one[:4] not in _MESSAGES or destination(one) not in subjects]
-            )
+            self._keep([one for one in self._frames if not is_message(one) or destination(one) not in subjects])
 
     @property
     def waiting_messages(self) -> int:
         """Messages that wait for the writer; several that were put together count as one."""
         with self._lock:
-            return sum(1 for frame in self._frames if frame[:4] in _MESSAGES)
+            return sum(map(is_message, self._frames))
 
     @property
     def size_bytes(self) -> int:
@@ -247,9 +229,9 @@ class Outbox:
     def drop_larger(self, max_payload: int) -> list[bytes]:
         """Remove and return what the next link's server would not take: it would end that link, again and again."""
         with self._lock:
-            dropped = [frame for frame in self._frames if _largest_payload(frame) > max_payload]
+            dropped = [frame for frame in self._frames if largest_payload(frame) > max_payload]
             if dropped:
-                self._keep_locked([frame for frame in self._frames if _largest_payload(frame) <= max_payload])
+                self._keep([frame for frame in self._frames if largest_payload(frame) <= max_payload])
             return dropped
 
     def attach(self, first: list[bytes], send_now: SendNow | None = None) -> None:
@@ -319,11 +301,10 @@ class Outbox:
         with self._lock:
             self._closed = True
             self._ceiling = 0
-            rest = [frame for frame in self._frames if frame[:4] in _MESSAGES]
-            self._frames = []
+            rest = [frame for frame in self._frames if is_message(frame)]
+            self._frames, self._size = [], 0
             self._control = []
             self._ready_producers = []
-            self._size = 0
             self._ready.notify_all()
             self._room.notify_all()
             return rest
@@ -349,13 +330,7 @@ class Outbox:
                 if self._control:
                     control, self._control = self._control, []
                     return b"".join(control)
-                frames = self._frames
-                if self._size > WRITE_BYTES:
-                    frames = self._some_locked()
-                else:
-                    self._frames = []
-                    self.taken += self._size
-                    self._size = 0
+                frames = self._next(WRITE_BYTES)
                 if self._publishers_wait and self._size < HIGH_WATER_BYTES:
                     self._room.notify_all()
                 producers: list[Producer] = []
@@ -399,19 +374,6 @@ class Outbox:
                     self._ready_producers[:0] = again
             if successor is not None:
                 successor.adopt(again)
-
-    def _some_locked(self) -> list[bytes]:
-        count = size = 0
-        for frame in self._frames:
-            count += 1
-            size += len(frame)
-            if size >= WRITE_BYTES:
-                break
-        frames = self._frames[:count]
-        del self._frames[:count]
-        self._size -= size
-        self.taken += size
-        return frames
 
     def _takes_locked(self) -> bool:
         """Whether there is a link, and what is put goes to it."""
@@ -477,31 +439,9 @@ class Outbox:
         self._quiet_since = time.monotonic()
         return not self._rest
 
-    def _keep_locked(self, frames: list[bytes]) -> None:
-        """Keep only these of the waiting frames. Those taken away count as taken, which errs on the safe side."""
-        self._frames = frames
-        self._size = sum(map(len, frames))
-        self.taken = self.position - self._size
-
     def _check_buffer_locked(self, size: int) -> None:
         if self._size + size > self._buffer_bytes:
             raise ReconnectBufferFull(
                 f"no link, and {self._size} of {self._buffer_bytes} bytes already wait for one: "
                 f"the message of {size} bytes was not taken (raise reconnect_buffer_bytes, or wait)"
             )
-
-
-def destination(frame: bytes) -> bytes:
-    """The subject of a message's frame; of several joined, the first one's."""
-    return frame.split(b" ", 2)[1].split(b"\r\n", 1)[0]
-
-
-def _largest_payload(frame: bytes) -> int:
-    """What counts against max_payload: the last number of the control line; of several joined, the largest."""
-    largest = start = 0
-    while start < len(frame):
-        end = frame.index(b"\r\n", start)
-        size = int(frame[start:end].rpartition(b" ")[2])
-        largest = max(largest, size)
-        start = end + 2 + size + 2
-    return largest

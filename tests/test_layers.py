@@ -15,7 +15,7 @@ CORE = [
     "errors", "server_errors", "server_info", "nkey", "headers", "subject", "message", "concurrency", "timers",  # words
     "closing", "context", "hooks", "middleware", "options",
     "protocol",  # wire
-    "auth", "servers", "workers", "resolver", "transport", "outbox", "session", "handover",  # link
+    "auth", "servers", "workers", "resolver", "transport", "backlog", "outbox", "session", "handover",  # link
     "settling", "mux", "subscription", "dispatcher", "supervisor", "links",
     "connection",  # connection
     "reply", "replies", "retry_budget", "retry",  # use

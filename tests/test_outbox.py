@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from natsync import outbox as outbox_module
+from natsync.backlog import destination
 from natsync.concurrency import Deadline
 from natsync.errors import ReconnectBufferFull, TimedOut
-from natsync.outbox import HIGH_WATER_BYTES, PRODUCER_BYTES, WRITE_BYTES, Outbox, OutboxClosed, destination
+from natsync.outbox import HIGH_WATER_BYTES, PRODUCER_BYTES, WRITE_BYTES, Outbox, OutboxClosed
 from natsync.protocol import Pub, RequestParser, encode_pub, encode_sub
 from natsync.testing import eventually
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
+from natsync.backlog import destination
 from natsync.concurrency import Deadline
 from natsync.connection import Connection
 from natsync.context import Context
@@ -22,7 +23,6 @@ from natsync.errors import (
 )
 from natsync.message import Item
 from natsync.mux import LinkLoss, Mux
-from natsync.outbox import destination
 from natsync.protocol import FORMATTED_BYTES, MAX_MESSAGE_BYTES, encode_pub
 from natsync.streaming import frames, terms
 from natsync.streaming.frames import Op
