@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -53,14 +53,18 @@ STREAM_WINDOW = 8192
 #: The header by which the Go system knows a requester, and the subject on which it hears that one is gone.
 CONNECT_ID_HEADER = "Connect-ID"
 CLIENT_OFFLINE = "client.offline"
-#: Control lines kept ready for publish(), one for each subject and size of payload: a megabyte at most.
-_LINES = 4096
+#: Control lines of messages without reply subject and headers, kept ready for publish(), by subject and size.
+_lines: dict[tuple[str, int], bytes] = {}
+#: How many there are at most: a megabyte, unless subjects are very long.
+_MOST_LINES = 4096
 
 
-@lru_cache(_LINES)
 def _pub_line(subject: str, size: int) -> bytes:
-    """The control line of a message without reply subject and headers. Raises as publish() does."""
-    return b"PUB %b %d\r\n" % (_subject.publish_subject(subject), size)
+    """One that is not there yet. Raises as publish() does."""
+    if len(_lines) >= _MOST_LINES:
+        _lines.clear()
+    line = _lines[subject, size] = b"PUB %b %d\r\n" % (_subject.publish_subject(subject), size)
+    return line
 
 
 class Client:
@@ -221,8 +225,10 @@ class Client:
         bare = headers is None and reply is None and json is MISSING and self._unwatched
         if bare and type(payload) is bytes and type(subject) is str and at_home[0] and current() is None:
             core, size = self._core, len(payload)
-            if core is not None and size <= core.bare_bytes and core.put_bare(_pub_line(subject, size), payload):
-                return
+            if core is not None and size <= core.bare_bytes:
+                line = _lines.get((subject, size)) or _pub_line(subject, size)
+                if core.publish_bare(line, payload):
+                    return
         to = _subject.publish_subject(subject)
         data = payload_of(payload, json)
         answer = None if reply is None else _subject.publish_subject(reply)

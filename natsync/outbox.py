@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
-from natsync.backlog import Backlog, destination, is_message, largest_payload
+from natsync.backlog import Backlog, Giver, destination, is_message, largest_payload
 from natsync.concurrency import Deadline, SafeCondition, at_home
 from natsync.errors import ReconnectBufferFull, TimedOut
 
@@ -111,11 +111,13 @@ class Outbox(Backlog):
 
     # -- publishers --------------------------------------------------------------------------------------------
 
-    def try_put(self, frame: bytes, messages: int = 1, force: bool = False, here: bool = False) -> int:
+    def try_put(
+        self, frame: bytes, messages: int = 1, force: bool = False, here: bool = False, giving: bool = False
+    ) -> int:
         """Queue a message (or several, joined) if there is room now; returns its position, 0 if there is no room.
 
         With force it is queued in any case, unless the link is gone. here: if the link is idle, it is written in this
-        thread.
+        thread. giving: it would rather give what comes next, see Giver.
 
         Raises:
             ReconnectBufferFull: there is no link, and no room to wait for one.
@@ -123,6 +125,8 @@ class Outbox(Backlog):
         """
         size = len(frame)
         with self._lock:
+            if self.giver.given:  # as _take_in() asks, too; most often nothing is
+                self._take_in()
             if self._size >= self._ceiling and not self._has_room_locked(size, force):
                 return 0
             # Accounted for before it is there: an interrupt (Ctrl-C) in between errs on the safe side.
@@ -132,7 +136,20 @@ class Outbox(Backlog):
             self._frames.append(frame)
             if self._writer_waits and not (here and self.traffic() is Traffic.IDLE and self._wrote_locked()):
                 self._wake_locked()
+            if giving:
+                self._allot(0 if self._writer_waits else self._ceiling - self._size)
         return position
+
+    def was_taken(self, giver: Giver) -> bool:
+        """Whether the frame that this thread has just given is queued; else it is not here any more."""
+        with self._lock:
+            if giver is self.giver:
+                self._take_in()
+                self._wake_locked()
+                return True
+            queued = not giver.given
+            giver.given.clear()
+            return queued
 
     def _has_room_locked(self, size: int, force: bool) -> bool:
         """Whether a message is taken though the ceiling is reached, or there is no link; raises as try_put() does."""
@@ -151,6 +168,7 @@ class Outbox(Backlog):
             TimedOut: the deadline came first.
         """
         with self._lock:
+            self._take_in()
             self._publishers_wait += 1
             try:
                 while self._takes_locked() and self._size >= HIGH_WATER_BYTES and not over():
@@ -173,6 +191,7 @@ class Outbox(Backlog):
         with self._lock:
             if not self._takes_locked():
                 return 0
+            self._take_in()
             self._size += len(frame)  # in this order, see try_put()
             self.position += len(frame)
             self._frames += (frame,)  # no call from here on, see Receipt
@@ -211,18 +230,22 @@ class Outbox(Backlog):
         if not subjects:
             return
         with self._lock:
+            self._take_in()
             self._keep([one for one in self._frames if not is_message(one) or destination(one) not in subjects])
 
     @property
     def waiting_messages(self) -> int:
         """Messages that wait for the writer; several that were put together count as one."""
         with self._lock:
+            self._take_in()
             return sum(map(is_message, self._frames))
 
     @property
     def size_bytes(self) -> int:
         """Bytes that wait for the writer."""
-        return self._size
+        with self._lock:
+            self._take_in()
+            return self._size
 
     # -- the connection ----------------------------------------------------------------------------------------
 
@@ -250,6 +273,7 @@ class Outbox(Backlog):
             self._control.clear()
             self._attached = False
             self._ceiling = 0
+            self._no_giver()
 
     # -- a link that takes over from another --------------------------------------------------------------------
 
@@ -265,6 +289,7 @@ class Outbox(Backlog):
         with self._lock:
             if not self._takes_locked():
                 return 0
+            self._no_giver()
             self._size += len(last)
             self.position += len(last)
             self._frames.append(last)
@@ -301,6 +326,7 @@ class Outbox(Backlog):
         with self._lock:
             self._closed = True
             self._ceiling = 0
+            self._no_giver()
             rest = [frame for frame in self._frames if is_message(frame)]
             self._frames, self._size = [], 0
             self._control = []
@@ -321,7 +347,9 @@ class Outbox(Backlog):
                         return None
                     self._quiet_since = time.monotonic()
                     self._writer_waits = True
-                    self._ready.wait()
+                    self.giver.limit_bytes = 0
+                    if not self.giver.given:  # behind that, see Giver
+                        self._ready.wait()
                     self._writer_waits = False
                 self._in_hand = True
                 if self._rest:
@@ -343,6 +371,7 @@ class Outbox(Backlog):
 
     def _is_due_locked(self) -> bool:
         """Whether there is something to write."""
+        self._take_in()
         producers = self._ready_producers and not self._sealed
         waiting = self._rest or self._control or ((self._frames or producers) and not self.held)
         return self._attached and bool(waiting)
@@ -409,6 +438,7 @@ class Outbox(Backlog):
         with self._lock:
             if self._closed:
                 return  # the producer gives them to the next link
+            self._take_in()
             self.produced_bytes += len(frames)
             self.produced_messages += messages
             self._size += len(frames)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from natsync import outbox as outbox_module
+from natsync.backlog import GIVER_AFTER
 from natsync.outbox import HERE_BYTES, NOWAIT, Outbox, Traffic
 from natsync.testing import eventually
 from natsync.transport import Transport
@@ -73,6 +74,14 @@ def test_a_message_on_an_idle_link_is_written_by_the_thread_that_puts_it(link: L
     assert put(link) == len(FRAME)
     assert (link.here, link.by_writer) == ([FRAME], [])
     assert (link.box.taken, link.box.size_bytes, link.box.messages) == (len(FRAME), 0, 1)
+
+
+def test_that_thread_writes_also_if_it_has_put_often(link: Link) -> None:
+    for count in range(1, 3 * GIVER_AFTER):
+        link.box.try_put(FRAME, here=True, giving=True)
+        assert link.here == [FRAME] * count
+    assert link.box.giver.limit_bytes <= link.box.giver.given_bytes  # it has to look each time
+    assert link.by_writer == []
 
 
 def test_who_does_not_offer_to_write_leaves_it_to_the_writer(link: Link) -> None:
