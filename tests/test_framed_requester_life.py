@@ -243,12 +243,11 @@ def test_probes_are_no_chunks_and_do_not_hold_off_the_idle_timeout(table: Table)
     stream, answer = table.open(idle_timeout=0.4)
     waiting = Outcome(lambda: stream.next(PATIENCE))
     said = b"+"
-    while not said.startswith(b"x "):
+    while not said.startswith(b"x 4 "):  # "x 410", to a probe that comes when it is over, may overtake it
         assert time.monotonic() - begin < PATIENCE
         answer.send("h", 0)
         said = answer.control()
     assert time.monotonic() - begin >= 0.4 * EARLY - 0.05
-    assert said.startswith(b"x 4 ")
     assert isinstance(waiting.within(SLACK), natsync.IdleTimeout)
 
 
