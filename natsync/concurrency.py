@@ -132,15 +132,17 @@ class SafeCondition:
                 self._turns.remove(turn)
 
     def notify(self) -> None:
-        """Wake one who waits. Requires the lock."""
+        """Wake the one who came last: of several that are as good, it was busy most lately. Requires the lock."""
         self._check_taken()
         woken = False
         while self._turns and not woken:
-            woken = self._call(self._turns[0])
-            self._turns.popleft()
+            woken = self._call(self._turns[-1])
+            self._turns.pop()
 
     def notify_all(self) -> None:
         """Wake all who wait. Requires the lock."""
+        if not self._turns:
+            return  # as most often
         self._check_taken()
         while self._turns:
             self._call(self._turns[0])

@@ -338,10 +338,9 @@ class Context:
                 return [], []
             self._error = error
             event, timer = self._event, self._timer
-            callbacks = list(self._callbacks.values())
-            children = list(self._pinned.union(self._children or ()))
-            self._callbacks.clear()
-            self._pinned.clear()
+            callbacks, self._callbacks = self._callbacks, {}
+            pinned, self._pinned = self._pinned, set()
+            children = list(pinned.union(self._children)) if self._children else list(pinned)
             self._timer = None
         if event is not None:
             event.set()
@@ -352,7 +351,7 @@ class Context:
             self._parent._forget(self)
             if self._parent._error is None:  # otherwise its own end has seen to those above
                 self._parent._keep_or_let_go()
-        return callbacks, children
+        return list(callbacks.values()), children
 
 
 def current() -> Context | None:
@@ -360,14 +359,19 @@ def current() -> Context | None:
     return _current.get()
 
 
-@contextlib.contextmanager
-def running(ctx: Context) -> Iterator[None]:
-    """Make ctx the current() one, for what is called in the block."""
-    token = _current.set(ctx)
-    try:
-        yield
-    finally:
-        _current.reset(token)
+class Running:
+    """`with Running(ctx):` makes ctx the current() one, for what is called in the block."""
+
+    __slots__ = ("_ctx", "_token")
+
+    def __init__(self, ctx: Context) -> None:
+        self._ctx = ctx
+
+    def __enter__(self) -> None:
+        self._token = _current.set(self._ctx)
+
+    def __exit__(self, *_: object) -> None:
+        _current.reset(self._token)
 
 
 def traced(headers: HeaderInput, ctx: Context | None) -> HeaderInput:

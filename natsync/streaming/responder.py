@@ -16,7 +16,7 @@ from typing import TypeAlias
 from natsync import subject as _subject
 from natsync.concurrency import Deadline
 from natsync.connection import Connection
-from natsync.context import running
+from natsync.context import Running
 from natsync.errors import Code, NatsError
 from natsync.headers import Headers
 from natsync.hooks import Kind, Watch
@@ -212,7 +212,7 @@ class Responder:
         watch = self._watch("request", request, work)
         outcome, error = "failed", None
         try:
-            with running(ctx):
+            with Running(ctx):
                 error = run(ctx, request) if watch is None else run_watched(watch, lambda: run(ctx, request))
             outcome = "processed" if error is None else "failed"
         finally:
@@ -288,7 +288,7 @@ def _run_stream(request: Message, runner: Runner, ctx: HandlerContext, core: Sen
 
     try:
         core.accept()
-        with running(ctx):
+        with Running(ctx):
             error = runner(ctx, request, core)
     finally:
         core.when_closed(over)

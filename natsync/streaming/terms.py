@@ -9,7 +9,7 @@ import functools
 import json
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from natsync import headers as _headers
 from natsync.concurrency import check_timeout
@@ -127,8 +127,7 @@ def _pair(text: str) -> tuple[str, str]:
     return key.strip(), value.strip()
 
 
-@dataclass(frozen=True)
-class Opening:
+class Opening(NamedTuple):
     """What a request says about the stream it opens.
 
     Attributes:
@@ -197,7 +196,7 @@ def encode_opening(
 def decode_opening(headers: Headers) -> Opening:
     """The opening of a request; what is missing or malformed counts as not said."""
     if not headers:
-        return Opening(natsync=False, offer=None, timeout=None, attempt=0, resume=None, metadata=Headers())
+        return Opening(False, None, None, 0, None, Headers())
     said: dict[str, str] = {}
     metadata = Headers()
     for field in headers._fields:

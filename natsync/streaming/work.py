@@ -18,6 +18,8 @@ COUNTED = ("received", "processed", "failed", "cancelled", "dropped")
 
 
 _numbers = itertools.count(1)
+#: Why contexts end with their requests; they keep no more of it than kind and text.
+_OVER = Cancelled("the request is over")
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Work:
 
     def end(self, ctx: Context, outcome: str, error: BaseException | None = None) -> None:
         """The request is over: counted, its context ended, and whoever waits for the last one told."""
-        ctx.cancel_soon(Cancelled("the request is over"))
+        ctx.cancel_soon(_OVER)
         with self._lock:
             self._numbers[outcome] += 1
             began = self._under_way.pop(ctx, None)
