@@ -34,7 +34,7 @@ PRODUCER_BYTES = 64 << 10
 QUIET_SECONDS = 100e-6
 #: Seconds without a write after which it is idle for another thread than the one that put last. Threads that take
 #: turns would wait for each other's writes; the writer joins what several put.
-OTHERS_QUIET_SECONDS = 5e-3
+OTHERS_QUIET_SECONDS = 1e-3
 #: Bytes of messages that a thread which is not the writer writes at most,
 HERE_BYTES = 64 << 10
 #: and those that it may ask a producer for.
