@@ -37,8 +37,10 @@ class WorkerPool:
 
     Threads are started when needed and end after IDLE_SECONDS without work. A task that raises is logged.
 
-    One worker at a time is called; it calls the next before it runs what it takes. So tasks that come together and are
-    brief are run by a few workers, and none is woken only to find that another was faster.
+    Of those that are idle the one that was busy last is called: what it needs is still at hand, and the link may still
+    be its own to write (Outbox.traffic). One worker at a time is called; it calls the next before it runs what it
+    takes. So tasks that come together and are brief are run by a few workers, and none is woken only to find that
+    another was faster.
     """
 
     def __init__(self, name: str, limit: int) -> None:

@@ -116,6 +116,19 @@ def test_an_idle_thread_is_used_again(make_pool: Callable[[int], WorkerPool]) ->
     assert pool.threads == 1
 
 
+def test_of_idle_threads_the_one_that_was_busy_last_is_called(make_pool: Callable[[int], WorkerPool]) -> None:
+    pool, gate, ran = make_pool(3), Gate(), list[str]()
+    for _ in range(3):
+        pool.submit(gate.task)
+    eventually(lambda: gate.inside == 3)
+    gate.open()
+    for number in range(1, 11):
+        eventually(lambda: len(pool._work._turns) == 3)
+        pool.submit(lambda: ran.append(threading.current_thread().name))
+        eventually(lambda: len(ran) == number)  # noqa: B023
+    assert len(set(ran)) == 1
+
+
 def test_threads_are_daemons_named_after_the_pool(make_pool: Callable[[int], WorkerPool]) -> None:
     pool, seen = make_pool(1), []
     pool.submit(lambda: seen.append(threading.current_thread()))
