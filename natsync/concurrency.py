@@ -141,8 +141,6 @@ class SafeCondition:
 
     def notify_all(self) -> None:
         """Wake all who wait. Requires the lock."""
-        if not self._turns:
-            return  # as most often
         self._check_taken()
         while self._turns:
             self._call(self._turns[0])
