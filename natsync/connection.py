@@ -89,7 +89,7 @@ class Connection(Links):
             ReconnectBufferFull: nothing was queued.
         """
         try:
-            return self._outbox.try_put(line + payload + b"\r\n", 1, False, True)
+            return self._outbox.try_put(line + payload + b"\r\n", here=True)
         except OutboxClosed:
             return 0
 
@@ -107,7 +107,7 @@ class Connection(Links):
             if size < giver.limit_bytes or outbox.was_taken(giver):
                 return True
         try:
-            return outbox.try_put(frame, 1, False, True, True) > 0
+            return outbox.try_put(frame, here=True, giving=True) > 0
         except OutboxClosed:
             return False
 
@@ -121,7 +121,7 @@ class Connection(Links):
         position = 0
         if self._status is Status.CONNECTED:
             try:
-                position = self._outbox.try_put(frame, 1, False, True)  # as try_put() would, in one call less
+                position = self._outbox.try_put(frame, here=True)  # as try_put() would, in one call less
             except OutboxClosed:
                 pass
         return position or self._put_slowly(frame, deadline or Deadline())
