@@ -380,7 +380,7 @@ def test_many_streams_over_few_connections_are_all_served(nats_server: NatsServe
 
 def test_close_fails_those_who_wait(nats_server: NatsServer) -> None:
     pool = natsync.ConnectionPool(nats_server.url, max_size=1, timeout=30)
-    pool.getconn()
+    lent = pool.getconn()  # kept, for one that is dropped goes to the next who waits
     with ThreadPoolExecutor(4) as callers:
         waiting = [callers.submit(pool.getconn) for _ in range(3)]
         eventually(lambda: pool.stats()["waiting"] == 3)
@@ -388,6 +388,7 @@ def test_close_fails_those_who_wait(nats_server: NatsServer) -> None:
         for one in waiting:
             with pytest.raises(natsync.PoolClosed):
                 one.result(PATIENCE)
+    pool.putconn(lent)
 
 
 def test_everything_after_close_raises_pool_closed(nats_server: NatsServer) -> None:
