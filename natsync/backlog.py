@@ -41,9 +41,9 @@ class Backlog:
 
     Attributes:
         giver: the thread that puts without that lock, and what it has given.
-        position: of the frame that was put last.
+        position: of the frame that was put last, or taken in.
         taken: everything up to this position was handed to the link, or taken back.
-        messages: those that were put.
+        messages: those that were put, or taken in.
     """
 
     def __init__(self, frames: list[bytes] | None, position: int) -> None:
@@ -75,7 +75,7 @@ class Backlog:
         self.messages += count
 
     def _no_giver(self) -> None:
-        """From here on nobody gives, but for a frame at most that is about to be: then its thread notices."""
+        """From here on nobody gives, but for what is about to be: then its thread notices."""
         self.giver.limit_bytes = 0
         self._take_in()  # behind that
         self.giver = Giver(0)

@@ -132,7 +132,7 @@ class SafeCondition:
                 self._turns.remove(turn)
 
     def notify(self) -> None:
-        """Wake the one who came last: of several that are as good, it was busy most lately. Requires the lock."""
+        """Wake the one who has waited least: of several that are as good, it was busy last. Requires the lock."""
         self._check_taken()
         woken = False
         while self._turns and not woken:

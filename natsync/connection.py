@@ -94,18 +94,19 @@ class Connection(Links):
             return 0
 
     def publish_bare(self, line: bytes, payload: bytes) -> bool:
-        """put_bare() for a thread that publishes without a pause: but for the first few, it needs no lock.
+        """put_bare() for a thread that publishes without a pause: it needs no lock while the writer is busy.
 
         Whether it was queued.
         """
         outbox, frame = self._outbox, line + payload + b"\r\n"
-        giver = outbox.giver
-        size = giver.given_bytes + len(frame)
-        if size < giver.limit_bytes and giver.thread == get_ident():
-            giver.given_bytes = size
-            giver.given.append(frame)
-            if size < giver.limit_bytes or outbox.was_taken(giver):
-                return True
+        size, giver = len(frame), outbox.giver
+        if giver.thread == get_ident():
+            size += giver.given_bytes
+            if size < giver.limit_bytes:
+                giver.given_bytes = size  # no call since it was read: a signal handler might publish in between
+                giver.given.append(frame)
+                if size < giver.limit_bytes or outbox.was_taken(giver, frame):
+                    return True
         try:
             return outbox.try_put(frame, here=True, giving=True) > 0
         except OutboxClosed:
@@ -279,8 +280,10 @@ class Connection(Links):
             links = [link for link in (leaving, session) if link is not None]
             received = self._past["in_bytes"] + sum(link.received_bytes for link in links)
             boxes = [outbox, leaving.outbox] if leaving else [outbox]
-            waiting = [box.size_bytes for box in boxes]  # first, which counts what was put until now
-            sent = self._past["out_messages"] + sum(box.messages + box.produced_messages for box in boxes)
+            taken, waiting, messages = outbox.amounts()
+            if leaving is not None:
+                messages += leaving.outbox.amounts()[2]
+            sent = self._past["out_messages"] + messages + sum(box.produced_messages for box in boxes)
             produced = self._past["produced_bytes"] + sum(box.produced_bytes for box in boxes)
         return {
             "status": str(self._status),
@@ -288,9 +291,9 @@ class Connection(Links):
             "reconnects": max(0, self._sessions - 1),
             "in_bytes": received,
             "in_messages": self.dispatcher.messages,
-            "out_bytes": outbox.taken + produced,
+            "out_bytes": taken + produced,
             "out_messages": sent,
-            "out_pending_bytes": waiting[0],
+            "out_pending_bytes": waiting,
             "subscriptions": len(list(self.dispatcher.subscriptions())),
             "dropped": self._dropped.value,
             "late_replies": self.mux.late,
@@ -411,7 +414,7 @@ class Connection(Links):
             links, handover = self._take_links_locked()
             unsent = sum(link.outbox.waiting_messages for link in links) or self._outbox.waiting_messages
             self._outbox.close()
-            self._count_out_locked(links)
+            self._count_out_locked([link for link in links if link.outbox is not self._outbox])  # which stays in place
             if self._attempt is not None and self._attempt.pending:
                 self._attempt.pending = False
                 self._attempt.failure = self.closed_error

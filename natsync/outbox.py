@@ -26,6 +26,8 @@ from natsync.errors import ReconnectBufferFull, TimedOut
 
 #: Bytes waiting for the writer beyond which publishers wait. Enough for several large writes.
 HIGH_WATER_BYTES = 4 << 20
+#: Bytes that may be given without a look at that.
+ALLOTTED_BYTES = 512 << 10
 #: Bytes joined into one write at most, so that a PONG waits for no more than that.
 WRITE_BYTES = 1 << 20
 #: Bytes that each producer may give at least, whenever the writer comes round.
@@ -137,19 +139,21 @@ class Outbox(Backlog):
             if self._writer_waits and not (here and self.traffic() is Traffic.IDLE and self._wrote_locked()):
                 self._wake_locked()
             if giving:
-                self._allot(0 if self._writer_waits else self._ceiling - self._size)
+                self._allot(0 if self._writer_waits else min(self._ceiling - self._size, ALLOTTED_BYTES))
         return position
 
-    def was_taken(self, giver: Giver) -> bool:
+    def was_taken(self, giver: Giver, frame: bytes) -> bool:
         """Whether the frame that this thread has just given is queued; else it is not here any more."""
         with self._lock:
             if giver is self.giver:
                 self._take_in()
                 self._wake_locked()
                 return True
-            queued = not giver.given
-            giver.given.clear()
-            return queued
+            for index, one in enumerate(giver.given):  # a signal handler may have given others
+                if one is frame:
+                    del giver.given[index]
+                    return False
+            return True
 
     def _has_room_locked(self, size: int, force: bool) -> bool:
         """Whether a message is taken though the ceiling is reached, or there is no link; raises as try_put() does."""
@@ -243,9 +247,13 @@ class Outbox(Backlog):
     @property
     def size_bytes(self) -> int:
         """Bytes that wait for the writer."""
+        return self.amounts()[1]
+
+    def amounts(self) -> tuple[int, int, int]:
+        """At one moment: the position up to which all was taken, the bytes that wait, and the messages put so far."""
         with self._lock:
             self._take_in()
-            return self._size
+            return self.taken, self._size, self.messages
 
     # -- the connection ----------------------------------------------------------------------------------------
 

@@ -37,9 +37,9 @@ class WorkerPool:
 
     Threads are started when needed and end after IDLE_SECONDS without work. A task that raises is logged.
 
-    Of those that are idle the one that was busy last is called: what it needs is still at hand, and the link may still
-    be its own to write (Outbox.traffic). One worker at a time is called; it calls the next before it runs what it
-    takes. So tasks that come together and are brief are run by a few workers, and none is woken only to find that
+    Of those that are idle the one that has waited least is called: what it needs is still at hand, and the link may
+    still be its own to write (Outbox.traffic). One worker at a time is called; it calls the next before it runs what
+    it takes. So tasks that come together and are brief are run by a few workers, and none is woken only to find that
     another was faster.
     """
 
@@ -156,7 +156,8 @@ class WorkerPool:
     def _wait_locked(self) -> bool:
         """Wait to be called; False after IDLE_SECONDS."""
         woken = self._work.wait(IDLE_SECONDS)
-        self._called = False
+        if self._called is True:  # not if it is a new thread that is on its way: that one will say so itself
+            self._called = False
         return woken
 
 

@@ -34,11 +34,13 @@ def moments(call: Callable[[], object], *functions: Callable[..., Any], anywhere
         moment += 1
 
 
-def turns(call: Callable[[], object], turn: Callable[[], object], *functions: Callable[..., Any]) -> Iterator[int]:
-    """The same, but the call is not ended there: turn() is called, and then it goes on. Before any instruction."""
+def turns(
+    call: Callable[[], object], turn: Callable[[], object], *functions: Callable[..., Any], anywhere: bool = True
+) -> Iterator[int]:
+    """The same, but the call is not ended there: turn() is called, and then it goes on."""
     codes = {function.__code__ for function in functions}
     moment = 0
-    while _stopped(call, codes, moment, True, turn):
+    while _stopped(call, codes, moment, anywhere, turn):
         yield moment
         moment += 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ import interrupting
 import natsync
 from natsync.backlog import GIVER_AFTER, Backlog
 from natsync.connection import Connection
-from natsync.outbox import HIGH_WATER_BYTES, Outbox
+from natsync.outbox import ALLOTTED_BYTES, HIGH_WATER_BYTES, Outbox
 from natsync.testing import NatsServer, eventually
 
 PATIENCE = 30.0
@@ -146,6 +147,19 @@ def test_it_gives_no_more_than_there_is_room_for() -> None:
     assert len(box.giver.given) == 1
     assert box.messages == GIVER_AFTER + count + 1
     accounts(box)
+
+
+def test_two_threads_together_put_hardly_more_than_there_is_room_for() -> None:
+    """What the giver may give without a look is allotted before the other one fills the outbox."""
+    box = attached()
+    publisher = giving(box)
+    assert publisher.put(0)
+    with ThreadPoolExecutor(1) as other:
+        while other.submit(publisher.put, 1, 1_000_000).result(PATIENCE):
+            pass
+    while publisher.put(2, 10_000):
+        pass
+    assert box.size_bytes < HIGH_WATER_BYTES + ALLOTTED_BYTES + 1_100_000
 
 
 def test_a_writer_that_waits_is_woken() -> None:
@@ -377,6 +391,47 @@ def test_whatever_happens_while_it_gives_it_is_told_the_truth(how: str) -> None:
     assert tried > 20
 
 
+def test_a_signal_handler_that_publishes_too_is_counted() -> None:
+    """Nothing else is promised of such a handler, which may meet a lock that its own thread holds."""
+    box, nested = attached(), list[int]()
+    publisher = Publisher(box)
+
+    def handler() -> None:
+        nested.append(len(nested) + 1000)
+        assert publisher.put(nested[-1])
+
+    def once() -> None:
+        nonlocal box, publisher
+        box = attached()
+        publisher = giving(box)
+        nested.clear()
+        assert publisher.put(7)
+
+    tried = 0
+    for _ in interrupting.turns(once, handler, Connection.publish_bare, anywhere=False):
+        tried += 1
+        assert box.giver.given_bytes == len(frame(7) + frame(1000))
+        assert sorted((box.take() or b"").split(LINE)[1:]) == [b"0007\r\n", b"1000\r\n"]
+    assert tried > 2
+
+
+def test_what_was_taken_is_not_put_again_for_what_a_signal_handler_left_behind() -> None:
+    """It gave a frame as another thread became the giver, and was interrupted itself before it saw to that."""
+    box = attached()
+    publisher = giving(box)
+    giver = box.giver
+    assert publisher.put(7)
+    other = threading.Thread(target=puts_often, args=(box,))
+    other.start()
+    other.join(PATIENCE)
+    mine, left = box._frames[0], frame(8)
+    giver.given.append(left)
+    assert box.was_taken(giver, mine)
+    assert giver.given == [left]
+    assert not box.was_taken(giver, left)
+    assert giver.given == []
+
+
 def test_a_ctrl_c_while_one_puts_costs_nothing_but_what_was_being_put() -> None:
     def publish() -> None:
         nonlocal box
@@ -418,6 +473,38 @@ def test_counters_know_of_it(natsync_client: natsync.Client) -> None:
     assert after["out_messages"] - before["out_messages"] == 1000
     sent = after["out_bytes"] + after["out_pending_bytes"] - before["out_bytes"] - before["out_pending_bytes"]
     assert sent == 1000 * len(b"PUB a 4\r\n1234\r\n")
+
+
+def test_counters_agree_while_the_writer_is_at_work(natsync_client: natsync.Client) -> None:
+    natsync_client.publish("a", b"1234")
+    natsync_client.flush()
+
+    def out() -> int:
+        stats = natsync_client.stats()
+        return int(stats["out_bytes"] + stats["out_pending_bytes"])
+
+    former = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(300):
+            before = out()
+            for _ in range(200):
+                natsync_client.publish("a", b"1234")
+            assert out() - before == 200 * len(b"PUB a 4\r\n1234\r\n")
+    finally:
+        sys.setswitchinterval(former)
+
+
+def test_closing_counts_nothing_twice(nats_server: NatsServer) -> None:
+    client = natsync.connect(nats_server.url)
+    for _ in range(100):
+        client.publish("a", b"1234")
+    client.flush()
+    before = client.stats()
+    client.close()
+    after = client.stats()
+    assert after["out_messages"] == before["out_messages"] == 100
+    assert after["out_bytes"] - before["out_bytes"] < 100  # a PING
 
 
 def test_several_threads_publish_at_once_and_each_ones_messages_come_in_order(

@@ -116,6 +116,32 @@ def test_an_idle_thread_is_used_again(make_pool: Callable[[int], WorkerPool]) ->
     assert pool.threads == 1
 
 
+def test_a_thread_that_is_long_in_coming_counts_once(
+    make_pool: Callable[[int], WorkerPool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one gives up waiting meanwhile: that is not the one that was called."""
+    monkeypatch.setattr(workers, "IDLE_SECONDS", 0.05)
+    pool, gate, coming, ran = make_pool(4), Gate(), threading.Event(), threading.Event()
+    run = WorkerPool._run
+
+    def late(self: WorkerPool) -> None:
+        if threading.current_thread().name.endswith("-2"):
+            assert coming.wait(10)
+        run(self)
+
+    monkeypatch.setattr(WorkerPool, "_run", late)
+    pool.submit(gate.task)
+    eventually(lambda: gate.inside == 1)
+    pool.submit(lambda: None)
+    gate.open()
+    eventually(lambda: pool.threads == 1)  # the first has run that, too, and left
+    coming.set()
+    eventually(lambda: pool.threads == 0)
+    assert pool._idle == 0
+    assert pool.submit(ran.set)
+    assert ran.wait(5)
+
+
 def test_of_idle_threads_the_one_that_was_busy_last_is_called(make_pool: Callable[[int], WorkerPool]) -> None:
     pool, gate, ran = make_pool(3), Gate(), list[str]()
     for _ in range(3):

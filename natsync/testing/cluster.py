@@ -25,8 +25,9 @@ JOIN_TIMEOUT = 15.0
 POLL_INTERVAL = 0.01
 #: Seconds that lame duck mode takes to turn all clients away; the server accepts no less.
 LAME_DUCK_DURATION = 30.0
-#: Seconds from the announcement of lame duck mode until the first client is turned away. The server's own is 10.
-LAME_DUCK_GRACE_PERIOD = 1.0
+#: Seconds from the announcement of lame duck mode until the first client is turned away. More than a move takes, which
+#: is 1.5 at least; the server's own is 10.
+LAME_DUCK_GRACE_PERIOD = 4.0
 
 
 class NatsCluster:
