@@ -277,19 +277,27 @@ class _Background:
         self._threads = 0
 
     def run(self, function: Callable[[], object], what: str) -> None:
-        if sys.is_finalizing():
+        self._due.append((function, what))
+        self.look()
+
+    def look(self) -> None:
+        """Start a thread for what is due; asked again, also for what came when none could be started."""
+        if not self._due or sys.is_finalizing():
             return  # no thread starts any more; before Python 3.12, start() would wait for ever
         with self._lock:
-            self._due.append((function, what))
             if self._threads == CALLBACK_THREADS:
                 return
             self._threads += 1
+        thread = threading.Thread(target=self._work, name="natsync-callbacks-worker", daemon=True)
         try:
-            threading.Thread(target=self._work, name="natsync-callbacks-worker", daemon=True).start()
-        except RuntimeError:  # no more threads just now: the next call finds what waits
-            log.warning("no thread can be started for %s; it waits for the next one", what)
-            with self._lock:
-                self._threads -= 1
+            thread.start()
+        except BaseException as error:  # no more threads just now, or a Ctrl-C
+            if thread.ident is None:
+                with self._lock:
+                    self._threads -= 1
+            if not isinstance(error, RuntimeError):
+                raise
+            log.warning("no thread can be started for a callback; it waits")
 
     def _work(self) -> None:
         while True:
@@ -309,6 +317,11 @@ _fork_callbacks: list[Callable[[], None]] = []
 def run_soon(function: Callable[[], object], what: str) -> None:
     """Have user code called on a worker thread, soon; for the reader and the timer."""
     _background.run(function, what)
+
+
+def run_waiting() -> None:
+    """Have that called for which no thread could be started when it was due; to be asked for now and then."""
+    _background.look()
 
 
 def fork_generation() -> int:

@@ -29,7 +29,7 @@ from natsync.errors import (
 from natsync.message import Message, Payload
 from natsync.options import Servers, connect_settings
 from natsync.pooling.keeper import Keeper
-from natsync.pooling.store import Turn
+from natsync.pooling.store import LOOK_SECONDS, Turn
 from natsync.replies import Replies
 from natsync.streaming.stream import Stream
 
@@ -52,8 +52,6 @@ LEAK_TIMEOUT = 1800.0
 CLOSE_SECONDS = 5.0
 #: Seconds that check() waits for each connection's answer.
 CHECK_SECONDS = 2.0
-#: Seconds after which one who waits looks for himself: an interrupt may have kept others from telling him.
-LOOK_SECONDS = 1.0
 
 
 class Lease:

@@ -6,6 +6,7 @@ thread takes it, and finds out when there is to be no more. Nothing but the user
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -182,12 +183,10 @@ class Replies:
             self._tell_end()
 
     def _tell_end(self) -> None:
-        while self._at_end:
-            try:
-                callback = self._at_end.pop()
-            except IndexError:  # another thread ends it, too
-                return
+        for callback in tuple(self._at_end):  # twice does no harm; one that a Ctrl-C cuts short is called again
             callback()
+            with contextlib.suppress(ValueError):  # another thread ends it, too
+                self._at_end.remove(callback)
 
     def _finish(self, error: Exception | None) -> None:
         self._over = True

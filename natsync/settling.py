@@ -28,7 +28,11 @@ class Settling:
             if self._asked:
                 return
             self._asked = True
-        self._ask()
+        try:
+            self._ask()
+        except BaseException:  # a Ctrl-C: the next one asks
+            self._asked = False
+            raise
 
     def on_link(self) -> None:
         """There is a new link: ask there, whatever the old one owes."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Literal, Protocol, TypeAlias
 
+from natsync import timers
 from natsync.concurrency import Deadline, SafeCondition, check_timeout, fork_generation
 from natsync.errors import ConnectionClosed, DrainTimeout, ForkError, InvalidArgument, SlowConsumerError, TimedOut
 from natsync.headers import Headers
@@ -29,6 +30,8 @@ Callback: TypeAlias = Callable[[Message], object]
 PENDING_MESSAGES = 65_536
 #: Bytes of payload that may wait to be taken. Default of nats.go (DefaultSubPendingBytesLimit).
 PENDING_BYTES = 64 << 20
+#: Seconds after which messages whose worker could not be started are given another try.
+TRY_AGAIN_SECONDS = 1.0
 #: Messages one worker handles before it lets others of the pool go first.
 _TURN = 64
 
@@ -86,6 +89,7 @@ class SubscriptionCore:
         self._pending: deque[tuple[bytes, Item]] = deque()
         self._pending_bytes = 0
         self._running = 0  # workers on this subscription
+        self._trying = False  # the timer will call for workers again
         self._busy: set[int] = set()  # ids of those of them that are inside the callback
         self._slow = False
         self._error: Exception | None = None
@@ -122,6 +126,8 @@ class SubscriptionCore:
 
     def _admit_locked(self, subject: bytes, items: list[Item]) -> list[Item]:
         """Queue what the limits allow; which of them they did not. Requires _lock."""
+        if not self._pending:
+            self._pending_bytes = 0  # whatever a Ctrl-C kept from being counted
         size = sum([len(item[2]) for item in items])
         if len(self._pending) + len(items) <= self._limit_messages and self._pending_bytes + size <= self._limit_bytes:
             self._pending.extend([(subject, item) for item in items])
@@ -162,7 +168,17 @@ class SubscriptionCore:
             self._running += 1
             if not self._pool.submit(self._run):
                 self._running -= 1
+                if not self._running and not self._pool.closed and not self._trying:
+                    self._trying = True
+                    timers.schedule_after(TRY_AGAIN_SECONDS, self._try_again)
                 return
+
+    def _try_again(self) -> None:
+        """No thread could be started for what waits."""
+        with self._lock:
+            self._trying = False
+            if self._pending:
+                self._wake_locked()
 
     # -- takers ------------------------------------------------------------------------------------------------
 

@@ -54,11 +54,11 @@ class _Timers:
     def schedule(self, at: float, callback: Callable[[], None]) -> Timer:
         timer = Timer(self, at, callback)
         with self._lock:
+            if self._thread is not None and (not self._heap or at < self._heap[0][0]):
+                self._changed.notify()  # before it is there: see cancel()
             heapq.heappush(self._heap, (at, next(self._numbers), timer))
             if self._thread is None:
                 self._start_locked()
-            elif self._heap[0][2] is timer:
-                self._changed.notify()
         return timer
 
     def _start_locked(self) -> None:
@@ -66,9 +66,11 @@ class _Timers:
         self._thread = thread
         try:
             thread.start()
-        except RuntimeError:  # no more threads just now: the next schedule() tries again
+        except BaseException as error:  # no more threads just now, or a Ctrl-C: the next schedule() tries again
+            self._thread = None  # if it runs all the same, it finds that it is not this one
+            if not isinstance(error, RuntimeError):
+                raise
             log.warning("the timer's thread cannot be started; deadlines are late")
-            self._thread = None
 
     def cancel(self, timer: Timer) -> None:
         with self._lock:
@@ -101,11 +103,13 @@ class _Timers:
             except Exception:
                 log.exception("a timer's callback failed")
             del callback
+            concurrency.run_waiting()
 
     def _next_due(self) -> Callable[[], None] | None:
         """Sleep until something is due and take it; None when nothing is scheduled any more."""
+        me = threading.current_thread()
         with self._lock:
-            while self._heap:
+            while self._heap and self._thread is me:
                 at, _, timer = self._heap[0]
                 if timer.callback is None:
                     heapq.heappop(self._heap)
@@ -118,7 +122,8 @@ class _Timers:
                 heapq.heappop(self._heap)
                 callback, timer.callback = timer.callback, None
                 return callback
-            self._thread = None
+            if self._thread is me:
+                self._thread = None
             return None
 
 
@@ -179,15 +184,17 @@ class Alarm:
             timer.cancel()
 
     def _set_locked(self, when: float) -> None:
-        self._when = when
         timer = self._timer
         if timer is None or when < timer.at:
             self._timer = schedule(when, self._due)
             if timer is not None:
                 timer.cancel()
+        self._when = when  # last: had a Ctrl-C kept it from being scheduled, set_by() would rely on it
 
     def _due(self) -> None:
         with self._lock:
+            if self._timer is not None and self._timer.callback is not None:
+                return  # it was set anew in the moment that this one was due
             when, self._timer = self._when, None
             if when is None:
                 return

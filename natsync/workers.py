@@ -63,10 +63,20 @@ class WorkerPool:
             if not queue and self._idle + self.limit - len(self._threads) <= len(self._tasks):
                 return False
             self._tasks.append(task)
-            return bool(self._called) or self._call_locked()
+            try:
+                if self._called or self._call_locked():
+                    return True
+            except BaseException:  # a Ctrl-C
+                self._tasks.pop()
+                raise
+            if queue and self._threads:
+                return True  # those that are busy come to it
+            self._tasks.pop()
+            log.warning("%s: no thread can be started", self.name)
+            return False
 
     def _call_locked(self) -> bool:
-        """Have another worker come, if there can be one; False if the newest task was taken back."""
+        """Have another worker come, if there may be one; False if it cannot be started."""
         if self._idle:
             self._work.notify()
             self._called = True  # behind it: nobody may be waited for who was not woken
@@ -74,7 +84,7 @@ class WorkerPool:
         return len(self._threads) >= self.limit or self._grow_locked()
 
     def _grow_locked(self) -> bool:
-        """Start a thread for the newest task; False (the task is taken back) if there is none to run it."""
+        """Start a thread; whether that can be done."""
         self._numbers += 1
         thread = threading.Thread(target=self._run, name=f"{self.name}-{self._numbers}", daemon=True)
         self._threads.add(thread)
@@ -88,10 +98,7 @@ class WorkerPool:
             self._threads.discard(thread)
             if not isinstance(error, RuntimeError):
                 raise
-            if not self._threads:
-                self._tasks.pop()
-                log.warning("%s: no thread can be started", self.name)
-            return bool(self._threads)
+            return False
         return True
 
     @property
@@ -117,6 +124,8 @@ class WorkerPool:
 
     def _run(self) -> None:
         generation = fork_generation()
+        with self._lock:
+            self._threads.add(threading.current_thread())  # again, if a Ctrl-C cut short what had started it
         try:
             # A child that a task forked, and that returns from it, is no worker of its parent's.
             while generation == fork_generation() and (task := self._next()) is not None:

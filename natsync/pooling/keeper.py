@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from natsync.client import Client
-from natsync.concurrency import fork_generation, run_soon
+from natsync.concurrency import fork_generation, run_soon, run_waiting
 from natsync.errors import AuthorizationError, InvalidArgument, NoServersError
 from natsync.mux import LinkLoss, Waiter
 from natsync.options import ConnectOptions, Server
@@ -125,6 +125,8 @@ class Keeper:
 
     def want(self) -> None:
         """Have a connection made, if one is wanted and may be."""
+        if self._asked:
+            run_waiting()  # no thread could be started for that, perhaps
         if self._asked or not self._wanted():
             return
         if time.monotonic() < self._not_before:

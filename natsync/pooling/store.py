@@ -24,6 +24,8 @@ from natsync.errors import PoolClosed
 
 log = logging.getLogger("natsync.pool")
 
+#: Seconds after which one who waits looks for himself: an interrupt may have kept others from telling him.
+LOOK_SECONDS = 1.0
 #: Frames that are kept of a borrower's stack, where they are.
 STACK_FRAMES = 16
 
@@ -334,5 +336,8 @@ class Store:
     def wait_returned(self, deadline: Deadline) -> None:
         """Block until nothing is lent, up to the deadline."""
         with self.lock:
-            while self.leased and not deadline.expired:
-                self.changed.wait(deadline.remaining())
+            while not deadline.expired:
+                self._tidy_locked()  # what was dropped, or cut short, meanwhile: that tells nobody
+                if not self.leased:
+                    return
+                self.changed.wait(deadline.or_sooner(LOOK_SECONDS).remaining())

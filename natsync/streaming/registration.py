@@ -50,6 +50,11 @@ class Handle:
         return self._stopped.is_set() or not self._core.active
 
     @property
+    def idle(self) -> bool:
+        """Whether nothing waits and nothing is under way."""
+        return not self._core.unhandled and not len(self._work)
+
+    @property
     def stats(self) -> dict[str, int]:
         """received, processed, failed, cancelled, dropped (refused or over the pending limits), active."""
         self._check_process()

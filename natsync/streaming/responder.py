@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from natsync import subject as _subject
-from natsync.concurrency import Deadline
+from natsync.concurrency import Deadline, fork_generation
 from natsync.connection import Connection
 from natsync.context import Running
 from natsync.errors import Code, NatsError
@@ -281,6 +281,7 @@ def answering(function: Handler) -> Answering:
 def _run_stream(request: Message, runner: Runner, ctx: HandlerContext, core: SenderCore, work: Work) -> None:
     """The whole of a stream's handler; the request is over when it has returned and the stream is closed."""
     error: BaseException | None = None
+    generation = fork_generation()
 
     def over() -> None:
         outcome = core.outcome
@@ -291,7 +292,8 @@ def _run_stream(request: Message, runner: Runner, ctx: HandlerContext, core: Sen
         with Running(ctx):
             error = runner(ctx, request, core)
     finally:
-        core.when_closed(over)
+        if generation == fork_generation():  # else a child that the handler forked: all this is its parent's
+            core.when_closed(over)
 
 
 def _respond_error(request: Message, error: BaseException) -> None:

@@ -90,6 +90,7 @@ class Subscriber:
         self._responder: Responder | None = None
         self._serving: Serving | None = None
         self._handles: list[Handle] = []
+        self._leaving: list[Handle] = []  # stopped, with requests still under way
         self._retired = dict.fromkeys(COUNTED, 0)
         self._closed = False
         self._closing = False
@@ -499,8 +500,15 @@ class Subscriber:
         with self._lock:
             if handle in self._handles and not self._closed:
                 self._handles.remove(handle)
-                for name in COUNTED:
-                    self._retired[name] += handle.stats[name]
+                self._leaving.append(handle)
+            self._retire_locked()
+
+    def _retire_locked(self) -> None:
+        """Keep the numbers of those that were stopped and have nothing under way any more; they will not change."""
+        for handle in [one for one in self._leaving if one.idle]:
+            self._leaving.remove(handle)
+            for name in COUNTED:
+                self._retired[name] += handle.stats[name]
 
     def __enter__(self) -> Subscriber:
         return self.open()
@@ -529,8 +537,9 @@ class Subscriber:
     def stats(self) -> dict[str, Any]:
         """The numbers of all registrations together (see Handle.stats), and streams, threads, connection."""
         with self._lock:
+            self._retire_locked()
             totals: dict[str, Any] = {**self._retired, "active": 0}
-            handles, responder = list(self._handles), self._responder
+            handles, responder = [*self._handles, *self._leaving], self._responder
         for handle in handles:
             for name, value in handle.stats.items():
                 totals[name] += value

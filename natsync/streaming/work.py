@@ -7,7 +7,7 @@ import threading
 import time
 from dataclasses import dataclass
 
-from natsync.concurrency import Deadline, SafeCondition
+from natsync.concurrency import Deadline, SafeCondition, fork_generation
 from natsync.context import Context
 from natsync.errors import Cancelled
 from natsync.hooks import Kind
@@ -77,22 +77,32 @@ class Work:
         self.queue = queue
         self.limit = limit
         self.warned = False
+        self._generation = fork_generation()
         self._lock = threading.Lock()
         self._changed = SafeCondition(self._lock)
         self._under_way: dict[Context, _Begun] = {}
         self._numbers = dict.fromkeys(COUNTED, 0)
 
     def count(self, what: str) -> None:
+        if not self._at_home():
+            return
         with self._lock:
             self._numbers[what] += 1
 
     def begin(self, ctx: Context, core: SenderCore | None = None) -> None:
         begun = _Begun(core)
-        with self._lock:
-            self._under_way[ctx] = begun
+        if self._at_home():
+            with self._lock:
+                self._under_way[ctx] = begun
+
+    def _at_home(self) -> bool:
+        """Not in a child that a handler forked: its requests are the parent's, and the lock may be held for ever."""
+        return self._generation == fork_generation()
 
     def end(self, ctx: Context, outcome: str, error: BaseException | None = None) -> None:
         """The request is over: counted, its context ended, and whoever waits for the last one told."""
+        if not self._at_home():
+            return
         ctx.cancel_soon(_OVER)
         with self._lock:
             self._numbers[outcome] += 1
@@ -104,6 +114,8 @@ class Work:
 
     def took(self, began: int, error: BaseException | None = None) -> None:
         """A handler that nobody waits for has taken from `began` until now."""
+        if not self._at_home():
+            return
         with self._lock:
             self._took_locked(began, error)
 

@@ -1,0 +1,273 @@
+"""Counters and flags of what waits: they come right where a thread cannot be started, or a Ctrl-C falls in between."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import natsync
+from interrupting import Interrupted
+from natsync import concurrency, timers
+from natsync.concurrency import Deadline
+from natsync.protocol import Batch
+from natsync.settling import Settling
+from natsync.subscription import SubscriptionCore
+from natsync.testing import NatsServer, eventually
+from natsync.timers import Alarm
+from natsync.workers import Lane, WorkerPool
+
+PATIENCE = 30.0
+
+
+@pytest.fixture
+def pool() -> Iterator[WorkerPool]:
+    pool = WorkerPool("natsync-test-worker", 4)
+    yield pool
+    assert pool.close(Deadline.after(5)) == []
+
+
+class Starts:
+    """Makes the next starts of threads whose name has this in it fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._named, self._failures = "", list[BaseException]()
+        start = threading.Thread.start
+
+        def or_fail(thread: threading.Thread) -> None:
+            if self._failures and self._named in thread.name:
+                raise self._failures.pop()
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", or_fail)
+
+    def fail(self, named: str, error: type[BaseException], times: int = 1) -> None:
+        self._named, self._failures = named, [error("can't start new thread") for _ in range(times)]
+
+    @property
+    def failed(self) -> bool:
+        return not self._failures
+
+
+@pytest.fixture
+def starts(monkeypatch: pytest.MonkeyPatch) -> Starts:
+    return Starts(monkeypatch)
+
+
+# -- callbacks that are due --------------------------------------------------------------------------------------------
+
+
+def test_a_pool_whose_helper_could_not_be_started_makes_its_connection_later(
+    nats_server: NatsServer, starts: Starts
+) -> None:
+    starts.fail("callbacks-worker", RuntimeError)
+    with natsync.ConnectionPool(nats_server.url, timeout=PATIENCE) as pool, pool.connection() as client:
+        assert starts.failed
+        assert client.rtt() > 0
+
+
+@pytest.mark.parametrize("error", [RuntimeError, Interrupted])
+def test_threads_that_did_not_start_are_not_counted(starts: Starts, error: type[BaseException]) -> None:
+    before, ran = concurrency._background._threads, list[int]()
+    starts.fail("callbacks-worker", error, concurrency.CALLBACK_THREADS + 1)
+    while not starts.failed:
+        try:
+            concurrency.run_soon(lambda: ran.append(1), "a callback")
+        except Interrupted:
+            assert error is Interrupted
+    assert concurrency._background._threads == before
+    concurrency.run_waiting()
+    eventually(lambda: len(ran) == concurrency.CALLBACK_THREADS + 1)
+
+
+# -- workers -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_task_that_may_not_wait_is_refused_if_no_thread_can_be_started(pool: WorkerPool, starts: Starts) -> None:
+    begun, busy, ran = threading.Event(), threading.Event(), list[str]()
+    assert pool.submit(lambda: (begun.set(), busy.wait(PATIENCE)))
+    assert begun.wait(PATIENCE)
+    starts.fail("", RuntimeError)
+    assert not pool.submit(lambda: ran.append("at once"), queue=False)
+    starts.fail("", RuntimeError)
+    assert pool.submit(lambda: ran.append("in its turn"))
+    busy.set()
+    eventually(lambda: ran == ["in its turn"])
+
+
+def test_a_lane_whose_thread_was_interrupted_as_it_started_runs_one_task_at_a_time(
+    pool: WorkerPool, starts: Starts
+) -> None:
+    lane, lock, inside, ran = Lane(pool), threading.Lock(), list[int](), list[int]()
+
+    def task() -> None:
+        with lock:
+            inside.append(1)
+        time.sleep(0.01)
+        with lock:
+            ran.append(len(inside))
+            inside.pop()
+
+    starts.fail("", Interrupted)
+    with pytest.raises(Interrupted):
+        lane.submit(task)
+    for _ in range(4):
+        assert lane.submit(task)
+    eventually(lambda: len(ran) >= 4)
+    assert set(ran) == {1}
+
+
+def test_messages_whose_worker_could_not_be_started_are_handled_soon(
+    natsync_client: natsync.Client, starts: Starts
+) -> None:
+    got = list[bytes]()
+    subscription = natsync_client.subscribe("accounts", lambda message: got.append(message.data))
+    natsync_client.flush()
+    starts.fail("-worker-", RuntimeError)
+    natsync_client.publish("accounts", b"1")
+    natsync_client.flush()
+    eventually(lambda: starts.failed)
+    subscription.drain(PATIENCE)
+    assert got == [b"1"]
+
+
+# -- timers ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_timer_thread_that_was_interrupted_as_it_started_is_started_again(starts: Starts) -> None:
+    timers.settle()
+    eventually(lambda: timers.table()._thread is None)
+    rang = threading.Event()
+    starts.fail("natsync-timer", Interrupted)
+    with pytest.raises(Interrupted):
+        timers.schedule_after(0.01, lambda: None)
+    timers.schedule_after(0.02, rang.set)
+    assert rang.wait(PATIENCE)
+
+
+def test_an_alarm_that_could_not_be_set_can_be_set_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    rang = threading.Event()
+    alarm = Alarm(rang.set)
+
+    def interrupted(when: float, callback: Callable[[], None]) -> Any:
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(timers, "schedule", interrupted)
+        with pytest.raises(Interrupted):
+            alarm.set_by(time.monotonic() + 0.01)
+    alarm.set_by(time.monotonic() + 0.02)
+    assert rang.wait(PATIENCE)
+
+
+def test_an_alarm_that_is_set_anew_in_the_moment_it_is_due_has_one_timer() -> None:
+    """The timer's thread has taken the first one, and waits for the lock while another thread clears and sets it."""
+    alarm = Alarm(lambda: None)
+    alarm.set(time.monotonic() + 1000)
+    first = alarm._timer
+    assert first is not None
+    first.callback = None  # as the timer's thread takes it
+    alarm._timer = None  # as clear() lets go of it
+    alarm.set(time.monotonic() + 2000)
+    second = alarm._timer
+    alarm._due()
+    assert alarm._timer is second
+    alarm.clear()
+    first.callback = lambda: None
+    first.cancel()
+
+
+# -- others ------------------------------------------------------------------------------------------------------------
+
+
+def test_settling_that_was_interrupted_as_it_asked_asks_the_next_time() -> None:
+    answers, confirmed, failures = list[Any](), list[int](), [Interrupted()]
+
+    def ping(answered: Any) -> bool:
+        if failures:
+            raise failures.pop()
+        answers.append(answered)
+        return True
+
+    settling = Settling(ping)
+    with pytest.raises(Interrupted):
+        settling.when_confirmed(1, lambda: confirmed.append(1))
+    settling.when_confirmed(2, lambda: confirmed.append(2))
+    answers[0](2)
+    assert confirmed == [1, 2]
+
+
+def test_bytes_that_an_interrupt_left_counted_do_not_stay() -> None:
+    link: Any = None
+    core = SubscriptionCore(link, b"a", None, pending_bytes=100)
+    core.deliver(Batch(b"1", b"a", [(None, None, b"x" * 100)]))
+    core._pending.popleft()  # and there it was interrupted
+    core.deliver(Batch(b"1", b"a", [(None, None, b"y" * 100)]))
+    assert (core.pending, core.dropped) == (1, 0)
+
+
+def test_a_pool_that_closes_looks_for_what_was_dropped_meanwhile(nats_server: NatsServer) -> None:
+    pool = natsync.ConnectionPool(nats_server.url)
+    lent = [pool.getconn()]
+    threading.Timer(0.1, lent.clear).start()
+    begin = time.monotonic()
+    pool.close(PATIENCE)
+    assert time.monotonic() - begin < PATIENCE / 2
+
+
+def test_what_ends_after_its_registration_was_stopped_is_counted_too(nats_server: NatsServer) -> None:
+    with natsync.Subscriber(nats_server.url) as subscriber, natsync.Client(nats_server.url) as client:
+        inside, go_on = threading.Event(), threading.Event()
+
+        def answer(ctx: natsync.Context, request: natsync.Message) -> bytes:
+            inside.set()
+            assert go_on.wait(PATIENCE)
+            return b"done"
+
+        subscriber.handler("late")(answer)
+        subscriber.open()
+        handle = subscriber.handles[0]
+        answers = list[bytes]()
+        asking = threading.Thread(target=lambda: answers.append(client.request("late", timeout=PATIENCE).data))
+        asking.start()
+        assert inside.wait(PATIENCE)
+        stopping = threading.Thread(target=handle.stop)
+        stopping.start()
+        eventually(lambda: not subscriber.handles)
+        assert (subscriber.stats()["received"], subscriber.stats()["active"]) == (1, 1)
+        go_on.set()
+        stopping.join(PATIENCE)
+        asking.join(PATIENCE)
+        assert answers == [b"done"]
+        eventually(lambda: subscriber.stats()["processed"] == 1)
+        assert subscriber.stats()["active"] == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_child_that_a_handler_forks_leaves_it_whatever_lock_was_held(nats_server: NatsServer) -> None:
+    children = list[int]()
+    with natsync.Subscriber(nats_server.url) as subscriber, natsync.Client(nats_server.url) as client:
+
+        @subscriber.handler("fork")
+        def answer(ctx: natsync.Context, request: natsync.Message) -> bytes:
+            with subscriber.handles[0]._work._lock:  # as another request's thread may hold it
+                pid = os.fork()
+            if not pid:
+                subscriber.handles[0]._work._lock.acquire()
+                return b"child"
+            children.append(pid)
+            return b"parent"
+
+        subscriber.open()
+        assert client.request("fork", timeout=PATIENCE).data == b"parent"
+        end = time.monotonic() + PATIENCE
+        while not (left := os.waitpid(children[0], os.WNOHANG)[0]) and time.monotonic() < end:
+            time.sleep(0.01)
+        if not left:
+            os.kill(children[0], 9)
+            os.waitpid(children[0], 0)
+        assert left, "the child hangs"
