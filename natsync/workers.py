@@ -116,11 +116,16 @@ class WorkerPool:
 
     def close(self, deadline: Deadline) -> list[str]:
         """Take no more tasks, run those that wait, and wait for the threads; names those still running."""
-        with self._lock:
-            self._closed = True
-            self._work.notify_all()
-            threads = list(self._threads)
-        return join_all(threads, deadline)
+        joined, stuck = set[threading.Thread](), list[str]()
+        while True:  # a worker that comes to what waits may start another one
+            with self._lock:
+                self._closed = True
+                self._work.notify_all()
+                threads = self._threads - joined
+            if not threads:
+                return stuck
+            stuck += join_all(threads, deadline)
+            joined |= threads
 
     def _run(self) -> None:
         generation = fork_generation()

@@ -14,8 +14,11 @@ import natsync
 from interrupting import Interrupted
 from natsync import concurrency, timers
 from natsync.concurrency import Deadline
+from natsync.pooling.keeper import Watch
+from natsync.pooling.store import Store, Turn
 from natsync.protocol import Batch
 from natsync.settling import Settling
+from natsync.streaming.peers import Event, Peer
 from natsync.subscription import SubscriptionCore
 from natsync.testing import NatsServer, eventually
 from natsync.timers import Alarm
@@ -271,3 +274,148 @@ def test_a_child_that_a_handler_forks_leaves_it_whatever_lock_was_held(nats_serv
             os.kill(children[0], 9)
             os.waitpid(children[0], 0)
         assert left, "the child hangs"
+
+
+# -- where a thread, or the whole process, was frozen for a while -----------------------------------------------------
+
+
+def test_closing_waits_for_workers_that_come_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that comes to what waits starts the next one, behind the look of close() at who there is."""
+    run, done = WorkerPool._run, list[str]()
+
+    def late(pool: WorkerPool) -> None:
+        time.sleep(0.05)
+        run(pool)
+
+    monkeypatch.setattr(WorkerPool, "_run", late)
+    pool = WorkerPool("natsync-test-worker", 8)
+    pool.submit(lambda: (time.sleep(0.1), done.append("one")))
+    pool.submit(lambda: (time.sleep(0.3), done.append("two")))
+    assert pool.close(Deadline.after(PATIENCE)) == []
+    assert sorted(done) == ["one", "two"]
+
+
+class Streams:
+    """The streams of a peer, as one."""
+
+    def __init__(self) -> None:
+        self.told = list[str]()
+
+    def met(self, peer: Peer) -> None:
+        """It has joined."""
+
+    def ask(self) -> None:
+        """It is to ask for a sign of life."""
+
+    def suspend(self) -> None:
+        self.told.append("suspended")
+
+    def resume(self) -> None:
+        self.told.append("resumed")
+
+    def give_up(self, why: str) -> None:
+        self.told.append("given up")
+
+
+@pytest.fixture
+def streams() -> Streams:
+    return Streams()
+
+
+def test_a_peer_suspended_while_there_is_no_link_has_its_whole_grace_once_there_is_one(streams: Streams) -> None:
+    """A 503 that had come before the link was lost is handed on late; how long all was well before says nothing."""
+    linked = [True]
+    peer = Peer(30.0, 1.0, lambda: linked[0])
+    peer.join(streams)
+    peer._since -= 3600
+    linked[0] = False
+    peer.link_lost()
+    peer.unreachable()
+    linked[0] = True
+    begin = time.monotonic()
+    peer.link_made()
+    eventually(lambda: "given up" in streams.told)
+    assert time.monotonic() - begin >= 0.9
+    peer.leave(streams)
+
+
+@pytest.mark.parametrize("event", [Event.OVERDUE, Event.OUTAGE])
+def test_a_conclusion_counts_only_if_what_it_follows_from_still_lasts(event: Event, streams: Streams) -> None:
+    """The timer's thread has looked, and before it goes on the peer is heard and lost anew, or the link is made."""
+    linked = [True]
+    peer = Peer(30.0, 30.0, lambda: linked[0])
+    peer.join(streams)
+    on = peer._on
+
+    def meanwhile(what: Event, **follows: Any) -> None:
+        peer._on = on  # type: ignore[method-assign]
+        assert what is event
+        if event is Event.OVERDUE:
+            peer.heard()
+            peer.unreachable()
+        else:
+            linked[0] = True
+            peer.link_made()
+        on(what, **follows)
+
+    if event is Event.OVERDUE:
+        peer.unreachable()
+        peer._since -= 3600
+    else:
+        linked[0] = False
+        peer.link_lost()
+        assert peer._down_since is not None
+        peer._down_since -= 3600
+    peer._on = meanwhile  # type: ignore[method-assign]
+    peer._look()
+    assert "given up" not in streams.told
+    peer.leave(streams)
+
+
+def test_who_waited_for_long_has_not_borrowed_for_long(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor if its thread comes late to what it was granted."""
+    waited, granted, go_on = Store.waited, threading.Event(), threading.Event()
+
+    def late(store: Store, turn: Turn, seconds: float) -> None:
+        if seconds > 0.5:
+            granted.set()
+            assert go_on.wait(PATIENCE)
+        waited(store, turn, seconds)
+
+    monkeypatch.setattr(Store, "waited", late)
+    with natsync.ConnectionPool(nats_server.url, max_size=1, leak_timeout=1000, timeout=PATIENCE) as pool:
+        lent = pool.getconn()
+        ages = list[float]()
+
+        def borrow() -> None:
+            with pool.connection() as client:
+                client.rtt()
+
+        borrower = threading.Thread(target=borrow)
+        borrower.start()
+        time.sleep(0.6)
+        pool.putconn(lent)
+        assert granted.wait(PATIENCE)
+        ages += [time.monotonic() - turn.since for turn in pool._keeper.store.leased]
+        go_on.set()
+        borrower.join(PATIENCE)
+    assert max(ages) < 0.5
+
+
+def test_a_link_that_is_lost_again_before_it_is_told_of_makes_nothing_usable(nats_server: NatsServer) -> None:
+    with natsync.ConnectionPool(nats_server.url, max_size=1, timeout=PATIENCE) as pool:
+        with pool.connection() as client:
+            client.rtt()
+            (turn,) = pool._keeper.store.leased
+            member = turn.member
+            assert member is not None
+            watch = next(one for one in member.core.mux.watchers if isinstance(one, Watch))
+        member.usable = False
+        session, member.core._session = member.core._session, None
+        watch.link_made()
+        assert not member.usable
+        member.core._session = session
+        watch.link_made()
+        assert member.usable

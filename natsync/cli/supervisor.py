@@ -83,7 +83,7 @@ class Supervisor:
         self._workers: list[_Worker] = []
         self._failure: str | None = None
         self._signals = 0
-        self._killer: threading.Timer | None = None
+        self._killers: list[threading.Timer] = []
 
     def run(self) -> None:
         """Run until told to stop; for the main thread.
@@ -128,13 +128,14 @@ class Supervisor:
 
     def _stop(self, *, again: bool = False) -> None:
         """Have the workers drain; again = those too that were told before, who then cancel what is under way."""
-        for worker in self._workers:
-            if again or not worker.stopping:
-                worker.stop()
-        if self._killer is None:
-            self._killer = threading.Timer(self._patience, self._overdue, [list(self._workers)])
-            self._killer.daemon = True
-            self._killer.start()
+        told = [worker for worker in self._workers if again or not worker.stopping]
+        for worker in told:
+            worker.stop()
+        if told:
+            killer = threading.Timer(self._patience, self._overdue, [told])
+            killer.daemon = True
+            killer.start()
+            self._killers.append(killer)
 
     def _overdue(self, workers: list[_Worker]) -> None:
         for worker in workers:
@@ -159,14 +160,17 @@ class Supervisor:
             if worker.was_ready and not worker.stopping and not self._signals:
                 self._fill()
             worker.close()
-        if self._killer is not None and not any(worker.stopping for worker in self._workers):
-            self._killer.cancel()
-            self._killer = None
+        if not any(worker.stopping for worker in self._workers):
+            self._spare()
+
+    def _spare(self) -> None:
+        """None that was told to stop is left to be killed."""
+        while self._killers:
+            self._killers.pop().cancel()
 
     def _kill(self) -> None:
         """Nothing is left behind, whatever went wrong."""
-        if self._killer is not None:
-            self._killer.cancel()
+        self._spare()
         for worker in self._workers:
             worker.process.kill()
             worker.process.wait()

@@ -45,7 +45,7 @@ class Watch(Waiter):
     def link_made(self) -> None:
         keeper, member = self._keeper(), self._member()
         if member is not None:
-            member.usable = True
+            member.usable = member.core.linked  # it may be lost again already, and that have been told
             self._server = str(member.core.server)
             if keeper is not None:
                 keeper.health.succeeded(self._server)

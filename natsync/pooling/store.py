@@ -196,7 +196,9 @@ class Store:
                 self._trash += [member]
                 del self.idle[-1]
                 continue
+            now = time.monotonic()
             # No call from here to the signal, see above.
+            turn.since = now  # from here on it is lent: the borrower's thread may be late
             turn.member = member
             turn.client = member.client
             member.client = None

@@ -150,13 +150,17 @@ class Peer:
         """The server says that nobody listens there."""
         self._on(Event.UNREACHABLE)
 
-    def _on(self, event: Event) -> None:
+    def _on(self, event: Event, *, since: float | None = None, down_since: float | None = None) -> None:
+        """Something has happened. since, down_since: the state or outage that it follows from, if that still lasts."""
         with self._lock:
+            if since not in (None, self._since) or down_since not in (None, self._down_since):
+                return
             before = self._state
             after = TRANSITIONS.get((before, event))
             if after is None:
                 return
             self._state, self._since, self._repeat = after, time.monotonic(), FIRST_REPEAT
+            self._elapsed = 0.0
             members = list(self.members)
         if not members:
             return
@@ -197,19 +201,19 @@ class Peer:
         if down_since is not None:
             until = down_since + OUTAGE_GRACES * self.grace
             if now >= until:
-                self._on(Event.OUTAGE)
+                self._on(Event.OUTAGE, down_since=down_since)
             else:
                 self._ring(until)
             return
         state, since = self._state, self._since
         if state is State.SUSPENDED:
             if now - since >= self.grace:
-                self._on(Event.OVERDUE)
+                self._on(Event.OVERDUE, since=since)
                 return
             self._ask_next(now, since + self.grace)
         elif state is State.ASKED:
             if now - since >= ANSWER_SECONDS:
-                self._on(Event.UNANSWERED)
+                self._on(Event.UNANSWERED, since=since)
                 return
             self._ask_next(now, since + ANSWER_SECONDS)
         elif state is State.HEARD:
@@ -237,7 +241,7 @@ class Peer:
         with self._lock:
             if self._down_since is None:
                 self._down_since = time.monotonic()
-                self._elapsed = self._down_since - self._since
+                self._elapsed = self._down_since - self._since if self._state is State.SUSPENDED else 0.0
         self._ring(self._down_since + OUTAGE_GRACES * self.grace)
 
     def link_made(self) -> None:
@@ -307,6 +311,6 @@ class Peers(Waiter):
             peer.link_lost()
 
     def link_made(self) -> None:
-        self._down = False
+        self._down = not self._is_linked()  # it may be lost again already, and that have been told
         for peer in self._all():
             peer.link_made()
