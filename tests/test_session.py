@@ -22,7 +22,7 @@ from natsync.errors import AuthorizationError, ConnectError, NatsError, Protocol
 from natsync.options import ConnectOptions, Server
 from natsync.outbox import WRITE_BYTES, Outbox, OutboxClosed, Receipt
 from natsync.protocol import PING, Batch, encode_pub
-from natsync.session import Session
+from natsync.session import LATE_SECONDS, Session
 from natsync.testing import eventually
 from natsync.transport import Transport
 from support import natsync_threads
@@ -343,6 +343,23 @@ def test_a_write_that_is_blocked_ends_the_link_at_write_timeout() -> None:
         assert isinstance(reason, ConnectError)
         assert "write" in str(reason)
         assert it.session.join(Deadline.after(SLACK)) == []
+
+
+def test_a_look_at_a_write_that_comes_late_is_taken_again_before_the_link_is_ended() -> None:
+    """The process was frozen meanwhile, and the writer gets a moment to go on."""
+    with link(write_timeout=60.0) as it:
+        begin = time.monotonic()
+        it.session._writing_since, it.session._write_look_at = begin - 100, begin - 40
+        it.session._write_due()
+        assert not it.owner.reasons
+        assert "blocked for 60 s" in str(it.ended())  # it did not
+        assert time.monotonic() - begin >= LATE_SECONDS - 0.01
+    with link(write_timeout=60.0) as it:
+        begin = time.monotonic()
+        it.session._writing_since, it.session._write_look_at = begin - 100, begin - 40
+        it.session._write_due()
+        it.session._writing_since = None  # it did
+        assert not it.owner.lost.wait(2 * LATE_SECONDS)
 
 
 def test_each_write_has_the_whole_write_timeout() -> None:
