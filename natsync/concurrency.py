@@ -282,8 +282,8 @@ class _Background:
 
     def look(self) -> None:
         """Start a thread for what is due; asked again, also for what came when none could be started."""
-        if not self._due or sys.is_finalizing():
-            return  # no thread starts any more; before Python 3.12, start() would wait for ever
+        if not self._due or sys.is_finalizing():  # then none starts; before Python 3.12, start() would wait for ever
+            return
         with self._lock:
             if self._threads == CALLBACK_THREADS:
                 return

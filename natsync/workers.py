@@ -72,8 +72,8 @@ class WorkerPool:
             if queue and self._threads:
                 return True  # those that are busy come to it
             self._tasks.pop()
-            log.warning("%s: no thread can be started", self.name)
-            return False
+        log.warning("%s: no thread can be started", self.name)
+        return False
 
     def _call_locked(self) -> bool:
         """Have another worker come, if there may be one; False if it cannot be started."""
