@@ -226,6 +226,39 @@ class Happening:
 _making_events = threading.Lock()
 
 
+class Finishing:
+    """What is done when something is over: once, and by one thread. Cut short by a Ctrl-C, the next who asks does it.
+
+    What is done then may be done in part already: its steps must bear to be done again.
+    """
+
+    __slots__ = ("_doing", "_done", "_lock")
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self._lock = lock  # of whatever is finished; not held while the steps are done
+        self._doing: object = None
+        self._done = False
+
+    @property
+    def cut_short(self) -> bool:
+        """Whether it is still to be done, and nobody is at it."""
+        return not self._done and self._doing is None
+
+    def run(self, steps: Callable[[], object]) -> None:
+        """Do it, unless it is done or another thread is at it."""
+        mine = object()
+        try:
+            with self._lock:
+                if not self.cut_short:
+                    return
+                self._doing = mine
+            steps()
+            self._done = True
+        finally:
+            if self._doing is mine:
+                self._doing = None
+
+
 class Tally:
     """A number that many threads add to."""
 

@@ -82,7 +82,11 @@ class Lease:
         if turn is not None:
             turn.client = self._client
             self._client = None
-            unfit = turn.store.leave(turn)
+            try:
+                unfit = turn.store.leave(turn)
+            except BaseException:
+                turn.store.cut_short.append(turn)  # a call into C: done before the next signal is looked for
+                raise
             if unfit is not None or turn.store.turns:
                 self._pool._left(turn, unfit)
 
@@ -248,7 +252,12 @@ class ConnectionPool:
 
     def _leave(self, turn: Turn) -> None:
         """The caller goes away: its place in the queue, or what it was granted, is free. Idempotent."""
-        self._left(turn, turn.store.leave(turn))
+        try:
+            unfit = turn.store.leave(turn)
+        except BaseException:
+            turn.store.cut_short.append(turn)
+            raise
+        self._left(turn, unfit)
 
     def _left(self, turn: Turn, unfit: Client | None) -> None:
         """See to what a caller who has left leaves behind: a broken connection, and those who wait for another."""

@@ -75,4 +75,5 @@ def _stopped(
         call()
     finally:
         sys.settrace(former)
+        before.clear()  # which frames would outlive in a cycle, and with them whatever the call has dropped
     return seen > moment

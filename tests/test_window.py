@@ -1166,6 +1166,7 @@ class Core:
     def __init__(self, out: Outgoing) -> None:
         self.over = Happening()
         self.over.set()  # to drop the sender is no fault
+        self.cut_short = False
         self.direct, self.lock = out, threading.Lock()
         self.slow = self.seen_to = 0
 
@@ -1312,6 +1313,7 @@ class Giver:
     def __init__(self, window: int) -> None:
         self.over = Happening()
         self.over.set()
+        self.cut_short = False
         self.direct, self.lock = outgoing(window), threading.Lock()
         self.sent: dict[int, bytes] = {}
         self._turn, self._stands, self._free = threading.Event(), threading.Event(), threading.Event()

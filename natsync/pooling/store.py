@@ -111,6 +111,7 @@ class Store:
 
     Attributes:
         debug: keep of each borrower where it borrowed.
+        cut_short: callers whose leaving an interrupt may have cut short: somebody else will see to it.
     """
 
     def __init__(self, max_size: int) -> None:
@@ -126,7 +127,7 @@ class Store:
         self.numbers = {
             "leases": 0, "waits": 0, "timeouts": 0, "leaks": 0, "wait_seconds": 0.0, "longest_wait_seconds": 0.0,
         }  # fmt: skip
-        self._cut_short: deque[Turn] = deque()  # callers whose leaving an interrupt may have cut short
+        self.cut_short: deque[Turn] = deque()
         self._dropped: deque[Member] = deque()  # lent, and collected by nobody's doing but the garbage collector's
         self._trash: list[Member] = []  # to be closed by whoever passes next, without the lock
 
@@ -147,7 +148,7 @@ class Store:
             PoolClosed: there is nothing to wait for.
         """
         with self.lock:
-            if self.idle and not self.turns and self.idle[-1].usable and not self._cut_short:
+            if self.idle and not self.turns and self.idle[-1].usable and not self.cut_short:
                 # No call from here on, see above: a turn is granted whole or not at all.
                 member = self.idle[-1]
                 turn.member = member
@@ -216,21 +217,17 @@ class Store:
         """The caller goes away: its place in the queue, or what it was granted, is free. Idempotent.
 
         Returns a client that is not fit to be lent again: it is the caller's to close. Of a turn whose client the user
-        holds, turn.client is set to it before.
+        holds, turn.client is set to it before. After a Ctrl-C in here the caller adds the turn to cut_short.
         """
         if turn.generation != fork_generation():
             return None  # a forked child leaves a block that its parent entered: nothing here is the child's
-        try:
-            with self.lock:
-                unfit = self._free_locked(turn)
-                if unfit is not None or self.turns or self._cut_short or self._dropped or self.closed:
-                    self._tidy_locked()
-                    self._serve_locked()
-                    self.changed.notify_all()
-                return unfit
-        except BaseException:  # a Ctrl-C in there: somebody else will do it
-            self._cut_short.append(turn)  # a call into C: done before the next signal is looked for
-            raise
+        with self.lock:
+            unfit = self._free_locked(turn)
+            if unfit is not None or self.turns or self.cut_short or self._dropped or self.closed:
+                self._tidy_locked()
+                self._serve_locked()
+                self.changed.notify_all()
+            return unfit
 
     def _free_locked(self, turn: Turn) -> Client | None:
         member, client = turn.member, turn.client
@@ -252,9 +249,9 @@ class Store:
         return client
 
     def _tidy_locked(self) -> None:
-        while self._cut_short:
-            unfit = self._free_locked(self._cut_short[0])
-            self._cut_short.popleft()
+        while self.cut_short:
+            unfit = self._free_locked(self.cut_short[0])
+            self.cut_short.popleft()
             del unfit  # what is dropped closes itself
         while self._dropped:
             member = self._dropped[0]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from natsync import subject as _subject
-from natsync.concurrency import Deadline, Signal
+from natsync.concurrency import Deadline, Finishing, Signal
 from natsync.connection import is_own
 from natsync.context import Context
 from natsync.errors import (
@@ -86,6 +86,9 @@ class Call(Waiter):
         self._at_once = False  # or instead of it
         self._last: Item | None = None  # the message that ended it, if the consumer is to see it
         self._over = self._told = False
+        self._ended_there = False
+        self._leaving: Exception | None = None  # the responder is to be told that the stream is left, and why
+        self._finishing = Finishing(self._lock)
         self._finished: list[Finished] = []
         self._frame = b""
         self._mark: int | None = None
@@ -111,16 +114,19 @@ class Call(Waiter):
             to = _subject.publish_subject(self.subject)
             self._frame = self._connection.encode(to, self.inbox, block, payload)
             self._mark = self._connection.put(self._frame, Deadline(ctx.deadline))
+            loss = self._connection.loss_of(self._frame, self._mark)
+            if loss is not None:
+                self.link_lost(loss)
+            self.when_finished(ctx.on_end(lambda: self._context_ended(ctx)))
         except BaseException:
-            self._finish()
+            self._finish(leaving=StreamCancelled("the requester was interrupted"))  # told only if it has gone
             raise
-        loss = self._connection.loss_of(self._frame, self._mark)
-        if loss is not None:
-            self.link_lost(loss)
-        self.when_finished(ctx.on_end(lambda: self._context_ended(ctx)))
 
     def when_finished(self, callback: Finished) -> None:
-        """Have callback() called once the call is over, behind those who came before; brief and non-blocking."""
+        """Have callback() called once the call is over, behind those who came before; brief and non-blocking.
+
+        After a Ctrl-C in it callback() may be called again.
+        """
         with self._lock:
             if not self._told:
                 self._finished.append(callback)
@@ -134,12 +140,8 @@ class Call(Waiter):
                 if not self._finished:
                     self._told = True
                     return
-                callback = self._finished.pop(0)
-            try:
-                callback()
-            except BaseException:
-                self._tell_finished()  # the others are told all the same
-                raise
+            self._finished[0]()
+            del self._finished[0]  # behind it: see Finishing
 
     # -- the reader ------------------------------------------------------------------------------------------------
 
@@ -380,6 +382,8 @@ class Call(Waiter):
 
     def fail(self, error: Exception, *, at_once: bool = False, tell: bool = True) -> None:
         """End with an error found here, behind what has come or, with at_once, instead of it."""
+        if self.cut_short:
+            self._finishing.run(self._let_go)
         with self._lock:
             over = self._over
             if self.complete or (over and (self._error is not None or not at_once)):
@@ -400,18 +404,22 @@ class Call(Waiter):
         complete: the responder ended the stream; leaving: it is still to be told that it is left, and why.
         """
         if self._connection.mux.waiters.get(self.token) is self:
-            self._connection.mux.unregister(self.token)  # first: who is cut short by a Ctrl-C here can be called again
+            self._connection.mux.unregister(self.token)
         with self._lock:
-            if self._over:
-                return
-            self._over = True
+            if not self._over:
+                self._over, self._ended_there, self._leaving = True, complete, leaving
+        self._finishing.run(self._let_go)
+
+    def _let_go(self) -> None:
+        leaving = self._leaving
         try:
             if leaving is not None:
                 self._part(str(leaving), leaving.code if isinstance(leaving, StreamError) else Code.CANCELLED)
+                self._leaving = None
             self._frame = b""
         finally:
             if self._offered is not None:
-                self._offered.close(complete=complete)
+                self._offered.close(complete=self._ended_there)
             self._alarm.clear()
             self._signal.set()
             self._tell_finished()
@@ -452,6 +460,11 @@ class Call(Waiter):
     def over(self) -> bool:
         """Whether nothing more comes."""
         return self._over
+
+    @property
+    def cut_short(self) -> bool:
+        """Whether it is over, but a Ctrl-C has kept somebody from being told: cancel() goes on with that."""
+        return self._over and self._finishing.cut_short
 
     @property
     def outcome(self) -> Exception | None:

@@ -44,6 +44,16 @@ _MOST_RESPONDERS = 16
 _TOMBSTONES = 100_000
 
 
+class Share:
+    """What one stream has given of its connection's budget, in bytes."""
+
+    __slots__ = ("given", "open")
+
+    def __init__(self, given: int) -> None:
+        self.given = given
+        self.open = True
+
+
 class Budget:
     """The credit in bytes that all streams of a connection have given."""
 
@@ -52,39 +62,40 @@ class Budget:
         self._given = 0
         self._streams = 0
 
-    def open(self) -> int:
+    def open(self) -> Share:
         """Credit for a new stream: a part of what is left, so that something is left for the next ones."""
         with self._lock:
-            self._streams += 1
             first = (SHARED_WINDOWS_BYTES - self._given) // FIRST_PART
-            given = max(self._least_locked(0), min(WINDOW_BYTES, first))
-            self._given += given
-            return given
+            share = Share(max(self._least_locked(0), min(WINDOW_BYTES, first)))
+            self._streams += 1
+            self._given += share.given
+            return share
 
-    def share(self, given: int) -> int:
-        """How much credit a stream that has given this much may have out."""
+    def most(self, share: Share) -> int:
+        """How much credit this stream may have out."""
         with self._lock:
-            return self._share_locked(given)
-
-    def _share_locked(self, given: int) -> int:
-        others = self._given - given
-        fair = ALL_WINDOWS_BYTES // max(1, self._streams)
-        return max(self._least_locked(given), min(WINDOW_BYTES, fair, SHARED_WINDOWS_BYTES - others))
+            others = self._given - share.given
+            fair = ALL_WINDOWS_BYTES // max(1, self._streams)
+            return max(self._least_locked(share.given), min(WINDOW_BYTES, fair, SHARED_WINDOWS_BYTES - others))
 
     def _least_locked(self, given: int) -> int:
         others = self._given - given
         return LEAST_WINDOW_BYTES if others + LEAST_WINDOW_BYTES <= ALL_WINDOWS_BYTES else TINY_WINDOW_BYTES
 
-    def change(self, before: int, after: int) -> None:
+    def change(self, share: Share, given: int) -> None:
         """A stream's credit is another one now."""
         with self._lock:
-            self._given += after - before
+            if share.open:
+                self._given += given - share.given
+                share.given = given
 
-    def close(self, given: int) -> None:
-        """A stream is over, and with it its credit."""
+    def close(self, share: Share) -> None:
+        """A stream is over, and with it its credit. Idempotent."""
         with self._lock:
-            self._given -= given
-            self._streams -= 1
+            if share.open:  # no call from here on, so that a Ctrl-C divides nothing
+                share.open = False
+                self._given -= share.given
+                self._streams -= 1
 
 
 class Calls(Waiter):

@@ -40,9 +40,10 @@ class FramedReceiver:
     def __init__(self, inlet: Inlet, calls: Calls, window: int) -> None:
         self.resumes = 0  # how often it went on after a silence, or over another link
         options = calls.connection.options
+        self._share = calls.budget.open()
         self.offer = Offer(
             window=window,
-            window_bytes=calls.budget.open(),
+            window_bytes=self._share.given,
             grace=options.resume_grace,
             heartbeat=options.heartbeat,
             chunk_bytes=options.max_message_bytes,
@@ -51,7 +52,6 @@ class FramedReceiver:
         self._calls = calls
         self._lock = threading.Lock()
         self._incoming = Incoming(window, self.offer.window_bytes, options.max_message_bytes)
-        self._given_bytes = self.offer.window_bytes  # as the connection's budget has it
         self._consumed = self._consumed_bytes = 0
         self._over = False
         self._stream = self._prefix = b""  # of the responder that this is bound to
@@ -199,23 +199,22 @@ class FramedReceiver:
             return self._account_locked(missing=say == Control.MISSING)
         if not heard:
             return None
-        if self._incoming.is_due(self._share()):  # fragments give their credit back as they come
+        if self._incoming.is_due(self._credit()):  # fragments give their credit back as they come
             return self._account_locked()
         if self._owed_at is None:
             self._owed_at = time.monotonic() + ACK_SECONDS
             self._alarm.set_by(self._owed_at)
         return None
 
-    def _share(self) -> int:
+    def _credit(self) -> int:
         """How much credit may be out now: what the other streams leave, and never too little for two fragments."""
-        return max(self.offer.window_bytes // 2, self._calls.budget.share(self._given_bytes))
+        return max(self.offer.window_bytes // 2, self._calls.budget.most(self._share))
 
     def _account_locked(self, *, missing: bool = False) -> Ack:
         """What is here, and the credit now. Requires _lock."""
         incoming = self._incoming
-        account = incoming.account(self._share(), missing=missing)
-        before, self._given_bytes = self._given_bytes, incoming.granted_bytes
-        self._calls.budget.change(before, self._given_bytes)
+        account = incoming.account(self._credit(), missing=missing)
+        self._calls.budget.change(self._share, incoming.granted_bytes)
         self._owed_at = None
         if missing:
             self._missing = incoming.received
@@ -303,13 +302,11 @@ class FramedReceiver:
         self._inlet.finished(error, item=item)
 
     def close(self, *, complete: bool) -> None:
-        """Nothing more is wanted; complete: the responder ended it, and is told again if it asks."""
+        """Nothing more is wanted; complete: the responder ended it, and is told again if it asks. Idempotent."""
         with self._lock:
-            if self._over:
-                return
             self._over = True
-            received, given, peer = self._incoming.received, self._given_bytes, self._peer
-        self._calls.budget.close(given)
+            received, peer = self._incoming.received, self._peer
+        self._calls.budget.close(self._share)
         self._alarm.clear()
         if peer is not None:
             self._calls.peers.leave(self._peer_name, peer, self)
@@ -323,7 +320,7 @@ class FramedReceiver:
         with self._lock:
             self._incoming.consume(chunks - self._consumed, size - self._consumed_bytes)
             self._consumed, self._consumed_bytes = chunks, size
-            if self._over or not self._incoming.is_due(self._share()):
+            if self._over or not self._incoming.is_due(self._credit()):
                 return
             answer = self._account_locked()
         self._tell(answer.encode())

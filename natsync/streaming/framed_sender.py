@@ -413,7 +413,8 @@ class FramedSender(SenderCore):
         with self.lock:
             if self._state is State.CLOSED:
                 return
-            self._out.push_end(ending.op, block, payload)
+            if not self._out.ended:
+                self._out.push_end(ending.op, block, payload)
             wake = self._wants_writer_locked()
         if wake:
             self._connection.ready_here(self, self._connection.traffic)

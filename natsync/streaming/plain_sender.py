@@ -173,7 +173,9 @@ class PlainSender(SenderCore):
         frame = encode_pub(self._reply, self._inbox, *self._end_parts(ending))
         try:
             with self.lock:  # so that breaks() sees the end either not sent or with its mark
-                mark = self._end_mark = self._connection.try_put(frame, force=True)
+                if self._broken is not None:
+                    return  # repair() is about to send another one
+                mark = self._end_mark = self._end_mark or self._connection.try_put(frame, force=True)
         except NatsError as error:  # closed: there is nobody to tell any more
             log.debug("the end of a stream on %r was not sent: %s", self.subject, error)
             self._forget()
@@ -230,6 +232,7 @@ class PlainSender(SenderCore):
     def _break_locked(self, text: str) -> bytes:
         """Chunks are missing: nothing behind them may be sent. Requires _lock."""
         self._broken = StreamClosed(text, code=Code.UNAVAILABLE)
+        self._end_mark = 0
         if self._error is None:
             self._error = self._broken
         return self._reply
@@ -239,11 +242,13 @@ class PlainSender(SenderCore):
 
     def repair(self) -> None:
         """A stream with a gap must not seem complete, and one whose end was lost must not seem endless."""
-        broken, self._broken = self._broken, None
-        if broken is None:
-            return
-        ending = Ending(Op.ERROR, broken.message, self._lost())
+        with self.lock:
+            broken, self._broken = self._broken, None
+            if broken is None:
+                return
+            ending = self._ending = Ending(Op.ERROR, broken.message, self._lost())
+            self._due = True
         if self._error is broken:
-            self._finish(ending)
+            self._finishing.run(self._finish)
         else:
             self._put_end(ending)

@@ -100,12 +100,12 @@ class Responder:
         # Threads of streams that have ended, and freed their slot, may take a moment to leave.
         self._pool = WorkerPool(f"{connection.name}-stream-worker", 2 * max_streams)
         self._lock = threading.Lock()
-        self._streams = 0
+        self._streams: set[HandlerContext] = set()
 
     @property
     def streams(self) -> int:
         """Streams open now."""
-        return self._streams
+        return len(self._streams)
 
     @property
     def threads(self) -> int:
@@ -153,11 +153,11 @@ class Responder:
             work.count("dropped")
             self._refuse(core, request, work, f"too many streams on {work.subject!r}: all {work.limit} are in use")
             return
-        if not self._take_slot():
+        if not self._take_slot(ctx):
             work.count("dropped")
             self._refuse(core, request, work, f"too many streams: all {self._max_streams} are in use")
             return
-        core.when_closed(self._free_slot)
+        core.when_closed(lambda: self._streams.discard(ctx))
         work.begin(ctx, core)
         if not self._pool.submit(lambda: _run_stream(request, runner, ctx, core, work), queue=False):
             # Shutting down, or all threads are held by handlers that go on although their streams are over.
@@ -186,16 +186,12 @@ class Responder:
             ResponseWatch(watch, core)
         return core
 
-    def _take_slot(self) -> bool:
+    def _take_slot(self, ctx: HandlerContext) -> bool:
         with self._lock:
-            if self._streams >= self._max_streams:
+            if len(self._streams) >= self._max_streams:
                 return False
-            self._streams += 1
+            self._streams.add(ctx)
             return True
-
-    def _free_slot(self) -> None:
-        with self._lock:
-            self._streams -= 1
 
     # -- request and reply ---------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from threading import get_ident
 from typing import Any, Protocol
 
 from natsync import headers as _headers
-from natsync.concurrency import Deadline, Happening, at_home, check_timeout, fork_generation, run_soon
+from natsync.concurrency import Deadline, Finishing, Happening, at_home, check_timeout, fork_generation, run_soon
 from natsync.connection import Connection
 from natsync.context import Context
 from natsync.errors import (
@@ -87,6 +87,10 @@ class SenderCore(Waiter):
         self._error: Exception | None = None
         self._ended = False
         self._headers: Headers | None = None
+        self._ending: Ending | None = None  # what is sent at the end, if anything; of use once that is due
+        self._due = False
+        self._finishing = Finishing(self.lock)
+        self._generation = fork_generation()
         self._callbacks: list[Callable[[], object]] = []
         self._internal: list[Callable[[], object]] = []
         self._token, self._inbox = control.address()
@@ -142,6 +146,11 @@ class SenderCore(Waiter):
     def error(self) -> Exception | None:
         """Why it is over; None while it is not."""
         return self._error
+
+    @property
+    def cut_short(self) -> bool:
+        """Whether it is over, but a Ctrl-C has kept somebody from being told: the next to end it goes on with that."""
+        return self._due and self._finishing.cut_short
 
     @property
     def outcome(self) -> str:
@@ -214,41 +223,51 @@ class SenderCore(Waiter):
 
     def _close(self, error: Exception, ending: Ending | None) -> bool:
         """End for this reason, unless there is one already. ending: what is sent; None = there is nobody to tell."""
+        if self._generation != fork_generation():
+            return False  # in a child that a handler forked: the stream is the parent's
+        ended = isinstance(error, StreamError) and error.code == Code.OK
         with self.lock:
-            if self._error is not None:
-                return False
-            self._error = error
-            self._ended = isinstance(error, StreamError) and error.code == Code.OK
-            self._closing_locked(ending is not None)
+            first = self._error is None
+            if first:
+                self._closing_locked(ending is not None)
+                # No call from here on, so that a Ctrl-C finds the stream either open or about to end.
+                self._ended, self._error, self._ending, self._due = ended, error, ending, True
         # From here on nobody sends: every chunk that was sent is queued, and the end goes behind it.
-        self._finish(ending)
-        return True
+        if self.cut_short:
+            self._finishing.run(self._finish)
+        return first
 
-    def _finish(self, ending: Ending | None) -> None:
+    def _finish(self) -> None:
         """Tell everybody that the stream is over. Its slot is free before the end is queued."""
-        with self.lock:
-            internal, self._internal = self._internal, []
-            users, self._callbacks = self._callbacks, []
         self.over.set()
         self._stop_watching()
         if not self._ended:
             kind = DeadlineExceeded if isinstance(self._error, DeadlineExceeded) else Cancelled
             self.ctx.cancel_soon(kind(str(self._error)))
-        for callback in internal:
-            callback()
-        if ending is None:
+        while self._internal:
+            self._internal[0]()
+            del self._internal[0]  # behind it: see Finishing
+        if self._ending is None:
             self._forget()
         else:
-            self._put_end(ending)
+            self._put_end(self._ending)
         self._wake_senders()
-        for callback in users:
-            self._run_user(callback)
+        for _ in range(len(self._callbacks)):
+            self._run_user(self._call_next)
 
     def _closing_locked(self, due: bool) -> None:
         """It is over. due: something is still to be sent, and closing must wait for it. Requires _lock."""
 
+    def _call_next(self) -> None:
+        """Call one of the user's callbacks: each once, however often this is called."""
+        try:
+            callback = self._callbacks.pop(0)
+        except IndexError:
+            return
+        callback()
+
     def _put_end(self, ending: Ending) -> None:
-        """Send what ends the stream, behind everything that was sent."""
+        """Send what ends the stream, behind everything that was sent; once, though it may be called again."""
         raise NotImplementedError
 
     def _forget(self) -> None:
@@ -272,7 +291,10 @@ class SenderCore(Waiter):
         self._run_user(callback)
 
     def when_closed(self, callback: Callable[[], object]) -> None:
-        """on_close() for the library's own brief functions: in whichever thread ends it, before the END is sent."""
+        """on_close() for the library's own brief functions: in whichever thread ends it, before the END is sent.
+
+        After a Ctrl-C in it callback() may be called again.
+        """
         with self.lock:
             if self._error is None:
                 self._internal.append(callback)
@@ -458,7 +480,7 @@ class ResponseSender:
 
     def __del__(self) -> None:
         core = getattr(self, "_core", None)
-        if core is None or core.over.happened or self._generation != fork_generation():
+        if core is None or self._generation != fork_generation() or (core.over.happened and not core.cut_short):
             return
         core._connection.in_supervisor(core.dropped)  # a finalizer may run anywhere, inside any lock
 

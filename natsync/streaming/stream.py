@@ -233,8 +233,13 @@ class Stream(Closable[bytes]):
     def _attach(self) -> None:
         """The attempt in hand is the last: what waits for the stream's end waits for its end."""
         callbacks, self._at_end = self._at_end, []
-        for callback in callbacks:
-            self._call.when_finished(callback)
+        try:
+            while callbacks:
+                self._call.when_finished(callbacks[0])
+                del callbacks[0]  # behind it: after a Ctrl-C in there it is asked for once more
+        except BaseException:
+            self._at_end = callbacks + self._at_end
+            raise
 
     # -- ending ----------------------------------------------------------------------------------------------------
 
@@ -254,14 +259,21 @@ class Stream(Closable[bytes]):
         self.cancel("closed by the requester")
 
     def when_finished(self, callback: Finished) -> None:
-        """Have callback() called once when the stream is over; brief and non-blocking, in any thread."""
+        """Have callback() called when the stream is over; brief and non-blocking, in any thread.
+
+        Once; only after a Ctrl-C in it perhaps again.
+        """
         self._at_end.append(callback)
         if self._retry is None:
             self._attach()
 
     def __del__(self) -> None:
         call = getattr(self, "_call", None)
-        if call is None or self._generation != fork_generation() or (call.over and not self._at_end):
+        if (
+            call is None
+            or self._generation != fork_generation()
+            or (call.over and not call.cut_short and not self._at_end)
+        ):
             return
         # A finalizer may run anywhere, inside any lock: leave the work to the supervisor.
         callbacks = self._at_end

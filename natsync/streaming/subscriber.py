@@ -93,7 +93,7 @@ class Subscriber:
         self._leaving: list[Handle] = []  # stopped, with requests still under way
         self._retired = dict.fromkeys(COUNTED, 0)
         self._closed = False
-        self._closing = False
+        self._closer: object = None  # who is at it, or has done it
         self._close_done = SafeEvent()
         _subscribers.add(self)
 
@@ -448,23 +448,32 @@ class Subscriber:
     def _close(self, deadline: Deadline) -> list[str]:
         """Close by the deadline; what had to be cancelled, in words."""
         fork_generation()  # finds out about a fork that Python was not told of
-        with self._lock:
-            first, self._closed, self._closing = not self._closing, True, True
-            handles, responder = list(self._handles), self._responder
-        if responder is None or self._generation != fork_generation():
-            return []
-        inside = responder.in_handler()
-        if not first:
-            if not inside:
-                self._close_done.wait(deadline.remaining())  # another thread is at it
-            return []
+        mine = object()
         try:
-            return self._shut_down(handles, responder, deadline, inside)
-        except BaseException:  # a Ctrl-C: whoever calls next goes on with it
-            self._closing = False
+            with self._lock:
+                self._closed = True
+                handles, responder = list(self._handles), self._responder
+                if self._closer is None:
+                    self._close_done.clear()
+                    self._closer = mine
+            unfinished: list[str] = []
+            if responder is None or self._generation != fork_generation():
+                return unfinished
+            inside = responder.in_handler()
+            if self._closer is mine:
+                unfinished = self._shut_down(handles, responder, deadline, inside)
+        except BaseException:  # a Ctrl-C: whoever waits goes on with it, or calls next
+            if self._closer is mine:
+                self._closer = None
             raise
         finally:
-            self._close_done.set()
+            if self._closer is mine or self._closer is None:
+                self._close_done.set()
+        if self._closer is not mine and not inside:
+            self._close_done.wait(deadline.remaining())  # another thread is at it
+            if self._closer is None and not deadline.expired:
+                return self._close(deadline)
+        return unfinished
 
     def _shut_down(self, handles: list[Handle], responder: Responder, deadline: Deadline, inside: bool) -> list[str]:
         responder.draining = True

@@ -264,43 +264,36 @@ class Outgoing:
         """
         self._pushing()
         size = len(chunk)
-        if block is not None:
-            self._push_with_headers(chunk, block)
-        elif size > self.fragment_bytes:
-            self._push_fragments([chunk])
+        if block is not None or size > self.fragment_bytes:
+            pieces = self._pieces(chunk, block)
+            first, last = self.last + 1, self.last + len(pieces)
+            special = {
+                seq: (Op.DATA if seq == last else Op.FRAGMENT, block if seq == first else None)
+                for seq in range(first, last + 1)
+            }
+            self.kept += pieces  # from here on no call, as in take_in()
+            self._special |= special
         else:
             self.kept += (chunk,)  # no call, as in take_in()
-            self.free -= size
+        self.free -= size
         self.count += 1
         self._pushed()
 
-    def _push_with_headers(self, chunk: bytes, block: bytes) -> None:
-        room = self.fragment_bytes - len(block)
-        if room <= 0:
-            raise MaxPayloadExceeded(len(block) + 1, self.fragment_bytes)
-        if len(chunk) <= room:
-            self._add(Op.DATA, block, chunk)
-        else:
-            self._push_fragments([chunk[:room], chunk[room:]], block)
-
-    def _push_fragments(self, parts: list[bytes], block: bytes | None = None) -> None:
+    def _pieces(self, chunk: bytes, block: bytes | None) -> list[bytes]:
+        """The chunk in pieces no larger than a fragment, the first with its headers."""
         size = self.fragment_bytes
-        pieces = [part[start : start + size] for part in parts for start in range(0, len(part), size)]
-        for piece in pieces[:-1]:
-            self._add(Op.FRAGMENT, block, piece)
-            block = None
-        self._add(Op.DATA, None, pieces[-1])
-
-    def _add(self, op: bytes, block: bytes | None, payload: bytes) -> None:
-        self.kept.append(payload)
-        self._special[self.last] = (op, block)
-        self.free -= len(payload)
+        room = size if block is None else size - len(block)
+        if room <= 0:
+            raise MaxPayloadExceeded(size - room + 1, size)
+        return [chunk[:room], *(chunk[start : start + size] for start in range(room, len(chunk), size))]
 
     def push_end(self, op: bytes, block: bytes | None, payload: bytes) -> None:
         """Take what ends the stream; it needs no credit, and counts no application bytes."""
         self.take_in()
-        self.kept.append(payload)
-        self._special[self.last] = (op, block)
+        seq, special = self.last + 1, (op, block)
+        # No call from here on, so that a Ctrl-C divides nothing.
+        self._special[seq] = special
+        self.kept += [payload]
         self.ended = True
 
     # -- sending -------------------------------------------------------------------------------------------------

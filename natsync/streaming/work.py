@@ -100,15 +100,18 @@ class Work:
         return self._generation == fork_generation()
 
     def end(self, ctx: Context, outcome: str, error: BaseException | None = None) -> None:
-        """The request is over: counted, its context ended, and whoever waits for the last one told."""
+        """The request is over: counted, its context ended, and whoever waits for the last one told. Idempotent."""
         if not self._at_home():
             return
         ctx.cancel_soon(_OVER)
+        now = time.perf_counter_ns()
         with self._lock:
-            self._numbers[outcome] += 1
-            began = self._under_way.pop(ctx, None)
-            if began is not None:
-                self._took_locked(began.at_ns, error)
+            if ctx in self._under_way:
+                self._failed_locked(error)
+                # No call from here on, so that a Ctrl-C finds it either under way or counted.
+                self.processing_ns += now - self._under_way[ctx].at_ns
+                self._numbers[outcome] += 1
+                del self._under_way[ctx]
             if not self._under_way:
                 self._changed.notify_all()
 
@@ -117,10 +120,10 @@ class Work:
         if not self._at_home():
             return
         with self._lock:
-            self._took_locked(began, error)
+            self.processing_ns += time.perf_counter_ns() - began
+            self._failed_locked(error)
 
-    def _took_locked(self, began: int, error: BaseException | None) -> None:
-        self.processing_ns += time.perf_counter_ns() - began
+    def _failed_locked(self, error: BaseException | None) -> None:
         if error is not None:
             self.last_error = f"{type(error).__name__}: {describe(error)}"
 

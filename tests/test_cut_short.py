@@ -1,0 +1,286 @@
+"""What is over is wound up whole, though a Ctrl-C cuts it short: whoever ends it next, or drops it, goes on with it.
+
+The interrupt comes at every moment of it that Python allows for, one after the other.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import natsync
+from broker import QUICK, Outcome
+from framed import Held
+from interrupting import Interrupted, moments
+from natsync.concurrency import Finishing, Happening
+from natsync.context import Context
+from natsync.pool import Lease
+from natsync.pooling.store import Store
+from natsync.streaming.call import Call
+from natsync.streaming.calls import Budget, Calls
+from natsync.streaming.framed_receiver import FramedReceiver
+from natsync.streaming.framed_sender import FramedSender
+from natsync.streaming.peers import Peer, Peers
+from natsync.streaming.plain_sender import PlainSender
+from natsync.streaming.registration import Handle
+from natsync.streaming.responder import Responder
+from natsync.streaming.sender import SenderCore
+from natsync.streaming.stream import Stream
+from natsync.streaming.window import Outgoing
+from natsync.streaming.work import Work
+from natsync.testing import NatsServer, eventually
+
+PATIENCE = 30.0
+
+
+@pytest.fixture
+def held(nats_server: NatsServer) -> Iterator[Held]:
+    """A registration whose senders are left to the test."""
+    held = Held(nats_server.url, **QUICK)
+    yield held
+    held.subscriber.close()
+
+
+@pytest.fixture
+def client(nats_server: NatsServer) -> Iterator[natsync.Client]:
+    with natsync.connect(nats_server.url, **QUICK) as client:
+        yield client
+
+
+# -- the responder -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("framed", [True, False], ids=["framed", "plain"])
+def test_a_stream_whose_end_was_cut_short_ends_at_the_next_end(
+    nats_server: NatsServer, held: Held, framed: bool
+) -> None:
+    inside = (
+        SenderCore.end, SenderCore._close, SenderCore._finish, SenderCore._run_user, Finishing.run, Happening.set,
+        FramedSender.end, FramedSender._closing_locked, FramedSender._put_end, Outgoing.push_end,
+        PlainSender._put_end, Work.end, Context._end,
+    )  # fmt: skip
+    senders, told = list[natsync.ResponseSender](), list[int]()
+    with natsync.connect(nats_server.url, framed=framed, **QUICK) as client:
+        streams = list[natsync.Stream]()
+
+        def answer() -> None:
+            number = len(streams)
+            streams.append(client.stream(held.subject))
+            sender = held.take(number)[2]
+            senders.append(sender)
+            eventually(lambda: held.handle.stats["active"] == 1, PATIENCE)
+            sender.on_close(lambda: told.append(number))
+            sender.send(b"chunk")
+            sender.end()
+
+        for _ in moments(answer, *inside):
+            assert senders[-1].end()
+            assert list(streams[-1]) == [b"chunk"]
+            eventually(lambda: held.subscriber.stats()["active"] == 0, PATIENCE)
+        assert len(streams) > 20
+        assert list(streams[-1]) == [b"chunk"]
+        stats = held.subscriber.stats()
+        assert stats["received"] == stats["processed"] == len(streams)
+        assert held.subscriber._responder is not None
+        assert held.subscriber._responder.streams == 0
+        eventually(lambda: sorted(told) == list(range(len(streams))), PATIENCE)
+
+
+def test_a_sender_that_is_dropped_when_its_end_was_cut_short_is_ended(client: natsync.Client, held: Held) -> None:
+    streams = list[natsync.Stream]()
+
+    def answer() -> None:
+        streams.append(client.stream(held.subject))
+        sender = held.take(0)[2]
+        held.arrived.clear()
+        sender.send(b"chunk")
+        sender.end()
+
+    for _ in moments(answer, SenderCore._close, SenderCore._finish, Finishing.run, FramedSender._put_end):
+        taken = Outcome(lambda: list(streams[-1]))
+        taken.within(PATIENCE)  # by its END, or by the error of one that was dropped
+        eventually(lambda: held.subscriber.stats()["active"] == 0, PATIENCE)
+    assert held.subscriber._responder is not None
+    assert held.subscriber._responder.streams == 0
+
+
+def test_an_interrupt_in_a_chunk_of_several_parts_divides_nothing(client: natsync.Client, held: Held) -> None:
+    """All parts come into the window together, with what kind they are."""
+    size = 3 << 20
+    stream, sender = client.stream(held.subject), held.sender
+    taking = Outcome(lambda: list(stream))
+    sent = list[bytes]()
+
+    def send() -> None:
+        sent.append(b"%d " % len(sent) + b"x" * size)
+        sender.send(sent[-1])
+
+    tried = sum(1 for _ in moments(send, Outgoing.push, Outgoing._pieces))
+    assert tried > 5
+    sender.end()
+    assert taking.within(PATIENCE) is None
+    taken: Any = taking.value
+    order = [int(chunk.split(b" ", 1)[0]) for chunk in taken]
+    assert taken == [sent[number] for number in order]
+    assert order == sorted(set(order))
+    assert order[-1] == tried
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_child_that_a_streams_handler_forks_leaves_the_stream_whatever_lock_was_held(
+    client: natsync.Client, nats_server: NatsServer
+) -> None:
+    children = list[int]()
+    with natsync.Subscriber(nats_server.url) as subscriber:
+
+        @subscriber.stream("fork")
+        def answer(ctx: natsync.Context, request: natsync.Message, sender: natsync.ResponseSender) -> None:
+            sender.send(b"before")
+            with sender._core.lock:  # as another thread that sends may hold it
+                pid = os.fork()
+            if not pid:
+                sender._core.lock.acquire()
+                sender.end()
+                return
+            children.append(pid)
+            sender.send(b"behind")
+            sender.end()
+
+        subscriber.open()
+        assert list(client.stream("fork", timeout=PATIENCE)) == [b"before", b"behind"]
+        end = time.monotonic() + PATIENCE
+        while not (left := os.waitpid(children[0], os.WNOHANG)[0]) and time.monotonic() < end:
+            time.sleep(0.01)
+        if not left:
+            os.kill(children[0], signal.SIGKILL)
+            os.waitpid(children[0], 0)
+        assert left, "the child hangs"
+
+
+# -- the requester -----------------------------------------------------------------------------------------------------
+
+CALL = (
+    Stream.cancel, Call.cancel, Call.fail, Call._finish, Call._let_go, Call._part, Call._tell_finished,
+    Finishing.run, Calls.part, FramedReceiver.close, Budget.close, Peers.leave, Peer.leave,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("then", ["closed", "dropped"])
+@pytest.mark.parametrize("framed", [True, False], ids=["framed", "plain"])
+def test_a_stream_whose_closing_was_cut_short_is_left_whole(
+    nats_server: NatsServer, held: Held, framed: bool, then: str
+) -> None:
+    with natsync.connect(nats_server.url, framed=framed, **QUICK) as client:
+        streams, told, contexts = list[natsync.Stream](), set[int](), list[natsync.Context]()
+
+        def leave() -> None:
+            number = len(contexts)
+            stream = client.stream(held.subject)
+            streams[:] = [stream]
+            contexts.append(held.take(number)[0])
+            held.take(number)[2].send(b"chunk")
+            assert stream.next(PATIENCE) == b"chunk"
+            stream.when_finished(lambda: told.add(number))
+            stream.close()
+
+        for _ in moments(leave, *CALL):
+            if then == "closed":
+                streams[0].close()
+            streams.clear()
+            eventually(lambda: len(told) == len(contexts), PATIENCE)
+            assert contexts[-1].done.wait(PATIENCE)
+        assert len(contexts) > 20
+        streams.clear()
+        assert client._calls is not None
+        budget, core = client._calls.budget, client._connection()
+        eventually(lambda: (budget._given, budget._streams, len(client._calls.peers)) == (0, 0, 0), PATIENCE)  # type: ignore[union-attr]
+        eventually(lambda: not len(core.mux), PATIENCE)
+
+
+# -- the pool ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_connection_whose_return_was_cut_short_is_lent_again(nats_server: NatsServer) -> None:
+    with natsync.ConnectionPool(nats_server.url, min_size=1, max_size=1) as pool:
+        rounds = 0
+
+        def borrow() -> None:
+            with pool.connection(timeout=PATIENCE) as client:
+                client.publish("pool", b"")
+
+        for _ in moments(borrow, Lease.__exit__, Store.leave, Store._free_locked):
+            rounds += 1
+            with pool.connection(timeout=PATIENCE) as client:
+                assert client.rtt() > 0
+            del client  # one that is dropped instead is found out
+        assert rounds > 5
+        assert pool.stats()["leased"] == 0
+
+
+# -- close() -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_subscriber_whose_closing_was_cut_short_is_closed_by_the_next(nats_server: NatsServer) -> None:
+    opened = list[natsync.Subscriber]()
+
+    def close() -> None:
+        subscriber = natsync.Subscriber(nats_server.url)
+        opened.append(subscriber)
+        subscriber.handler("closing")(lambda ctx, request: b"")
+        subscriber.open()
+        subscriber.close(PATIENCE)
+
+    inside = (natsync.Subscriber._close, natsync.Subscriber._shut_down, Responder.close, Handle.leave, Handle._end)
+    for _ in moments(close, *inside):
+        began = time.monotonic()
+        opened[-1].close(PATIENCE)
+        assert time.monotonic() - began < PATIENCE / 2
+        assert opened[-1].status == "closed"
+        assert opened[-1].handles == [] or opened[-1].handles[0].stopped
+    assert len(opened) > 10
+
+
+def test_who_waits_for_a_closing_that_is_cut_short_goes_on_with_it(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subscriber = natsync.Subscriber(nats_server.url)
+    subscriber.handler("closing")(lambda ctx, request: b"")
+    subscriber.open()
+    shut_down = natsync.Subscriber._shut_down
+    first = threading.Event()
+
+    def cut_short(*arguments: Any) -> list[str]:
+        monkeypatch.setattr(natsync.Subscriber, "_shut_down", shut_down)
+        first.set()
+        eventually(lambda: bool(subscriber._close_done._changed._turns), PATIENCE)  # the other one waits
+        raise Interrupted
+
+    monkeypatch.setattr(natsync.Subscriber, "_shut_down", cut_short)
+    closing = Outcome(lambda: (first.wait(PATIENCE), subscriber.close(PATIENCE)))
+    with pytest.raises(Interrupted):
+        subscriber.close(PATIENCE)
+    assert closing.within(PATIENCE) is None
+    assert subscriber.status == "closed"
+
+
+def test_finishing_is_done_once_and_by_one_thread() -> None:
+    finishing = Finishing(threading.Lock())
+    done = list[str]()
+
+    def cut_short() -> None:
+        finishing.run(lambda: done.append("within"))  # somebody is at it
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        finishing.run(cut_short)
+    assert finishing.cut_short
+    finishing.run(lambda: done.append("once"))
+    finishing.run(lambda: done.append("twice"))
+    assert done == ["once"]
+    assert not finishing.cut_short
