@@ -11,11 +11,12 @@ import enum
 import itertools
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 from natsync import hooks, protocol
-from natsync.concurrency import Deadline, SafeCondition, SafeEvent, Signal, fork_generation, run_soon
+from natsync.concurrency import Deadline, SafeCondition, SafeEvent, Signal, fork_generation, run_safely, run_soon
 from natsync.dispatcher import CALLBACK_WORKERS, Dispatcher
 from natsync.errors import (
     ConnectError,
@@ -94,6 +95,8 @@ class Links:
         self._outbox = Outbox(options.reconnect_buffer_bytes)
         self._attempt: _Attempt | None = None
         self._loss: LinkLoss | None = None
+        self._news: deque[Callable[[], None]] = deque()  # of links; put there as the state changes
+        self._telling = False  # a thread tells them
         self._settling = Settling(self._ping)
         self._on_closing: list[tuple[Callable[[Deadline], None], Callable[[Deadline], None]]] = []
         self._on_closed: list[Callable[[Exception | None], None]] = []
@@ -314,16 +317,38 @@ class Links:
             if self._status is Status.CLOSED:
                 return
             self._status = Status.RECONNECTING
+            self._news.append(lambda: self._tell_lost(session, loss))
             self.event("disconnected", {"reason": str(reason)})
         log.info("%s: disconnected: %s", self.name, reason)
         if handover is not None:
             handover.stop()
+        self._tell_news()
+        self._drop_links(links if handover is None else [*links, handover.old, handover.new], session, reason)
+
+    def _tell_lost(self, session: Session, loss: LinkLoss) -> None:
         muxes = self.dispatcher.muxes()
         self._outbox.withdraw_to(set().union(*(mux.breaks(loss) for mux in muxes)))
         for mux in muxes:
             mux.link_lost(loss)
-        self._supervisor.link_lost(session, reason)
-        self._drop_links(links if handover is None else [*links, handover.old, handover.new], session, reason)
+        self._supervisor.link_lost(session, loss.reason)  # behind it, or the next link would be told of sooner
+
+    def _tell_made(self) -> None:
+        for mux in self.dispatcher.muxes():
+            mux.link_made()
+
+    def _tell_news(self) -> None:
+        """Tell the waiters of links, in order: one thread at a time, which also tells what comes meanwhile."""
+        with self._lock:
+            if self._telling:
+                return
+            self._telling = True
+        while True:
+            with self._lock:
+                if not self._news:
+                    self._telling = False
+                    return
+                news = self._news.popleft()
+            run_safely(news, "telling of a link")
 
     def _take_links_locked(self) -> tuple[list[Session], Handover | None]:
         """All links in force, the one that goes before first; there are none from now on."""
@@ -381,8 +406,7 @@ class Links:
         if info.get("ldm"):
             self._lame_duck(session)
         self._settling.on_link()
-        for mux in self.dispatcher.muxes():
-            mux.link_made()
+        self._tell_news()
         log.info("%s: connected to %s", self.name, transport.server)
         return True
 
@@ -398,6 +422,7 @@ class Links:
         self.info = session.info  # its reader may have brought another one by now
         self._status = Status.CONNECTED
         self._sessions += 1
+        self._news.append(self._tell_made)
         if self._attempt is not None:
             self._attempt.pending = False
         self._changed.notify_all()
@@ -524,13 +549,12 @@ class Links:
             self._past["in_bytes"] += old.received_bytes
             self._count_out_locked([old])
             new.confirmed = max(new.confirmed, old.confirmed)
-            smaller = new.info.get("max_payload", 0) < old.info.get("max_payload", 0)
+            if new.info.get("max_payload", 0) < old.info.get("max_payload", 0):
+                self._news.append(self._tell_made)  # what is kept for sending again may be too large now
             self._sessions += 1
             self.event("reconnected", {"server": str(new.server)})
         log.info("%s: moved from %s to %s", self.name, old.server, new.server)
-        if smaller:
-            for mux in self.dispatcher.muxes():
-                mux.link_made()  # what is kept for sending again may be too large now
+        self._tell_news()
         new.outbox.release()
         self._supervisor.moved()
         self._drop_links([old], None, ConnectError(f"left {old.server} for {new.server}"))

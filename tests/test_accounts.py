@@ -11,12 +11,16 @@ from typing import Any
 import pytest
 
 import natsync
+from broker import QUICK
 from interrupting import Interrupted
 from natsync import concurrency, timers
 from natsync.concurrency import Deadline
+from natsync.errors import ConnectError
+from natsync.mux import LinkLoss, Waiter
 from natsync.pooling.keeper import Watch
 from natsync.pooling.store import Store, Turn
 from natsync.protocol import Batch
+from natsync.session import Session
 from natsync.settling import Settling
 from natsync.streaming.peers import Event, Peer
 from natsync.subscription import SubscriptionCore
@@ -419,3 +423,86 @@ def test_a_link_that_is_lost_again_before_it_is_told_of_makes_nothing_usable(nat
         member.core._session = session
         watch.link_made()
         assert member.usable
+
+
+class Listener(Waiter):
+    """Writes down what it is told of links, and may have something to do when there is one."""
+
+    def __init__(self, told: list[str], name: str, made: Callable[[], None] = lambda: None) -> None:
+        self._told, self._name, self._made = told, name, made
+
+    def link_lost(self, loss: LinkLoss) -> None:
+        self._told.append(f"{self._name}: lost")
+
+    def link_made(self) -> None:
+        self._told.append(f"{self._name}: made")
+        self._made()
+
+
+def test_of_a_link_that_is_lost_while_it_is_told_of_everybody_hears_in_order(nats_server: NatsServer) -> None:
+    """The supervisor tells that it is made; before it comes to the second one, the link is lost on another thread."""
+    told, over = list[str](), threading.Event()
+    with natsync.connect(nats_server.url, **QUICK) as client:
+        core = client._connection()
+
+        def lose() -> None:
+            if over.is_set():
+                return
+            over.set()
+            session = core._session
+            assert session is not None
+            loser = threading.Thread(target=lambda: session.end(ConnectError("lost at once")))
+            loser.start()
+            loser.join(PATIENCE)
+            assert not loser.is_alive()
+
+        core.mux.watchers += [Listener(told, "first", lose), Listener(told, "second")]
+        client.force_reconnect()
+        eventually(lambda: told.count("second: made") == 2 and told[-1] == "second: made")
+        assert client.rtt() > 0
+    expected = ["lost", "made", "lost", "made"]
+    assert [text for text in told if "first" in text] == [f"first: {text}" for text in expected]
+    assert [text for text in told if "second" in text] == [f"second: {text}" for text in expected]
+
+
+def test_news_that_fail_keep_nobody_from_the_next_ones(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = list[str]()
+    with natsync.connect(nats_server.url, **QUICK) as client:
+        core = client._connection()
+        core.mux.watchers.append(Listener(told, "it"))
+        with monkeypatch.context() as patch:
+            patch.setattr(core.mux, "link_made", lambda: 1 / 0)
+            client.force_reconnect()
+            eventually(lambda: "telling of a link raised" in caplog.text)
+        client.force_reconnect()
+        eventually(lambda: told == ["it: lost", "it: lost", "it: made"])
+
+
+def test_a_request_for_a_stream_waits_a_grace_on_a_link_and_longer_while_there_is_none(nats_server: NatsServer) -> None:
+    """So too if the next link is lost again, and whoever tells that there was one comes late."""
+    with natsync.connect(nats_server.url, resume_grace=100.0) as client, client.subscribe("silent"):
+        stream, core, begin = client.stream("silent"), client._connection(), time.monotonic()
+        call = stream._call
+        assert call._mark is not None
+        loss = LinkLoss(OSError("gone"), call._mark, call._mark, 0, frozenset())
+
+        def seconds(news: Callable[[], None], session: Session | None) -> float:
+            """How long it waits from the beginning on, as it has been told."""
+            core._session = session
+            news()
+            assert call._alarm._when is not None
+            return call._alarm._when - begin
+
+        session = core._session
+        try:
+            assert seconds(lambda: call.link_lost(loss), None) == pytest.approx(600, abs=PATIENCE)
+            assert seconds(call.link_made, session) == pytest.approx(100, abs=PATIENCE)
+            assert seconds(lambda: call.link_lost(loss), None) == pytest.approx(600, abs=PATIENCE)
+            assert seconds(call.link_made, None) == pytest.approx(600, abs=PATIENCE)  # late
+            call._until = begin + 50  # that much is left of the six graces
+            assert seconds(call.link_made, session) == pytest.approx(50)
+        finally:
+            core._session = session
+        stream.close()

@@ -92,7 +92,8 @@ class Call(Waiter):
         self._finished: list[Finished] = []
         self._frame = b""
         self._mark: int | None = None
-        self._lost: LinkLoss | None = None  # the link that took the request was lost before there was an answer
+        self._lost: LinkLoss | None = None  # the link that took the request was lost before there was an answer,
+        self._until = 0.0  # for which it waits until then at most
         self._receiver: Receiver | None = None
         self._offered: FramedReceiver | None = None
         self._alarm = Alarm(self._unanswered)
@@ -232,8 +233,10 @@ class Call(Waiter):
         if self._receiver is not None:
             self._receiver.link_lost(loss)
         elif self._offered is not None:
+            if self._lost is None:
+                self._until = time.monotonic() + OUTAGE_GRACES * self._calls.grace
             self._lost = loss  # a framed answer may still come: nothing of it gets lost
-            self._wait_for_an_answer(OUTAGE_GRACES * self._calls.grace)
+            self._wait_for_an_answer()
         else:
             self.fail(ServerLost(f"the link broke in mid-stream, chunks may be missing: {loss.reason}"), tell=False)
 
@@ -241,10 +244,13 @@ class Call(Waiter):
         if self._receiver is not None:
             self._receiver.link_made()
         elif self._lost is not None and not self._over:
-            self._wait_for_an_answer(self._calls.grace)
+            self._wait_for_an_answer()
 
-    def _wait_for_an_answer(self, seconds: float) -> None:
-        self._alarm.set_by(time.monotonic() + seconds)
+    def _wait_for_an_answer(self) -> None:
+        """For a grace on a link; while there is none, silence proves nothing."""
+        with self._lock:  # so that who comes last has looked last
+            soon = time.monotonic() + self._calls.grace
+            self._alarm.set(min(self._until, soon) if self._connection.linked else self._until)
         if self._over:  # meanwhile
             self._alarm.clear()
 
