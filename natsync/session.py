@@ -28,8 +28,6 @@ log = logging.getLogger("natsync.session")
 
 #: PONGs that may wait for a server that does not read; one answers all PINGs that came before it.
 _PONGS = 1_000
-#: Seconds by which the look at a write is late if this process was frozen; and what the writer then has to go on.
-LATE_SECONDS = 0.5
 
 
 class Owner(Protocol):
@@ -267,7 +265,9 @@ class Session:
                     self._ping_timer = timers.schedule_after(self._options.ping_interval, self._ping_due)
 
     def _ping_due(self) -> None:
-        if self._unanswered >= self._options.max_pings_outstanding:
+        with self._lock:
+            late = self._ping_timer is not None and timers.lateness(self._ping_timer.at, time.monotonic()) > 0
+        if self._unanswered >= self._options.max_pings_outstanding and not late:
             self.end(
                 ConnectError(f"{self.server} has not answered {self._unanswered} PINGs: the link is stale"), dead=True
             )
@@ -293,13 +293,13 @@ class Session:
     def _write_due(self) -> None:
         with self._lock:
             self._write_timer = None
-            late = time.monotonic() - self._write_look_at
+        now = time.monotonic()
         since, limit = self._writing_since, self._options.write_timeout
         if since is None or limit is None:
             return  # idle: the next write starts a new watch
-        left = since + limit - time.monotonic()
-        if left <= 0 and late < LATE_SECONDS:
+        left = since + limit - now
+        if left <= 0 and not timers.lateness(self._write_look_at, now):
             self.end(ConnectError(f"a write to {self.server} was blocked for {limit:g} s"), dead=True)
             return
         # Late, this process was frozen, or had no processor: that the write was not over by then may be its own doing.
-        self._look_at_write(left if left > 0 else min(limit, LATE_SECONDS))
+        self._look_at_write(left if left > 0 else min(limit, timers.LATE_SECONDS))

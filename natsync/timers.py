@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -19,6 +20,8 @@ log = logging.getLogger("natsync.timers")
 
 #: Cancelled entries are swept out of the heap when there are this many and they are the majority.
 _SWEEP_FROM = 64
+#: Seconds by which a look is late if this process was frozen, or had no processor; and what others may have to go on.
+LATE_SECONDS = 0.5
 
 
 class Timer:
@@ -154,15 +157,19 @@ class Alarm:
     """A timer that is set again and again, from any thread: calls back once the time it was last set for has come.
 
     To set it later, which is what happens to most, costs next to nothing: the timer that is scheduled looks again.
+
+    Attributes:
+        due: when it is to ring, or was to as it did.
     """
 
-    __slots__ = ("_callback", "_lock", "_timer", "_when")
+    __slots__ = ("_callback", "_lock", "_timer", "_when", "due")
 
     def __init__(self, callback: Callable[[], None]) -> None:
         self._callback = callback
         self._lock = threading.Lock()
         self._timer: Timer | None = None
         self._when: float | None = None
+        self.due = math.inf
 
     def set(self, when: float) -> None:
         """Ring once time.monotonic() has reached `when`, and not before."""
@@ -189,6 +196,7 @@ class Alarm:
             self._timer = schedule(when, self._due)
             if timer is not None:
                 timer.cancel()
+        self.due = when
         self._when = when  # last: had a Ctrl-C kept it from being scheduled, set_by() would rely on it
 
     def _due(self) -> None:
@@ -203,6 +211,15 @@ class Alarm:
                 return
             self._when = None
         self._callback()
+
+
+def lateness(due: float, now: float) -> float:
+    """Seconds by which a look that was due then is late, if this process was frozen or had no processor; else 0.
+
+    Who is waited for may have answered meanwhile, and nobody have read it: that time does not count against it.
+    """
+    late = now - due
+    return late if late >= LATE_SECONDS else 0.0
 
 
 def settle() -> None:

@@ -22,7 +22,7 @@ from natsync.pooling.store import Store, Turn
 from natsync.protocol import Batch
 from natsync.session import Session
 from natsync.settling import Settling
-from natsync.streaming.peers import Event, Peer
+from natsync.streaming.peers import ANSWER_SECONDS, Event, Peer
 from natsync.subscription import SubscriptionCore
 from natsync.testing import NatsServer, eventually
 from natsync.timers import Alarm
@@ -304,12 +304,13 @@ class Streams:
 
     def __init__(self) -> None:
         self.told = list[str]()
+        self.asked = threading.Semaphore(0)
 
     def met(self, peer: Peer) -> None:
         """It has joined."""
 
     def ask(self) -> None:
-        """It is to ask for a sign of life."""
+        self.asked.release()
 
     def suspend(self) -> None:
         self.told.append("suspended")
@@ -373,6 +374,89 @@ def test_a_conclusion_counts_only_if_what_it_follows_from_still_lasts(event: Eve
     peer._on = meanwhile  # type: ignore[method-assign]
     peer._look()
     assert "given up" not in streams.told
+    peer.leave(streams)
+
+
+def asked_in_vain(peer: Peer, seconds: float, late: float) -> None:
+    """Have the peer, which is suspended, look so long after that began, and so late."""
+    now = time.monotonic()
+    peer._since, peer._alarm.due = now - seconds, now - late
+    peer._look()
+
+
+def test_a_look_at_a_peer_that_comes_late_is_taken_again_before_it_is_given_up(streams: Streams) -> None:
+    """The process was frozen, or just the timer's thread: an answer has come meanwhile, and was not read yet."""
+    frozen, go_on = threading.Event(), threading.Event()
+    timers.schedule_after(0, lambda: (frozen.set(), go_on.wait(PATIENCE)))  # type: ignore[arg-type, return-value]
+    assert frozen.wait(PATIENCE)
+    peer = Peer(30.0, 1.0, lambda: True)
+    peer.join(streams)
+    peer.unreachable()
+    late = peer._since + peer.grace + 2 * timers.LATE_SECONDS
+    eventually(lambda: time.monotonic() > late)
+    go_on.set()
+    assert streams.asked.acquire(timeout=PATIENCE)  # the look has come
+    assert streams.told == ["suspended"]
+    peer.heard()
+    assert streams.told == ["suspended", "resumed"]
+    peer.unreachable()
+    eventually(lambda: streams.told[-1] == "given up")  # looks come in time now
+    peer.leave(streams)
+
+
+def test_the_time_by_which_a_look_is_late_does_not_count_against_a_peer(streams: Streams) -> None:
+    peer = Peer(30.0, 30.0, lambda: True)
+    peer.join(streams)
+    peer.unreachable()
+    asked_in_vain(peer, 3600, 3590)
+    assert time.monotonic() - peer._since == pytest.approx(10, abs=1)  # the rest of the grace is left
+    asked_in_vain(peer, 3600, 3000)
+    assert time.monotonic() - peer._since == pytest.approx(30 - ANSWER_SECONDS, abs=1)  # a moment, at least
+    assert streams.told == ["suspended"]
+    asked_in_vain(peer, 31, 0.1)
+    assert streams.told == ["suspended", "given up"]
+    peer.leave(streams)
+
+
+def test_a_question_that_could_not_be_answered_in_a_frozen_process_is_asked_again(streams: Streams) -> None:
+    peer = Peer(30.0, 30.0, lambda: True)
+    peer.join(streams)
+    peer.asked()
+    asked_in_vain(peer, 3600, 3590)
+    assert not peer.suspended
+    assert streams.asked.acquire(timeout=0)
+    asked_in_vain(peer, ANSWER_SECONDS + 0.1, 0.1)
+    assert peer.suspended
+    peer.leave(streams)
+
+
+def test_a_link_that_is_lost_while_the_process_is_frozen_leaves_a_suspended_peer_its_grace(streams: Streams) -> None:
+    """The reader notices as it wakes, before the timer has looked."""
+    peer = Peer(30.0, 30.0, lambda: True)
+    peer.join(streams)
+    peer.unreachable()
+    now = time.monotonic()
+    peer._since, peer._alarm.due = now - 3600, now - 3590
+    peer.link_lost()
+    peer.link_made()
+    peer._look()
+    assert streams.told == ["suspended"]
+    assert time.monotonic() - peer._since == pytest.approx(10, abs=1)
+    peer.leave(streams)
+
+
+def test_an_outage_in_which_the_process_was_frozen_leaves_a_grace_for_the_next_link(streams: Streams) -> None:
+    peer = Peer(30.0, 30.0, lambda: True)
+    peer.join(streams)
+    peer.link_lost()
+    now = time.monotonic()
+    peer._down_since, peer._alarm.due = now - 3600, now - 3420
+    peer._look()
+    assert not streams.told
+    assert peer._alarm._when == pytest.approx(now + 30, abs=1)
+    peer._down_since -= 31
+    peer._look()
+    assert streams.told == ["given up"]
     peer.leave(streams)
 
 
@@ -505,4 +589,23 @@ def test_a_request_for_a_stream_waits_a_grace_on_a_link_and_longer_while_there_i
             assert seconds(call.link_made, session) == pytest.approx(50)
         finally:
             core._session = session
+        stream.close()
+
+
+def test_an_answer_is_waited_for_once_more_if_the_process_was_frozen(nats_server: NatsServer) -> None:
+    with natsync.connect(nats_server.url, resume_grace=100.0) as client, client.subscribe("silent"):
+        stream = client.stream("silent")
+        call = stream._call
+        assert call._mark is not None
+        call.link_lost(LinkLoss(OSError("gone"), call._mark, call._mark, 0, frozenset()))
+        now = time.monotonic()
+        call._until = call._alarm.due = now - 3600
+        call._unanswered()
+        assert not call.over
+        assert call._alarm._when == pytest.approx(now + 100, abs=PATIENCE)
+        call._unanswered()  # the news of a link have set it anew in the moment that it rang
+        assert not call.over
+        call._alarm.due = time.monotonic()
+        call._unanswered()
+        assert isinstance(call.error, natsync.ServerLost)
         stream.close()

@@ -17,6 +17,7 @@ import pytest
 
 import natsync
 from broker import QUICK
+from framed import SUBJECT, Table
 from natsync.testing import NatsServer, eventually
 from numbered import (
     FULL,
@@ -29,7 +30,7 @@ from numbered import (
     sized,
 )
 from processes import Child, child
-from rawclient import RawClient
+from rawclient import END, RawClient
 
 MakeServer = Callable[..., NatsServer]
 
@@ -86,6 +87,20 @@ elif mode == "exit":
     first()
     print("left", flush=True)
     sys.exit(3)
+"""
+
+# A client that says when its responder is not heard from: python -c SUSPENDED URL OPTIONS
+SUSPENDED = f"""
+import sys
+import natsync
+from natsync.testing import eventually
+with natsync.connect(sys.argv[1], **eval(sys.argv[2])) as client:
+    stream = client.stream("{SUBJECT}")
+    next(stream)
+    print("first", flush=True)
+    eventually(lambda: stream._call._offered._peer.suspended, {PATIENCE})
+    print("suspended", flush=True)
+    print("complete", len(list(stream)), flush=True)
 """
 
 # A responder that sends as Recording does: python -c SERVER URL OPTIONS
@@ -235,6 +250,32 @@ def test_a_client_that_is_frozen_for_two_seconds_gets_the_whole_stream(server: N
             process.wait_for_out(f"complete {count}")
             assert process.wait() == 0
         assert subscriber.stats()["cancelled"] == 0
+
+
+def test_a_client_that_was_frozen_while_its_responder_was_silent_reads_the_answer_before_it_gives_up(
+    server: NatsServer,
+) -> None:
+    """The answer has come meanwhile, and the grace is over as it wakes."""
+    times: dict[str, Any] = {"resume_grace": 2.0, "heartbeat": 30.0}
+    table = Table(server.url)
+    try:
+        with program(SUSPENDED, server.url, times) as process:
+            answer = table.answer()
+            answer.send("d", 1, b"one")
+            process.wait_for_out("first")
+            table.raw.unsubscribe(answer.sid)
+            answer.send("h", 1)  # which it answers, and hears that nobody listens
+            process.wait_for_out("suspended")
+            process.send(signal.SIGSTOP)
+            time.sleep(times["resume_grace"] + 1.0)
+            table.raw.subscribe(answer.peer + b".>")
+            answer.send_all(("d", 2, b"two"), ("e", 3, END))
+            table.raw.received()  # the server has it
+            process.send(signal.SIGCONT)
+            process.wait_for_out("complete 1")
+            assert process.wait() == 0
+    finally:
+        table.close()
 
 
 # -- a responder that dies ---------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
 import time
 from collections.abc import Iterator
 
@@ -15,8 +16,9 @@ import pytest
 import natsync
 from broker import Outcome
 from framed import SUBJECT, Table, account, batch, block, chunks, failure, take
+from natsync import timers
 from natsync.streaming import calls, peers
-from natsync.testing import NatsServer
+from natsync.testing import NatsServer, eventually
 from rawclient import END, ERROR, PATIENCE
 
 #: The credit in bytes that the first stream of a connection asks for, and what it gives once it is answered.
@@ -192,6 +194,28 @@ def test_a_refusal_does_not_count_if_another_responder_accepts_within_a_moment(t
         + accepting.encode("e", 2, END)
     )
     assert list(stream) == [b"one"]
+
+
+def test_a_refusal_that_is_looked_at_late_leaves_another_responder_its_moment(table: Table) -> None:
+    """The process was frozen meanwhile, and what another one said was not read yet."""
+    held, go_on = threading.Event(), threading.Event()
+    stream = table.client().stream(SUBJECT)
+    refusing = table.answer()
+    accepting = table.answer(refusing.request)
+    timers.schedule_after(0, lambda: (held.set(), go_on.wait(PATIENCE)))  # type: ignore[arg-type, return-value]
+    try:
+        assert held.wait(PATIENCE)  # the only look is the test's
+        receiver = stream._call._offered
+        assert receiver is not None
+        refusing.send("r", 0, ERROR + b"full", block(**REFUSAL))
+        eventually(lambda: receiver.refusing)
+        receiver._refusal_due -= 3600
+        receiver._look()
+        assert not stream._call.over
+        accepting.send_all(("d", 1, b"c1"), ("e", 2, END))
+        assert list(stream) == [b"c1"]
+    finally:
+        go_on.set()
 
 
 def test_a_refusal_counts_if_nobody_accepts(table: Table) -> None:

@@ -22,8 +22,9 @@ from natsync.errors import AuthorizationError, ConnectError, NatsError, Protocol
 from natsync.options import ConnectOptions, Server
 from natsync.outbox import WRITE_BYTES, Outbox, OutboxClosed, Receipt
 from natsync.protocol import PING, Batch, encode_pub
-from natsync.session import LATE_SECONDS, Session
+from natsync.session import Session
 from natsync.testing import eventually
+from natsync.timers import LATE_SECONDS
 from natsync.transport import Transport
 from support import natsync_threads
 
@@ -289,6 +290,27 @@ def test_a_server_that_stops_answering_pings_ends_the_link() -> None:
         assert "PING" in str(reason)
         asked = b"".join(iter(lambda: it.peer.recv(64), b""))
         assert b"PING\r\nPING\r\n".startswith(asked)  # what waited for a busy writer is dropped with the link
+
+
+def test_a_look_at_pings_that_comes_late_asks_again_before_the_link_is_ended() -> None:
+    """The process was frozen meanwhile, and the answer was not read yet."""
+    with link(ping_interval=60.0, max_pings_outstanding=1) as it:
+
+        def look(late: float) -> None:
+            assert it.session._ping_timer is not None
+            it.session._ping_timer.cancel()
+            it.session._ping_timer.at = time.monotonic() - late
+            it.session._ping_due()
+
+        look(0.0)
+        look(3600.0)
+        assert it.receive(12) == b"PING\r\nPING\r\n"
+        assert not it.owner.reasons
+        it.peer.sendall(b"PONG\r\n")
+        eventually(lambda: it.session._unanswered == 0)
+        look(0.0)
+        look(0.0)
+        assert "PING" in str(it.ended())
 
 
 def test_a_server_that_answers_pings_keeps_the_link() -> None:

@@ -40,7 +40,7 @@ from natsync.streaming.framed_receiver import FramedReceiver
 from natsync.streaming.inlet import Receiver
 from natsync.streaming.peers import OUTAGE_GRACES
 from natsync.streaming.plain_receiver import PlainReceiver
-from natsync.timers import Alarm
+from natsync.timers import Alarm, lateness
 
 Finished = Callable[[], object]
 
@@ -256,7 +256,13 @@ class Call(Waiter):
 
     def _unanswered(self) -> None:
         """The link that took the request was lost, and on the next one there is no answer either."""
-        if self._receiver is None and self._lost is not None:
+        if self._receiver is not None or self._lost is None:
+            return
+        now, due = time.monotonic(), self._alarm.due
+        if lateness(due, now):  # an answer may have come meanwhile, or the next link come now
+            self._until = now + self._calls.grace
+            self._wait_for_an_answer()
+        elif now >= due:  # else it was set anew in this moment
             self.fail(ServerLost(f"the link broke, and no answer came since: {self._lost.reason}"))
 
     def publish_denied(self, subject: bytes, error: Exception) -> None:

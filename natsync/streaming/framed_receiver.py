@@ -20,7 +20,7 @@ from natsync.streaming.inlet import Inlet, refused, reported
 from natsync.streaming.peers import FIRST_REPEAT, LONGEST_REPEAT, Peer, PeerName
 from natsync.streaming.terms import Offer
 from natsync.streaming.window import Incoming, Verdict
-from natsync.timers import Alarm
+from natsync.timers import Alarm, lateness
 
 #: Seconds within which everything that came is confirmed.
 ACK_SECONDS = 0.2
@@ -333,7 +333,10 @@ class FramedReceiver:
         with self._lock:
             if self._over:
                 return
-            if self._refusal is not None and now >= self._refusal_due:
+            if self._refusal is not None and lateness(self._refusal_due, now):
+                self._refusal_due = now + SECOND_OPINION_SECONDS  # another's answer may have come meanwhile
+                self._alarm.set_by(self._refusal_due)
+            elif self._refusal is not None and now >= self._refusal_due:
                 refusal = self._refusal
             elif self._missing is not None and now >= self._missing_due:
                 answer = self._account_locked(missing=True)

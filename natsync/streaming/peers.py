@@ -16,7 +16,7 @@ from typing import Protocol, TypeAlias
 
 from natsync.connection import Connection
 from natsync.mux import LinkLoss, Mux, Waiter
-from natsync.timers import Alarm
+from natsync.timers import Alarm, lateness
 
 #: Seconds after which a question that was not answered counts as a sign of death.
 ANSWER_SECONDS = 2.0
@@ -197,7 +197,10 @@ class Peer:
 
     def _look(self) -> None:
         """The timer has come round: ask, or draw the conclusion."""
-        now, down_since = time.monotonic(), self._down_since
+        now = time.monotonic()
+        with self._lock:
+            self._make_up_locked(now)
+            down_since, state, since = self._down_since, self._state, self._since
         if down_since is not None:
             until = down_since + OUTAGE_GRACES * self.grace
             if now >= until:
@@ -205,7 +208,6 @@ class Peer:
             else:
                 self._ring(until)
             return
-        state, since = self._state, self._since
         if state is State.SUSPENDED:
             if now - since >= self.grace:
                 self._on(Event.OVERDUE, since=since)
@@ -224,6 +226,19 @@ class Peer:
             self._on(Event.ASKED)
             self._ask_next(now, now + ANSWER_SECONDS)
 
+    def _make_up_locked(self, now: float) -> None:
+        """The time by which the look is late does not count, and an answer has a moment to be read. Requires _lock."""
+        late = lateness(self._alarm.due, now)
+        if not late:
+            return
+        self._repeat = FIRST_REPEAT
+        if self._down_since is not None:
+            moment = (OUTAGE_GRACES - 1) * self.grace  # the next link has a grace to come
+            self._down_since = min(now, max(self._down_since + late, now - moment))
+        else:
+            limit = ANSWER_SECONDS if self._state is State.ASKED else self.grace
+            self._since = min(now, max(self._since + late, now - max(0.0, limit - ANSWER_SECONDS)))
+
     def _ask_next(self, now: float, until: float) -> None:
         """Have the next member ask, and look again in a while, at the latest at `until`."""
         with self._lock:
@@ -240,7 +255,9 @@ class Peer:
         """One's own link is gone: nothing can be heard, so nothing follows from hearing nothing."""
         with self._lock:
             if self._down_since is None:
-                self._down_since = time.monotonic()
+                now = time.monotonic()
+                self._make_up_locked(now)
+                self._down_since = now
                 self._elapsed = self._down_since - self._since if self._state is State.SUSPENDED else 0.0
         self._ring(self._down_since + OUTAGE_GRACES * self.grace)
 
