@@ -222,8 +222,8 @@ class SubscriptionCore:
                     self._running -= 1
                     self._changed.notify_all()
                     return
+                self._busy.add(me)  # before it is taken: see unhandled
                 message = self._pop_locked()
-                self._busy.add(me)
             try:
                 self._callback(message)
             except BaseException:  # SystemExit in a callback must not leave the subscription stuck
@@ -247,7 +247,7 @@ class SubscriptionCore:
 
     @property
     def unhandled(self) -> int:
-        """Messages that wait, or are in the callback."""
+        """Messages that wait, or are in the callback. Looks without the lock, first at those that wait: misses none."""
         return len(self._pending) + len(self._busy)
 
     @property

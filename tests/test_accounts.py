@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,12 +18,15 @@ from natsync import concurrency, timers
 from natsync.concurrency import Deadline
 from natsync.errors import ConnectError
 from natsync.mux import LinkLoss, Waiter
+from natsync.message import Message
 from natsync.pooling.keeper import Watch
 from natsync.pooling.store import Store, Turn
 from natsync.protocol import Batch
 from natsync.session import Session
 from natsync.settling import Settling
 from natsync.streaming.peers import ANSWER_SECONDS, Event, Peer
+from natsync.streaming.responder import Responder
+from natsync.streaming.work import Work
 from natsync.subscription import SubscriptionCore
 from natsync.testing import NatsServer, eventually
 from natsync.timers import Alarm
@@ -252,6 +256,66 @@ def test_what_ends_after_its_registration_was_stopped_is_counted_too(nats_server
         assert answers == [b"done"]
         eventually(lambda: subscriber.stats()["processed"] == 1)
         assert subscriber.stats()["active"] == 0
+
+
+@pytest.mark.parametrize(("where", "moment"), [(Responder, "start_stream"), (Work, "begin")])
+def test_a_stream_that_is_being_started_as_its_registration_is_stopped_is_counted(
+    where: type, moment: str, nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reader has the request, and is frozen before it is counted, or before it is under way."""
+    begin, came, go_on = getattr(where, moment), threading.Event(), threading.Event()
+
+    def late(*arguments: Any) -> None:
+        came.set()
+        assert go_on.wait(PATIENCE)
+        begin(*arguments)
+
+    with natsync.Subscriber(nats_server.url) as subscriber, natsync.Client(nats_server.url) as client:
+        handle = subscriber.stream_subscribe("late", lambda ctx, request: iter([b"a chunk"]))
+        monkeypatch.setattr(where, moment, late)
+        try:
+            stream = client.stream("late", timeout=PATIENCE)
+            assert came.wait(PATIENCE)
+            handle.leave(Deadline.after(0))  # the first half of stop(); the server cannot confirm it
+            assert not subscriber.handles
+            subscriber.stats()
+            assert not handle.wait_idle(Deadline.after(0))
+        finally:
+            go_on.set()
+        assert list(stream) == [b"a chunk"]
+        assert handle.wait_idle(Deadline.after(PATIENCE))
+        stats = subscriber.stats()
+        assert [stats[name] for name in ("received", "processed", "active")] == [1, 1, 0]
+        assert subscriber.stats()["received"] == 1
+        assert not subscriber._leaving
+
+
+def test_a_registration_that_has_ended_starts_no_stream(nats_server: NatsServer) -> None:
+    """The reader looked for whose request it is before the end, and comes with it behind the end."""
+    with natsync.Subscriber(nats_server.url) as subscriber:
+        handle = subscriber.stream_subscribe("late", lambda ctx, request: iter([b"a chunk"]))
+        core = handle._core
+        handle.stop()
+        core.deliver(Batch(core.sid, b"late", [(b"_INBOX.late", None, b"")]))
+        assert handle.stats["received"] == subscriber.stats()["received"] == 0
+
+
+def test_a_message_is_at_no_moment_neither_waiting_nor_in_the_callback(
+    pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link: Any = SimpleNamespace(publish_answer=None)
+    taken, seen = SubscriptionCore._pop_locked, list[int]()
+
+    def looking(core: SubscriptionCore) -> Message:
+        message = taken(core)
+        seen.append(core.unhandled)
+        return message
+
+    monkeypatch.setattr(SubscriptionCore, "_pop_locked", looking)
+    core = SubscriptionCore(link, b"a", None, callback=lambda message: None, pool=pool)
+    core.deliver(Batch(b"1", b"a", [(None, None, b"x")]))
+    assert core.wait_empty(Deadline.after(PATIENCE))
+    assert seen == [1]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")

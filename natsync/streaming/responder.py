@@ -56,12 +56,28 @@ class StreamIntake(SubscriptionCore):
     start: Callable[[Message], None]
 
     def deliver(self, batch: Batch) -> None:
-        for item in batch.items:
-            self.received += 1
-            try:
-                self.start(Message.received(batch.subject, item, self._link.publish_answer))
-            except Exception:  # a fault with one request must not end the link of all
-                log.exception("a request on %r could not be started", _subject.decode(batch.subject))
+        """Start a stream for each message. Meanwhile the reader counts as a worker that is inside the callback.
+
+        So nobody takes the registration for idle between a request's arrival and the moment from which it is counted.
+        """
+        reader = threading.get_ident()
+        with self._lock:
+            if not self.active:
+                return
+            self.received += len(batch.items)
+            self._running += 1
+            self._busy.add(reader)
+        try:
+            for item in batch.items:
+                try:
+                    self.start(Message.received(batch.subject, item, self._link.publish_answer))
+                except Exception:  # a fault with one request must not end the link of all
+                    log.exception("a request on %r could not be started", _subject.decode(batch.subject))
+        finally:
+            with self._lock:
+                self._busy.discard(reader)
+                self._running -= 1
+                self._changed.notify_all()
 
 
 class RequestIntake(SubscriptionCore):
