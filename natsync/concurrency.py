@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import math
 import mmap
@@ -299,7 +300,7 @@ def run_safely(function: Callable[[], object], what: str) -> None:
 
 
 class _Background:
-    """Runs user callbacks that are due on a thread which must not run them, such as the timer's.
+    """Runs user callbacks that are due on a thread which must not run them, such as the timer's; logs for it, too.
 
     Its threads exist while there is something to run: one callback that blocks does not keep the others waiting.
     """
@@ -307,19 +308,27 @@ class _Background:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._due: deque[tuple[Callable[[], object], str]] = deque()
+        self._unsaid: dict[tuple[logging.Logger, str, tuple[object, ...]], bool] = {}  # warnings, in their order
         self._threads = 0
 
     def run(self, function: Callable[[], object], what: str) -> None:
         self._due.append((function, what))
         self.look()
 
-    def look(self) -> None:
-        """Start a thread for what is due; asked again, also for what came when none could be started."""
-        if not self._due or sys.is_finalizing():  # then none starts; before Python 3.12, start() would wait for ever
-            return
+    def warn(self, logger: logging.Logger, text: str, *values: object) -> None:
+        self._unsaid[logger, text, values] = True
+        self.look()
+
+    def look(self) -> bool:
+        """Start a thread for what is due; asked again, also for what came when none could be started.
+
+        False if none can be started. Logs nothing: whoever asks may hold a lock.
+        """
+        if not (self._due or self._unsaid) or sys.is_finalizing():
+            return True  # at the end none starts; before Python 3.12, start() would wait for ever
         with self._lock:
             if self._threads == CALLBACK_THREADS:
-                return
+                return True
             self._threads += 1
         thread = threading.Thread(target=self._work, name="natsync-callbacks-worker", daemon=True)
         try:
@@ -330,15 +339,26 @@ class _Background:
                     self._threads -= 1
             if not isinstance(error, RuntimeError):
                 raise
-            log.warning("no thread can be started for a callback; it waits")
+            if self._due:
+                self._unsaid[log, "no thread can be started for a callback; it waits", ()] = True
+            return False
+        return True
+
+    def say(self) -> None:
+        """Log the warnings that wait; for threads that hold no lock."""
+        for warning in list(self._unsaid):
+            if self._unsaid.pop(warning, False):  # else another thread says it
+                logger, text, values = warning
+                with contextlib.suppress(Exception):  # of a handler of the user's: no reason to lose this thread
+                    logger.warning(text, *values)
 
     def _work(self) -> None:
         while True:
             with self._lock:
-                if not self._due:
+                if not (self._due or self._unsaid):
                     self._threads -= 1
                     return
-                function, what = self._due.popleft()
+                function, what = self._due.popleft() if self._due else (self.say, "logging")
             run_safely(function, what)
 
 
@@ -353,8 +373,20 @@ def run_soon(function: Callable[[], object], what: str) -> None:
 
 
 def run_waiting() -> None:
-    """Have that called for which no thread could be started when it was due; to be asked for now and then."""
-    _background.look()
+    """Have that called for which no thread could be started when it was due; to be asked for now and then.
+
+    Not under a lock: if there is still no thread, the warnings that wait are logged here.
+    """
+    if not _background.look():
+        _background.say()
+
+
+def warn_soon(logger: logging.Logger, text: str, *values: object) -> None:
+    """Have a warning logged by a thread that holds no lock: a handler of the user's may block, or call natsync.
+
+    For who may hold one. A warning that is given again before it was logged is logged once.
+    """
+    _background.warn(logger, text, *values)
 
 
 def fork_generation() -> int:

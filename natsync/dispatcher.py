@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+from natsync.concurrency import warn_soon
 from natsync.mux import Mux
 from natsync.protocol import Batch, encode_sub, encode_unsub
 from natsync.subscription import SubscriptionCore
@@ -138,7 +139,8 @@ class Dispatcher:
         if not self._events.submit(task) and not self.workers.closed:
             self._events_lost += 1
             if self._events_lost == 1:
-                log.warning("on_event or a hook is stuck: %d events wait, and others are lost", EVENTS_WAITING)
+                text = "on_event or a hook is stuck: %d events wait, and others are lost"
+                warn_soon(log, text, EVENTS_WAITING)  # who tells of an event may hold the connection's lock
 
     def _next_sid(self) -> bytes:
         return b"%d" % next(self._sids)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from natsync.concurrency import Deadline, join_all, run_soon
+from natsync.concurrency import Deadline, join_all, run_soon, run_waiting
 from natsync.errors import AuthorizationError, ConnectError, NatsError, NoServersError
 from natsync.options import ConnectOptions, Server
 from natsync.server_errors import Misconfigured
@@ -171,6 +171,7 @@ class Supervisor:
             task()
         except Exception:
             log.exception("%s: a chore failed", self._name)
+        run_waiting()
 
     def _chores(self, until: Deadline) -> bool:
         """Do chores until the deadline, or just the next one if there is none; False when the thread should end."""

@@ -60,11 +60,13 @@ class _Timers:
             if self._thread is not None and (not self._heap or at < self._heap[0][0]):
                 self._changed.notify()  # before it is there: see cancel()
             heapq.heappush(self._heap, (at, next(self._numbers), timer))
-            if self._thread is None:
-                self._start_locked()
+            started = self._thread is not None or self._start_locked()
+        if not started:  # whoever schedules may hold a lock, as Alarm does
+            concurrency.warn_soon(log, "the timer's thread cannot be started; deadlines are late")
         return timer
 
-    def _start_locked(self) -> None:
+    def _start_locked(self) -> bool:
+        """Start the thread; whether that can be done."""
         thread = threading.Thread(target=self._run, name="natsync-timer", daemon=True)
         self._thread = thread
         try:
@@ -73,7 +75,8 @@ class _Timers:
             self._thread = None  # if it runs all the same, it finds that it is not this one
             if not isinstance(error, RuntimeError):
                 raise
-            log.warning("the timer's thread cannot be started; deadlines are late")
+            return False
+        return True
 
     def cancel(self, timer: Timer) -> None:
         with self._lock:
@@ -98,6 +101,7 @@ class _Timers:
 
     def _run(self) -> None:
         while True:
+            concurrency.run_waiting()
             callback = self._next_due()
             if callback is None:
                 return
@@ -106,7 +110,6 @@ class _Timers:
             except Exception:
                 log.exception("a timer's callback failed")
             del callback
-            concurrency.run_waiting()
 
     def _next_due(self) -> Callable[[], None] | None:
         """Sleep until something is due and take it; None when nothing is scheduled any more."""

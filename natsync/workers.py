@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-from natsync.concurrency import Deadline, SafeCondition, fork_generation, join_all, run_safely
+from natsync.concurrency import Deadline, SafeCondition, fork_generation, join_all, run_safely, warn_soon
 
 log = logging.getLogger("natsync.workers")
 
@@ -72,7 +72,7 @@ class WorkerPool:
             if queue and self._threads:
                 return True  # those that are busy come to it
             self._tasks.pop()
-        log.warning("%s: no thread can be started", self.name)
+        warn_soon(log, "%s: no thread can be started", self.name)  # who submits may hold a lock, as Lane does
         return False
 
     def _call_locked(self) -> bool:

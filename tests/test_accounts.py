@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -11,10 +12,11 @@ from typing import Any
 
 import pytest
 
+import lock_order
 import natsync
 from broker import QUICK
 from interrupting import Interrupted
-from natsync import concurrency, timers
+from natsync import concurrency, subscription, timers
 from natsync.concurrency import Deadline
 from natsync.errors import ConnectError
 from natsync.mux import LinkLoss, Waiter
@@ -144,6 +146,147 @@ def test_messages_whose_worker_could_not_be_started_are_handled_soon(
     eventually(lambda: starts.failed)
     subscription.drain(PATIENCE)
     assert got == [b"1"]
+
+
+# -- what is logged of it ----------------------------------------------------------------------------------------------
+
+
+class Listener(logging.Handler):
+    """Hears what natsync logs, on which threads, and which of natsync's locks these held then."""
+
+    def __init__(self, recorder: lock_order.Recorder) -> None:
+        super().__init__()
+        self.heard, self.threads, self.held = list[str](), list[str](), list[str]()
+        self._recorder = recorder
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.heard.append(record.getMessage())
+        self.threads.append(threading.current_thread().name)
+        self.held += [lock.name for lock, _ in self._recorder.holding()]
+
+
+@pytest.fixture
+def listener(monkeypatch: pytest.MonkeyPatch) -> Iterator[Listener]:
+    """Listens while locks keep book, those of modules included."""
+    log = logging.getLogger("natsync")
+    with lock_order.recording() as recorder:
+        monkeypatch.setattr(concurrency, "_background", concurrency._Background())
+        monkeypatch.setattr(timers, "_timers", timers._Timers())
+        listener = Listener(recorder)
+        log.addHandler(listener)
+        yield listener
+        log.removeHandler(listener)
+
+
+def refuse_all_but(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """There is no thread to be had, but for those of these names."""
+    start = threading.Thread.start
+
+    def or_refuse(thread: threading.Thread) -> None:
+        if thread.name not in names:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", or_refuse)
+
+
+NO_WORKER = "natsync-test-worker: no thread can be started"
+NO_TIMER = "the timer's thread cannot be started; deadlines are late"
+NO_CALLBACK = "no thread can be started for a callback; it waits"
+
+
+def test_that_a_lane_has_no_thread_is_logged_under_no_lock(listener: Listener, starts: Starts) -> None:
+    lane = Lane(WorkerPool("natsync-test-worker", 1))
+    starts.fail("test-worker", RuntimeError)
+    assert not lane.submit(lambda: None)
+    eventually(lambda: listener.heard == [NO_WORKER])
+    assert listener.held == []
+
+
+def test_that_a_subscription_has_no_thread_is_logged_under_no_lock(
+    listener: Listener, starts: Starts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subscription, "TRY_AGAIN_SECONDS", 0.01)
+    link: Any = SimpleNamespace(publish_answer=None)
+    pool = WorkerPool("natsync-test-worker", 1)
+    core = SubscriptionCore(link, b"a", None, callback=lambda message: None, pool=pool)
+    starts.fail("test-worker", RuntimeError)
+    core.deliver(Batch(b"1", b"a", [(None, None, b"x")]))
+    eventually(lambda: listener.heard == [NO_WORKER])
+    assert listener.held == []
+    assert core.wait_empty(Deadline.after(PATIENCE))
+    assert pool.close(Deadline.after(PATIENCE)) == []
+
+
+def test_that_an_alarm_has_no_thread_is_logged_under_no_lock(listener: Listener, starts: Starts) -> None:
+    alarm = Alarm(lambda: None)
+    starts.fail("natsync-timer", RuntimeError)
+    alarm.set(time.monotonic() + 1000)
+    eventually(lambda: listener.heard == [NO_TIMER])
+    assert listener.held == []
+    alarm.clear()
+
+
+def test_that_an_event_has_no_thread_is_logged_under_no_lock(
+    nats_server: NatsServer, listener: Listener, starts: Starts
+) -> None:
+    """The connection's lock is held as its events are put into their lane."""
+    starts.fail("-worker-1", RuntimeError)
+    with natsync.Client(nats_server.url, on_event=lambda name, details: None) as client:
+        client.rtt()
+        eventually(lambda: len(listener.heard) == 2)
+    assert starts.failed
+    assert "no thread can be started" in listener.heard[0]
+    assert "events wait" in listener.heard[1]
+    assert listener.held == []
+
+
+def test_that_a_callback_has_no_thread_is_logged_under_no_lock(listener: Listener, starts: Starts) -> None:
+    ran, alarm = list[int](), Alarm(lambda: None)
+    starts.fail("callbacks-worker", RuntimeError)
+    with alarm._lock:  # any lock of natsync's
+        concurrency.run_soon(lambda: ran.append(1), "a callback")
+        assert listener.heard == []
+    concurrency.run_waiting()
+    eventually(lambda: listener.heard == [NO_CALLBACK])
+    assert (ran, listener.held) == ([1], [])
+
+
+def test_where_there_is_no_thread_at_all_the_timer_logs_it_and_goes_on(
+    listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And once, however often it was found out; whatever the handler raises."""
+    lane, rang = Lane(WorkerPool("natsync-test-worker", 1)), threading.Event()
+    emit = listener.emit
+
+    def failing(record: logging.LogRecord) -> None:
+        emit(record)
+        raise ValueError("the handler's")
+
+    monkeypatch.setattr(listener, "emit", failing)
+    with monkeypatch.context() as patch:
+        refuse_all_but(patch, "natsync-timer")
+        for _ in range(3):
+            assert not lane.submit(lambda: None)
+        assert listener.heard == []
+        timers.schedule_after(0, rang.set)
+        assert rang.wait(PATIENCE)
+        assert (listener.heard, listener.threads, listener.held) == ([NO_WORKER], ["natsync-timer"], [])
+
+
+def test_where_there_is_no_thread_at_all_the_supervisor_logs_it(
+    nats_server: NatsServer, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with natsync.Client(nats_server.url) as client:
+        client.rtt()
+        with monkeypatch.context() as patch:
+            refuse_all_but(patch)
+            assert not Lane(WorkerPool("natsync-test-worker", 1)).submit(lambda: None)
+            assert listener.heard == []
+            client._core.in_supervisor(lambda: None)
+            eventually(lambda: listener.heard == [NO_WORKER])
+        assert listener.threads[0].endswith("-supervisor")
+        assert listener.held == []
 
 
 # -- timers ------------------------------------------------------------------------------------------------------------
