@@ -4,7 +4,7 @@ Switched on by `pytest --lock-order`. Locks that natsync's own files make are th
 everybody else's stay what they are. Two locks made at one place of the source count as one: what is looked at is the
 graph "held → taken" between places. Three things are faults: a cycle in that graph, for two threads may then wait for
 each other; a pair against the order that docs/threads.md states ("Locks"), or one that it does not state; and
-a lock held over what may block: I/O, joining, sleeping, waiting, a user's callback.
+a lock held over what may block: I/O, joining, sleeping, waiting, a user's callback, logging.
 
 A lock that one thread takes and another gives back is no mutual exclusion but a signal (concurrency.Signal): to take
 it is to wait. Attempts that do not block count as holding but not as taking.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import linecache
+import logging
 import re
 import socket
 import sys
@@ -377,6 +378,7 @@ def instrument(recorder: Recorder, patch: pytest.MonkeyPatch) -> None:
     for kind in (threading.Event, threading.Condition):
         patch.setattr(kind, "wait", _telling_wait(recorder, kind.wait))
     patch.setattr(natsync.Context, "on_cancel", _wrapping(recorder, natsync.Context.on_cancel, "an on_cancel callback"))
+    patch.setattr(logging.Logger, "handle", _telling(recorder, logging.Logger.handle, "logging"))
     subscription = natsync.subscription.SubscriptionCore
     patch.setattr(subscription, "_run", _telling(recorder, subscription._run, "a subscription's callback"))
     handlers = natsync.streaming.handlers

@@ -363,6 +363,15 @@ def test_a_lock_held_over_a_users_callback_is_found(locks: type) -> None:
     assert ("Locks._a", "an on_cancel callback") in recorder.held_over
 
 
+def test_a_lock_held_over_a_word_in_the_log_is_found(locks: type) -> None:
+    with lock_order.recording() as recorder:
+        source = "def warn(lock, log):\n    with lock:\n        log.warning('a word')\n"
+        space: dict[str, Callable[..., None]] = {}
+        exec(compile(source, PACKAGE + "planted.py", "exec"), space)
+        space["warn"](locks()._a, logging.getLogger("natsync"))
+    assert ("Locks._a", "logging") in recorder.held_over
+
+
 def test_a_lock_given_back_before_what_blocks_is_no_fault(locks: type) -> None:
     with lock_order.recording() as recorder:
         both = locks()
