@@ -111,7 +111,7 @@ class Handover:
     def begin(self) -> None:
         """The new session has started, and its subscriptions are on their way."""
         self.new.ping_first(self._joined)
-        self._later(self._join_timeout, self._check_joined)
+        self._by(self._join_timeout, self._check_joined)
 
     def mute(self) -> None:
         """The links in force are lost: what their readers still hold counts no more, for all that is kept does.
@@ -149,6 +149,18 @@ class Handover:
             if not self._stopped:
                 self._timers.append(timers.schedule_after(seconds, step))
 
+    def _by(self, seconds: float, check: Callable[[], None]) -> None:
+        """Have it checked after so long that the next step was taken; if that is late, what came has its moment."""
+        due = time.monotonic() + seconds
+
+        def look() -> None:
+            if timers.lateness(due, time.monotonic()):
+                self._later(timers.LATE_SECONDS, check)
+            else:
+                check()
+
+        self._later(seconds, look)
+
     # -- the steps -----------------------------------------------------------------------------------------------
 
     def _joined(self, position: int | None) -> None:
@@ -169,7 +181,7 @@ class Handover:
             self.phase = Phase.COMPARING
             self._mark = mark
         self.old.mark(encode_pub(mark, None, None, b""), self.old_marked)
-        self._later(self._leave_timeout, self._check_old_marked)
+        self._by(self._leave_timeout, self._check_old_marked)
 
     def _check_old_marked(self) -> None:
         if self.old not in self._marked:
@@ -183,7 +195,7 @@ class Handover:
         """The mark's place among the old link's messages."""
         if position is not None:
             self._later(MARK_SECONDS, self._make_up_for_mark)
-            self._later(MARK_SECONDS + self._join_timeout, self._check_new_marked)
+            self._by(MARK_SECONDS + self._join_timeout, self._check_new_marked)
             self._marks(self.old)
 
     def _make_up_for_mark(self) -> None:
@@ -215,7 +227,7 @@ class Handover:
             self._later(wait, self._leave)
         else:
             self._keeper.leave_old_link(self)
-            self._later(self._leave_timeout, self._check_left)
+            self._by(self._leave_timeout, self._check_left)
 
     def _check_left(self) -> None:
         if self.phase is Phase.LEAVING:

@@ -19,8 +19,8 @@ from interrupting import Interrupted
 from natsync import concurrency, subscription, timers
 from natsync.concurrency import Deadline
 from natsync.errors import ConnectError
-from natsync.mux import LinkLoss, Waiter
 from natsync.message import Message
+from natsync.mux import LinkLoss, Waiter
 from natsync.pooling.keeper import Watch
 from natsync.pooling.store import Store, Turn
 from natsync.protocol import Batch
@@ -716,7 +716,7 @@ def test_a_link_that_is_lost_again_before_it_is_told_of_makes_nothing_usable(nat
         assert member.usable
 
 
-class Listener(Waiter):
+class Told(Waiter):
     """Writes down what it is told of links, and may have something to do when there is one."""
 
     def __init__(self, told: list[str], name: str, made: Callable[[], None] = lambda: None) -> None:
@@ -747,7 +747,7 @@ def test_of_a_link_that_is_lost_while_it_is_told_of_everybody_hears_in_order(nat
             loser.join(PATIENCE)
             assert not loser.is_alive()
 
-        core.mux.watchers += [Listener(told, "first", lose), Listener(told, "second")]
+        core.mux.watchers += [Told(told, "first", lose), Told(told, "second")]
         client.force_reconnect()
         eventually(lambda: told.count("second: made") == 2 and told[-1] == "second: made")
         assert client.rtt() > 0
@@ -762,7 +762,7 @@ def test_news_that_fail_keep_nobody_from_the_next_ones(
     told = list[str]()
     with natsync.connect(nats_server.url, **QUICK) as client:
         core = client._connection()
-        core.mux.watchers.append(Listener(told, "it"))
+        core.mux.watchers.append(Told(told, "it"))
         with monkeypatch.context() as patch:
             patch.setattr(core.mux, "link_made", lambda: 1 / 0)
             client.force_reconnect()

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import natsync
 from broker import QUICK, Broker, Events, Outcome, opened, refuse
+from natsync import timers
 from natsync.handover import Handover, Phase
 from natsync.outbox import Outbox
 from natsync.protocol import Batch, Sub, Unsub
@@ -744,6 +747,29 @@ def test_equal_messages_are_told_apart_by_their_number() -> None:
     assert case.got == [b"tick"] * 4  # three came on both links, and one more on the new one
     case.bring(case.new, b"tick")
     assert case.got == [b"tick"] * 5
+
+
+@pytest.mark.parametrize("late", [0.0, 0.1, 5.0])
+def test_a_step_that_was_not_taken_in_a_frozen_process_has_its_moment_still(
+    late: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    due: list[tuple[float, Callable[[], None]]] = []
+    now = time.monotonic()
+    monkeypatch.setattr("natsync.handover.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(timers, "schedule_after", lambda seconds, step: due.append((seconds, step)))
+    case = Case()
+    case.old.ended = []
+    case.old.end = case.old.ended.append
+    case.handover._compare()
+    seconds, look = due.pop()
+    monkeypatch.setattr("natsync.handover.time", SimpleNamespace(monotonic=lambda: now + seconds + late))
+    look()
+    if late >= timers.LATE_SECONDS:
+        assert case.old.ended == []
+        moment, look = due.pop()
+        assert moment == timers.LATE_SECONDS
+        look()
+    assert len(case.old.ended) == 1
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from types import FrameType
 
 from natsync.client import Client
-from natsync.concurrency import Deadline, SafeCondition, Signal, fork_generation
+from natsync.concurrency import Deadline, SafeCondition, Signal, fork_generation, warn_soon
 from natsync.connection import Connection
 from natsync.errors import PoolClosed
 
@@ -260,7 +260,7 @@ class Store:
                 member.lease = None
                 del self.leased[turn]
                 self.numbers["leaks"] += 1
-                log.warning("a connection was dropped instead of given back, by %s", turn.borrower())
+                warn_soon(log, "a connection was dropped instead of given back, by %s", turn.borrower())
             self._dropped.popleft()
 
     def add(self, member: Member) -> None:
