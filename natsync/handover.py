@@ -93,9 +93,11 @@ class Handover:
         self.new = new
         self.phase = Phase.JOINING
         self._joined_first = self._joined_last = 0.0
-        self._compared_from = math.inf
+        self._compared_from: int | None = None  # the number on the new link from which on none is a skewed one,
+        self._compared_at = math.inf  # and when that was known
         self._mark = b""
         self._marked: set[Session] = set()  # from now on their messages are compared
+        self._both_marked = False
         self._keeper = keeper
         self._join_timeout = join_timeout
         self._leave_timeout = leave_timeout
@@ -187,15 +189,15 @@ class Handover:
         if self.old not in self._marked:
             self._give_up_old()
 
-    def _check_new_marked(self) -> None:
-        if self.new not in self._marked:
+    def _check_compared(self) -> None:
+        if self._compared_from is None:
             self.new.end(ConnectError(f"{self.new.server} does not bring what it should"))
 
     def old_marked(self, position: int | None) -> None:
         """The mark's place among the old link's messages."""
         if position is not None:
             self._later(MARK_SECONDS, self._make_up_for_mark)
-            self._by(MARK_SECONDS + self._join_timeout, self._check_new_marked)
+            self._by(MARK_SECONDS + self._join_timeout, self._check_compared)
             self._marks(self.old)
 
     def _make_up_for_mark(self) -> None:
@@ -207,20 +209,32 @@ class Handover:
             self._marks(self.new)
 
     def _marks(self, session: Session) -> None:
-        """From here on what this link brings is compared; the old one is left when both have come to this point."""
+        """From here on what this link brings is compared; the old one is left some time after both have come so far."""
         with self._lock:
             self._marked.add(session)
-            if len(self._marked) == 2:
-                self._compared_from = min(self._compared_from, time.monotonic())
+            last = len(self._marked) == 2 and not self._both_marked
+            self._both_marked = self._both_marked or last
+        if last:
+            self._later(SKEW_SECONDS, self._end_skew)
+
+    def _end_skew(self) -> None:
+        """Have the new server tell, by a PONG, what it had sent by now, however long we may take to read that."""
+        self.new.ping_first(self._skew_ended)
+
+    def _skew_ended(self, position: int | None) -> None:
+        if position is None:
+            return
+        with self._lock:
+            self._compared_from, self._compared_at = next(self._arrivals), time.monotonic()
         self._leave()
 
     def _leave(self) -> None:
-        """Leave the old link when both are marked, and the cluster has had time to learn of new subscriptions."""
+        """Leave the old link when the cluster has had time to learn of new subscriptions."""
         with self._lock:
-            if len(self._marked) < 2 or self.phase is not Phase.COMPARING:
+            if self._compared_from is None or self.phase is not Phase.COMPARING:
                 return
             joined = min(self._joined_last + OVERLAP_SECONDS, self._joined_first + LONGEST_OVERLAP)
-            wait = max(joined, self._compared_from + COMPARE_SECONDS) - time.monotonic()
+            wait = max(joined, self._compared_at + COMPARE_SECONDS - SKEW_SECONDS) - time.monotonic()
             if wait <= 0:
                 self.phase = Phase.LEAVING
         if wait > 0:
@@ -292,10 +306,9 @@ class Handover:
                 if items:
                     self._keeper.deliver(Batch(batch.sid, batch.subject, items))
             elif self.new in self._marked:
-                now = time.monotonic()
                 for item, key in zip(batch.items, _keys(batch), strict=True):
                     if not self._met_locked(key):
-                        kept = _Kept(next(self._arrivals), now, Batch(batch.sid, batch.subject, [item]))
+                        kept = _Kept(next(self._arrivals), Batch(batch.sid, batch.subject, [item]))
                         self._kept.setdefault(key, deque()).append(kept)
 
     def _met_locked(self, key: int) -> bool:
@@ -311,7 +324,7 @@ class Handover:
         kept = sorted(one for ones in self._kept.values() for one in ones)
         self._kept.clear()
         for one in kept:
-            if one.arrived >= self._compared_from + SKEW_SECONDS:
+            if self._compared_from is not None and one.number > self._compared_from:
                 self._keeper.deliver(one.batch)
 
 
@@ -319,7 +332,6 @@ class _Kept(NamedTuple):
     """A message that came on the new link; sorted by its place there."""
 
     number: int
-    arrived: float
     batch: Batch
 
 
