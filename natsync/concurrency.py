@@ -24,6 +24,8 @@ _FOREVER = min(threading.TIMEOUT_MAX, 4e7)
 
 #: Threads of the process for callbacks that the library's own threads must not run.
 CALLBACK_THREADS = 32
+#: Warnings that wait to be logged at most; others are dropped, for a handler that is as slow as that.
+UNSAID_WARNINGS = 1_000
 
 
 def check_timeout(value: float | None, name: str = "timeout") -> float | None:
@@ -233,31 +235,31 @@ class Finishing:
     What is done then may be done in part already: its steps must bear to be done again.
     """
 
-    __slots__ = ("_doing", "_done", "_lock")
+    __slots__ = ("_done", "_lock", "claim")
 
     def __init__(self, lock: threading.Lock) -> None:
         self._lock = lock  # of whatever is finished; not held while the steps are done
-        self._doing: object = None
         self._done = False
+        self.claim: object = None  # of who is at it, or about to be: may be set under the lock, then given to run()
 
     @property
     def cut_short(self) -> bool:
         """Whether it is still to be done, and nobody is at it."""
-        return not self._done and self._doing is None
+        return not self._done and self.claim is None
 
-    def run(self, steps: Callable[[], object]) -> None:
+    def run(self, steps: Callable[[], object], claim: object = None) -> None:
         """Do it, unless it is done or another thread is at it."""
-        mine = object()
+        mine = claim or object()
         try:
             with self._lock:
-                if not self.cut_short:
+                if self._done or self.claim not in (None, mine):
                     return
-                self._doing = mine
+                self.claim = mine
             steps()
             self._done = True
         finally:
-            if self._doing is mine:
-                self._doing = None
+            if self.claim is mine:
+                self.claim = None
 
 
 class Tally:
@@ -310,13 +312,15 @@ class _Background:
         self._due: deque[tuple[Callable[[], object], str]] = deque()
         self._unsaid: dict[tuple[logging.Logger, str, tuple[object, ...]], bool] = {}  # warnings, in their order
         self._threads = 0
+        self._saying = False  # a thread logs: the others are for callbacks
 
     def run(self, function: Callable[[], object], what: str) -> None:
         self._due.append((function, what))
         self.look()
 
     def warn(self, logger: logging.Logger, text: str, *values: object) -> None:
-        self._unsaid[logger, text, values] = True
+        if len(self._unsaid) < UNSAID_WARNINGS:
+            self._unsaid[logger, text, values] = True
         self.look()
 
     def look(self) -> bool:
@@ -324,7 +328,7 @@ class _Background:
 
         False if none can be started. Logs nothing: whoever asks may hold a lock.
         """
-        if not (self._due or self._unsaid) or sys.is_finalizing():
+        if not (self._due or (self._unsaid and not self._saying)) or sys.is_finalizing():
             return True  # at the end none starts; before Python 3.12, start() would wait for ever
         with self._lock:
             if self._threads == CALLBACK_THREADS:
@@ -355,11 +359,15 @@ class _Background:
     def _work(self) -> None:
         while True:
             with self._lock:
-                if not (self._due or self._unsaid):
+                logs = not self._due and bool(self._unsaid) and not self._saying
+                if not (self._due or logs):
                     self._threads -= 1
                     return
-                function, what = self._due.popleft() if self._due else (self.say, "logging")
+                function, what = (self.say, "logging") if logs else self._due.popleft()
+                self._saying = self._saying or logs
             run_safely(function, what)
+            if logs:
+                self._saying = False
 
 
 _background = _Background()

@@ -17,7 +17,7 @@ from typing import Any
 
 from natsync import protocol, timers
 from natsync import subject as _subject
-from natsync.concurrency import Deadline, Tally, after_fork_in_child, at_exit, fork_generation, warn_soon
+from natsync.concurrency import Deadline, Tally, after_fork_in_child, at_exit, fork_generation
 from natsync.dispatcher import CALLBACK_WORKERS
 from natsync.errors import (
     DrainTimeout,
@@ -249,7 +249,7 @@ class Connection(Links):
         self._dropped.add(messages)
 
     def slow_consumer(self, subject: str, dropped: int) -> None:
-        warn_soon(log, "slow consumer on %r: %d messages dropped so far", subject, dropped)
+        log.warning("slow consumer on %r: %d messages dropped so far", subject, dropped)
         self.event("slow_consumer", {"subject": subject, "dropped": dropped})
 
     def denied(self, session: Session, about: Denial | None, error: PermissionDenied) -> None:

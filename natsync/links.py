@@ -551,11 +551,11 @@ class Links:
             new.confirmed = max(new.confirmed, old.confirmed)
             if new.info.get("max_payload", 0) < old.info.get("max_payload", 0):
                 self._news.append(self._tell_made)  # what is kept for sending again may be too large now
+            self._news.append(new.outbox.release)
             self._sessions += 1
             self.event("reconnected", {"server": str(new.server)})
         log.info("%s: moved from %s to %s", self.name, old.server, new.server)
         self._tell_news()
-        new.outbox.release()
         self._supervisor.moved()
         self._drop_links([old], None, ConnectError(f"left {old.server} for {new.server}"))
         self._settling.on_link()

@@ -87,6 +87,7 @@ class Session:
         self._write_timer: timers.Timer | None = None
         self._write_look_at = 0.0  # when it is to look
         self._writing_since: float | None = None
+        self._made_up_for: float | None = None  # since when a write lasts that has been given time for a late look
         self.threads: list[threading.Thread] = []
         self._left = 0  # of them
 
@@ -267,7 +268,7 @@ class Session:
     def _ping_due(self) -> None:
         with self._lock:
             late = self._ping_timer is not None and timers.lateness(self._ping_timer.at, time.monotonic()) > 0
-        if self._unanswered >= self._options.max_pings_outstanding and not late:
+        if self._unanswered >= self._options.max_pings_outstanding + late:  # one more PING, if we are late ourselves
             self.end(
                 ConnectError(f"{self.server} has not answered {self._unanswered} PINGs: the link is stale"), dead=True
             )
@@ -298,8 +299,9 @@ class Session:
         if since is None or limit is None:
             return  # idle: the next write starts a new watch
         left = since + limit - now
-        if left <= 0 and not timers.lateness(self._write_look_at, now):
+        if left <= 0 and (self._made_up_for == since or not timers.lateness(self._write_look_at, now)):
             self.end(ConnectError(f"a write to {self.server} was blocked for {limit:g} s"), dead=True)
             return
-        # Late, this process was frozen, or had no processor: that the write was not over by then may be its own doing.
+        if left <= 0:  # late: this process was frozen, or had no processor, and the write may wait for that
+            self._made_up_for = since
         self._look_at_write(left if left > 0 else min(limit, timers.LATE_SECONDS))

@@ -23,14 +23,14 @@ from natsync.context import Context
 from natsync.pool import Lease
 from natsync.pooling.store import Store
 from natsync.streaming.call import Call
-from natsync.streaming.calls import Budget, Calls
+from natsync.streaming.calls import Budget, Calls, Farewell
 from natsync.streaming.framed_receiver import FramedReceiver
 from natsync.streaming.framed_sender import FramedSender
 from natsync.streaming.peers import Peer, Peers
 from natsync.streaming.plain_sender import PlainSender
 from natsync.streaming.registration import Handle
 from natsync.streaming.responder import Responder
-from natsync.streaming.sender import SenderCore
+from natsync.streaming.sender import Ending, SenderCore
 from natsync.streaming.stream import Stream
 from natsync.streaming.window import Outgoing
 from natsync.streaming.work import Work
@@ -284,3 +284,106 @@ def test_finishing_is_done_once_and_by_one_thread() -> None:
     finishing.run(lambda: done.append("twice"))
     assert done == ["once"]
     assert not finishing.cut_short
+
+
+def test_who_has_claimed_the_finishing_does_it() -> None:
+    finishing, mine, done = Finishing(threading.Lock()), object(), list[str]()
+    finishing.claim = mine
+    finishing.run(lambda: done.append("another"))
+    assert done == []
+    finishing.run(lambda: done.append("who claimed"), mine)
+    assert done == ["who claimed"]
+
+
+def test_who_ends_a_stream_has_queued_the_end_when_end_returns(client: natsync.Client, held: Held) -> None:
+    """Another thread that ends it too comes between the decision and what follows from it."""
+    stream, sender = client.stream(held.subject), held.sender
+    core, others = sender._core, list[bool]()
+    lock = core.lock
+
+    class Lock:
+        def __enter__(self) -> None:
+            lock.acquire()
+
+        def __exit__(self, *error: object) -> None:
+            lock.release()
+            if core._due and not others:
+                others.append(True)
+                others[0] = core.end()
+
+    core.lock = Lock()  # type: ignore[assignment]
+    assert sender.end()
+    assert others == [True]
+    core.lock = lock
+    assert core._out.ended  # type: ignore[attr-defined]
+    assert list(stream) == []
+
+
+def test_the_end_of_a_plain_stream_with_a_gap_is_an_error_though_the_end_came_in_between(
+    nats_server: NatsServer, held: Held
+) -> None:
+    with natsync.connect(nats_server.url, framed=False) as client:
+        stream, core = client.stream(held.subject), held.sender._core
+        assert isinstance(core, PlainSender)
+        put_end, ending = core._put_end, list[object]()
+
+        def later(one: Ending) -> None:
+            """The link breaks, and is made up for, as the thread that ends the stream stands here."""
+            if not ending:
+                ending.append(one)
+                with core.lock:
+                    core._break_locked("a gap")
+                core.repair()
+            put_end(one)
+
+        core._put_end = later  # type: ignore[method-assign]
+        held.sender.send(b"chunk")
+        held.sender.end()
+        assert stream.next(PATIENCE) == b"chunk"
+        with pytest.raises(natsync.ServerLost, match="a gap"):
+            stream.next(PATIENCE)
+
+
+def test_what_fails_as_a_stream_ends_keeps_nobody_from_being_told(
+    client: natsync.Client, held: Held, caplog: pytest.LogCaptureFixture
+) -> None:
+    stream, told = client.stream(held.subject), list[int]()
+    stream.when_finished(lambda: 1 / 0)
+    stream.when_finished(lambda: told.append(1))
+    stream.close()
+    stream.close()
+    assert told == [1]
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_nothing_is_remembered_of_a_plain_stream(nats_server: NatsServer) -> None:
+    with natsync.Subscriber(nats_server.url, framed=False) as subscriber, natsync.connect(nats_server.url) as client:
+        subscriber.stream_subscribe("plain", lambda ctx, request: iter([b"chunk"]))
+        subscriber.open()
+        assert list(client.stream("plain")) == [b"chunk"]
+        assert client._calls is not None
+        assert not client._calls._ended
+
+
+@pytest.mark.parametrize("framed", [True, False], ids=["framed", "plain"])
+def test_closing_the_client_goes_on_with_a_streams_closing_that_was_cut_short(
+    nats_server: NatsServer, held: Held, framed: bool
+) -> None:
+    """The stream is still held, as by the traceback of the Ctrl-C, and another thread waits for a chunk."""
+    rounds, state = list[natsync.Context](), dict[str, Any]()
+
+    def leave() -> None:
+        client = state["client"] = natsync.connect(nats_server.url, framed=framed, **QUICK)
+        stream = state["stream"] = client.stream(held.subject)
+        rounds.append(held.take(len(rounds))[0])
+        held.take(len(rounds) - 1)[2].send(b"chunk")
+        assert stream.next(PATIENCE) == b"chunk"
+        state["taking"] = Outcome(lambda: list(stream))
+        stream.close()
+
+    for _ in moments(leave, *CALL, Farewell.__init__, Farewell.speak):
+        state["client"].close(PATIENCE)
+        assert isinstance(state["taking"].within(PATIENCE), natsync.NatsError)
+        assert rounds[-1].done.wait(PATIENCE)
+    state["client"].close(PATIENCE)
+    assert len(rounds) > 20

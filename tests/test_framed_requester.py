@@ -218,6 +218,27 @@ def test_a_refusal_that_is_looked_at_late_leaves_another_responder_its_moment(ta
         go_on.set()
 
 
+def test_a_process_that_is_late_all_the_time_learns_of_a_refusal(table: Table) -> None:
+    held, go_on = threading.Event(), threading.Event()
+    stream = table.client().stream(SUBJECT)
+    refusing = table.answer()
+    timers.schedule_after(0, lambda: (held.set(), go_on.wait(PATIENCE)))  # type: ignore[arg-type, return-value]
+    try:
+        assert held.wait(PATIENCE)  # the only looks are the test's
+        receiver = stream._call._offered
+        assert receiver is not None
+        refusing.send("r", 0, ERROR + b"full", block(**REFUSAL))
+        eventually(lambda: receiver.refusing)
+        for over in (False, True):
+            receiver._refusal_due -= 3600
+            receiver._look()
+            assert stream._call.over is over
+    finally:
+        go_on.set()
+    with pytest.raises(natsync.StreamRefused):
+        list(stream)
+
+
 def test_a_refusal_counts_if_nobody_accepts(table: Table) -> None:
     stream = table.client().stream(SUBJECT)
     table.answer().send("r", 0, ERROR + b"full", block(**REFUSAL))

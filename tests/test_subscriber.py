@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -314,6 +315,38 @@ def test_stop_cancels_what_lasts_longer_than_its_timeout(
     with pytest.raises(natsync.ServerLost, match="stopped"):
         stream.next(PATIENCE)
     assert len(gate.reasons) == 1
+
+
+@pytest.mark.parametrize("where", ["without waiting", "in a handler"])
+def test_requests_on_their_way_when_a_registration_is_stopped_are_answered(
+    client: natsync.Client, subscriber: natsync.Subscriber, where: str
+) -> None:
+    """Also where stop() may not wait for them: by the handler while its registration lasts, or with an error."""
+    started = threading.Event()
+
+    def handler(ctx: natsync.HandlerContext, request: natsync.Message) -> Iterator[bytes]:
+        if not started.is_set():
+            started.set()
+            if where == "in a handler":
+                handle.stop()
+        yield b"chunk"
+
+    for _ in range(10):
+        started.clear()
+        handle = subscriber.stream_subscribe("u.stop", handler)
+        streams = list[natsync.Stream]()
+        for number in range(60):
+            with contextlib.suppress(natsync.NoRespondersError):
+                streams.append(client.stream("u.stop", timeout=PATIENCE))
+            if number == 30 and where == "without waiting":
+                handle.stop(0)
+        for stream in streams:
+            with contextlib.suppress(natsync.ServerLost, natsync.StreamRefused, natsync.NoRespondersError):
+                assert list(stream) == [b"chunk"]
+        assert handle.wait(PATIENCE)
+        eventually(lambda one=handle: one.idle)  # type: ignore[misc]
+        stats = handle.stats
+        assert stats["received"] == stats["processed"] + stats["failed"] + stats["cancelled"] + stats["dropped"]
 
 
 def test_stop_with_timeout_0_does_not_wait(client: natsync.Client, subscriber: natsync.Subscriber) -> None:

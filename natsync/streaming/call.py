@@ -7,6 +7,7 @@ once; the reason is raised in the consumer's thread.
 
 from __future__ import annotations
 
+import logging
 import operator
 import threading
 import time
@@ -41,6 +42,8 @@ from natsync.streaming.inlet import Receiver
 from natsync.streaming.peers import OUTAGE_GRACES
 from natsync.streaming.plain_receiver import PlainReceiver
 from natsync.timers import Alarm, lateness
+
+log = logging.getLogger("natsync.streaming")
 
 Finished = Callable[[], object]
 
@@ -93,6 +96,7 @@ class Call(Waiter):
         self._frame = b""
         self._mark: int | None = None
         self._lost: LinkLoss | None = None  # the link that took the request was lost before there was an answer,
+        self._made_up = False  # for having looked late
         self._until = 0.0  # for which it waits until then at most
         self._receiver: Receiver | None = None
         self._offered: FramedReceiver | None = None
@@ -141,7 +145,10 @@ class Call(Waiter):
                 if not self._finished:
                     self._told = True
                     return
-            self._finished[0]()
+            try:
+                self._finished[0]()
+            except Exception:
+                log.exception("what waited for the end of a stream failed")
             del self._finished[0]  # behind it: see Finishing
 
     # -- the reader ------------------------------------------------------------------------------------------------
@@ -235,6 +242,7 @@ class Call(Waiter):
         elif self._offered is not None:
             if self._lost is None:
                 self._until = time.monotonic() + OUTAGE_GRACES * self._calls.grace
+                self._made_up = False
             self._lost = loss  # a framed answer may still come: nothing of it gets lost
             self._wait_for_an_answer()
         else:
@@ -259,7 +267,8 @@ class Call(Waiter):
         if self._receiver is not None or self._lost is None:
             return
         now, due = time.monotonic(), self._alarm.due
-        if lateness(due, now):  # an answer may have come meanwhile, or the next link come now
+        if lateness(due, now) and not self._made_up:  # an answer may have come meanwhile, or the next link come now
+            self._made_up = True
             self._until = now + self._calls.grace
             self._wait_for_an_answer()
         elif now >= due:  # else it was set anew in this moment
@@ -415,8 +424,6 @@ class Call(Waiter):
 
         complete: the responder ended the stream; leaving: it is still to be told that it is left, and why.
         """
-        if self._connection.mux.waiters.get(self.token) is self:
-            self._connection.mux.unregister(self.token)
         with self._lock:
             if not self._over:
                 self._over, self._ended_there, self._leaving = True, complete, leaving
@@ -424,17 +431,18 @@ class Call(Waiter):
 
     def _let_go(self) -> None:
         leaving = self._leaving
-        try:
-            if leaving is not None:
-                self._part(str(leaving), leaving.code if isinstance(leaving, StreamError) else Code.CANCELLED)
-                self._leaving = None
-            self._frame = b""
-        finally:
-            if self._offered is not None:
-                self._offered.close(complete=self._ended_there)
-            self._alarm.clear()
-            self._signal.set()
-            self._tell_finished()
+        self._signal.set()
+        if leaving is not None:
+            self._part(str(leaving), leaving.code if isinstance(leaving, StreamError) else Code.CANCELLED)
+            self._leaving = None
+        self._frame = b""
+        if self._offered is not None:
+            self._offered.close(complete=self._ended_there)
+        self._alarm.clear()
+        mux = self._connection.mux
+        if mux.waiters.get(self.token) is self:  # until here the end of the connection still finds it
+            mux.unregister(self.token)
+        self._tell_finished()
 
     def _part(self, why: str, code: int = Code.CANCELLED, *, behind: Waiter | None = None) -> None:
         """Have the responder told that the stream is left. behind: who still waits here."""

@@ -206,6 +206,8 @@ class Calls(Waiter):
         with self._lock:
             farewells = list(self._farewells)
         for farewell in farewells:
+            if not farewell.spoken.is_set():
+                farewell.speak()  # a Ctrl-C may have kept it from that
             if not farewell.spoken.wait(deadline.or_sooner(ADDRESS_SECONDS).remaining()):
                 break  # one that says nothing; the others had as much time
 

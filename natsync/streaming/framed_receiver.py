@@ -58,6 +58,7 @@ class FramedReceiver:
         self._control: bytes | None = None  # where it is spoken to: the newest reply subject
         self._refusal: Exception | None = None  # by one responder, while another may accept
         self._refusal_due = 0.0
+        self._made_up = False  # for having looked late
         self._turned_away: set[bytes] = set()
         self._owed_at: float | None = None  # when what has come is to be confirmed
         self._missing: int | None = None  # something behind this seq did not come,
@@ -310,7 +311,7 @@ class FramedReceiver:
         self._alarm.clear()
         if peer is not None:
             self._calls.peers.leave(self._peer_name, peer, self)
-        if complete:
+        if complete and self._stream:
             self._calls.remember(self._inlet.token, self._stream, received)
 
     # -- the consumer ----------------------------------------------------------------------------------------------
@@ -333,8 +334,9 @@ class FramedReceiver:
         with self._lock:
             if self._over:
                 return
-            if self._refusal is not None and lateness(self._refusal_due, now):
-                self._refusal_due = now + SECOND_OPINION_SECONDS  # another's answer may have come meanwhile
+            if self._refusal is not None and lateness(self._refusal_due, now) and not self._made_up:
+                self._made_up = True  # once: another's answer may have come meanwhile
+                self._refusal_due = now + SECOND_OPINION_SECONDS
                 self._alarm.set_by(self._refusal_due)
             elif self._refusal is not None and now >= self._refusal_due:
                 refusal = self._refusal

@@ -95,6 +95,7 @@ class Peer:
         self._down_since: float | None = None  # one's own link is
         self._elapsed = 0.0  # of a suspension, when it was lost
         self._repeat = FIRST_REPEAT
+        self._made_up = False  # for having looked late
         self._asked_all_at = 0.0
         self._alarm = Alarm(self._look)
 
@@ -160,6 +161,7 @@ class Peer:
             if after is None:
                 return
             self._state, self._since, self._repeat = after, time.monotonic(), FIRST_REPEAT
+            self._made_up = False
             self._elapsed = 0.0
             members = list(self.members)
         if not members:
@@ -229,8 +231,9 @@ class Peer:
     def _make_up_locked(self, now: float) -> None:
         """The time by which the look is late does not count, and an answer has a moment to be read. Requires _lock."""
         late = lateness(self._alarm.due, now)
-        if not late:
-            return
+        if not late or self._made_up:
+            return  # once in each state or outage: a process may be late all the time
+        self._made_up = self._state is not State.HEARD or self._down_since is not None
         self._repeat = FIRST_REPEAT
         if self._down_since is not None:
             moment = (OUTAGE_GRACES - 1) * self.grace  # the next link has a grace to come
@@ -257,7 +260,7 @@ class Peer:
             if self._down_since is None:
                 now = time.monotonic()
                 self._make_up_locked(now)
-                self._down_since = now
+                self._down_since, self._made_up = now, False
                 self._elapsed = self._down_since - self._since if self._state is State.SUSPENDED else 0.0
         self._ring(self._down_since + OUTAGE_GRACES * self.grace)
 
@@ -267,7 +270,7 @@ class Peer:
         now = time.monotonic()
         with self._lock:
             elapsed, self._elapsed = self._elapsed, 0.0
-            self._down_since = None
+            self._down_since, self._made_up = None, False
             if self._state is State.SUSPENDED:
                 self._since = now - elapsed
                 due = now + min(FIRST_REPEAT, max(0.0, self.grace - elapsed))

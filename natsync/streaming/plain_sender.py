@@ -173,7 +173,7 @@ class PlainSender(SenderCore):
         frame = encode_pub(self._reply, self._inbox, *self._end_parts(ending))
         try:
             with self.lock:  # so that breaks() sees the end either not sent or with its mark
-                if self._broken is not None:
+                if self._broken is not None or ending is not self._ending:
                     return  # repair() is about to send another one
                 mark = self._end_mark = self._end_mark or self._connection.try_put(frame, force=True)
         except NatsError as error:  # closed: there is nobody to tell any more

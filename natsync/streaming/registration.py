@@ -51,8 +51,8 @@ class Handle:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing waits and nothing is under way."""
-        return not self._core.unhandled and not len(self._work)
+        """Whether nothing comes any more, nothing waits and nothing is under way."""
+        return not self._core.active and not self._core.unhandled and not len(self._work)
 
     @property
     def stats(self) -> dict[str, int]:
@@ -118,22 +118,37 @@ class Handle:
 
     def _context_ended(self) -> None:
         """Have the server send no more; what was on its way until its PONG is answered, with an error."""
+        self._responder.connection.stop_intake(self._core)
+        self._end_later()
+
+    def _end_later(self) -> None:
+        """End when the server has no more to bring: nobody who has asked is left without an answer."""
         connection = self._responder.connection
-        connection.stop_intake(self._core)
         connection.after_round_trip(lambda: connection.in_supervisor(self._end))
 
+    def _stop(self) -> None:
+        self._stop_watching()
+        self._forget(self)
+        self._stopped.set()
+
     def leave(self, deadline: Deadline) -> None:
-        """Have the server send no more, and take what was on its way."""
+        """Have the server send no more, and take what was on its way; in a handler without waiting."""
         connection = self._responder.connection
         if self._stopped.is_set():
             return
         connection.stop_intake(self._core)
+        if connection.status is not Status.CONNECTED:
+            self._end()
+            return
         try:
-            if connection.status is Status.CONNECTED and not self._responder.in_handler():
+            if not self._responder.in_handler():
                 connection.confirm(deadline)
+                self._end()
+                return
         except NatsError as error:
             log.debug("the end of %r was not confirmed: %s", self.subject, error)
-        self._end()
+        self._end_later()
+        self._stop()
 
     def undo(self) -> None:
         """The registration was cut short: it is as if it had not been made."""
@@ -151,9 +166,7 @@ class Handle:
 
     def _end(self) -> None:
         self._responder.connection.unsubscribe(self._core)
-        self._stop_watching()
-        self._forget(self)
-        self._stopped.set()
+        self._stop()
 
     def __repr__(self) -> str:
         queue = f", queue={self.queue!r}" if self.queue else ""

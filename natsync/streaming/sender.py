@@ -226,15 +226,21 @@ class SenderCore(Waiter):
         if self._generation != fork_generation():
             return False  # in a child that a handler forked: the stream is the parent's
         ended = isinstance(error, StreamError) and error.code == Code.OK
-        with self.lock:
-            first = self._error is None
-            if first:
-                self._closing_locked(ending is not None)
-                # No call from here on, so that a Ctrl-C finds the stream either open or about to end.
-                self._ended, self._error, self._ending, self._due = ended, error, ending, True
-        # From here on nobody sends: every chunk that was sent is queued, and the end goes behind it.
-        if self.cut_short:
-            self._finishing.run(self._finish)
+        finishing, mine = self._finishing, object()
+        try:
+            with self.lock:
+                first = self._error is None
+                if first:
+                    self._closing_locked(ending is not None)
+                    # No call from here on, so that a Ctrl-C finds the stream either open or about to end.
+                    self._ended, self._error, self._ending, self._due = ended, error, ending, True
+                    finishing.claim = mine
+            # From here on nobody sends: every chunk that was sent is queued, and the end goes behind it.
+            if first or self.cut_short:
+                finishing.run(self._finish, mine)
+        finally:
+            if finishing.claim is mine:  # a Ctrl-C before that
+                finishing.claim = None
         return first
 
     def _finish(self) -> None:
