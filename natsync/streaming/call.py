@@ -430,19 +430,18 @@ class Call(Waiter):
         self._finishing.run(self._let_go)
 
     def _let_go(self) -> None:
-        leaving = self._leaving
+        """Until the last step the connection knows this call, and ends it if a Ctrl-C has kept us from that."""
         self._signal.set()
-        if leaving is not None:
-            self._part(str(leaving), leaving.code if isinstance(leaving, StreamError) else Code.CANCELLED)
-            self._leaving = None
-        self._frame = b""
         if self._offered is not None:
             self._offered.close(complete=self._ended_there)
         self._alarm.clear()
-        mux = self._connection.mux
-        if mux.waiters.get(self.token) is self:  # until here the end of the connection still finds it
-            mux.unregister(self.token)
         self._tell_finished()
+        leaving, mux = self._leaving, self._connection.mux
+        if leaving is not None:
+            self._part(str(leaving), leaving.code if isinstance(leaving, StreamError) else Code.CANCELLED)
+        if mux.waiters.get(self.token) is self:
+            mux.unregister(self.token)
+        self._frame = b""
 
     def _part(self, why: str, code: int = Code.CANCELLED, *, behind: Waiter | None = None) -> None:
         """Have the responder told that the stream is left. behind: who still waits here."""
