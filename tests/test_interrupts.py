@@ -346,7 +346,7 @@ def test_the_first_connecting(verb: str, nats_server: NatsServer, error: type[Ba
             "request": lambda: client.request("i.x", timeout=PATIENCE),
             "flush": lambda: client.flush(PATIENCE),
         }
-        interrupted(verbs[verb], error, "ensure_open")
+        interrupted(verbs[verb], error, "ensure_open", when=lambda: client.status == "connecting")
         assert client.status == "connecting"
         go_on.set()
         client.open(PATIENCE)

@@ -208,6 +208,8 @@ def test_a_lent_connection_that_is_made_again_stays_in_the_pool(make_nats_server
             server.kill()
             server.start()
             eventually(lambda: client.stats()["reconnects"] == 1, PATIENCE)
+            (turn,) = pool._keeper.store.leased
+            eventually(lambda: turn.member is not None and turn.member.usable)  # the pool has learned of it
         with pool.connection() as other:
             assert other is client
         assert (pool.stats()["dials"], pool.stats()["lost"]) == (1, 1)
