@@ -454,6 +454,7 @@ def test_a_stream_that_is_being_started_as_its_registration_is_stopped_is_counte
         assert handle.wait_idle(Deadline.after(PATIENCE))
         stats = subscriber.stats()
         assert [stats[name] for name in ("received", "processed", "active")] == [1, 1, 0]
+        eventually(lambda: handle.idle, PATIENCE)  # the server has confirmed that no more comes
         assert subscriber.stats()["received"] == 1
         assert not subscriber._leaving
 

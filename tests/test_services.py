@@ -106,7 +106,7 @@ def test_stats_count_requests_errors_and_nanoseconds(subscriber: natsync.Subscri
         client.request("llm.count", timeout=PATIENCE)
     assert (raised.value.message, raised.value.code) == ("no words", 500)
     assert list(client.stream("llm.chat", "a b", timeout=PATIENCE)) == [b"a", b"b"]
-    eventually(lambda: subscriber.stats()["processed"] == 2, PATIENCE)
+    eventually(lambda: (subscriber.stats()["processed"], subscriber.stats()["failed"]) == (2, 1), PATIENCE)
 
     said = one(services.stats(client, "llm", service.id))
     count, chat = endpoint(said, "llm.count"), endpoint(said, "llm.chat")
