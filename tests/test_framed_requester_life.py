@@ -122,13 +122,14 @@ def test_a_cancel_before_the_first_frame_reaches_the_responder_as_soon_as_it_say
 
 def test_a_cancel_is_repeated_until_it_is_answered(table: Table) -> None:
     stream, answer = table.open()
+    begin = time.monotonic()
     stream.cancel("enough")
     times = []
     for _ in range(3):
         assert answer.until(b"x ") == b"x 1 enough"
-        times.append(time.monotonic())
-    assert times[1] - times[0] >= 0.25 * EARLY - 0.05
-    assert times[2] - times[1] >= 0.5 * EARLY - 0.05
+        times.append(time.monotonic() - begin)  # it may be read late, but never too early
+    assert times[1] >= 0.25 * EARLY - 0.05
+    assert times[2] >= 0.75 * EARLY - 0.05
 
 
 def test_a_cancel_is_not_repeated_once_it_is_answered(table: Table) -> None:
