@@ -48,13 +48,16 @@ def test_never_more_than_max_size_connections_however_many_callers() -> None:
     with RecordingServer() as server, natsync.ConnectionPool(server.url, max_size=3) as pool:
         held: list[int] = []
         most: list[int] = []
-        lock = threading.Lock()
+        lock, three = threading.Lock(), threading.Event()
 
         def borrow() -> None:
             with pool.connection(timeout=30) as client:
                 with lock:
                     held.append(1)
                     most.append(len(held))
+                    if len(held) == 3:
+                        three.set()
+                assert three.wait(30)
                 client.flush()
                 with lock:
                     held.pop()
