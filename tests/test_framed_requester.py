@@ -9,13 +9,13 @@ import contextlib
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
 import natsync
 from broker import Outcome
-from framed import SUBJECT, Table, account, batch, block, chunks, failure, take
+from framed import SUBJECT, Answer, Table, account, batch, block, chunks, failure, take
 from natsync import timers
 from natsync.streaming import calls, peers
 from natsync.testing import NatsServer, eventually
@@ -196,45 +196,53 @@ def test_a_refusal_does_not_count_if_another_responder_accepts_within_a_moment(t
     assert list(stream) == [b"one"]
 
 
+@contextlib.contextmanager
+def no_timer() -> Iterator[None]:
+    """The timer's thread is held up, as if frozen: the only looks are the test's."""
+    held, go_on = threading.Event(), threading.Event()
+    timers.schedule_after(0, lambda: (held.set(), go_on.wait(PATIENCE)))  # type: ignore[arg-type, return-value]
+    try:
+        assert held.wait(PATIENCE)
+        yield
+    finally:
+        go_on.set()
+
+
+def refused_late(answer: Answer, stream: natsync.Stream) -> Callable[[], None]:
+    """Have the responder refuse; returns a look at that which comes an hour late."""
+    receiver = stream._call._offered
+    assert receiver is not None
+    answer.send("r", 0, ERROR + b"full", block(**REFUSAL))
+    eventually(lambda: receiver.refusing)
+
+    def look() -> None:
+        receiver._refusal_due -= 3600
+        receiver._look()
+
+    return look
+
+
 def test_a_refusal_that_is_looked_at_late_leaves_another_responder_its_moment(table: Table) -> None:
     """The process was frozen meanwhile, and what another one said was not read yet."""
-    held, go_on = threading.Event(), threading.Event()
     stream = table.client().stream(SUBJECT)
     refusing = table.answer()
     accepting = table.answer(refusing.request)
-    timers.schedule_after(0, lambda: (held.set(), go_on.wait(PATIENCE)))  # type: ignore[arg-type, return-value]
-    try:
-        assert held.wait(PATIENCE)  # the only look is the test's
-        receiver = stream._call._offered
-        assert receiver is not None
-        refusing.send("r", 0, ERROR + b"full", block(**REFUSAL))
-        eventually(lambda: receiver.refusing)
-        receiver._refusal_due -= 3600
-        receiver._look()
+    with no_timer():
+        look = refused_late(refusing, stream)
+        look()
         assert not stream._call.over
         accepting.send_all(("d", 1, b"c1"), ("e", 2, END))
         assert list(stream) == [b"c1"]
-    finally:
-        go_on.set()
 
 
 def test_a_process_that_is_late_all_the_time_learns_of_a_refusal(table: Table) -> None:
-    held, go_on = threading.Event(), threading.Event()
     stream = table.client().stream(SUBJECT)
     refusing = table.answer()
-    timers.schedule_after(0, lambda: (held.set(), go_on.wait(PATIENCE)))  # type: ignore[arg-type, return-value]
-    try:
-        assert held.wait(PATIENCE)  # the only looks are the test's
-        receiver = stream._call._offered
-        assert receiver is not None
-        refusing.send("r", 0, ERROR + b"full", block(**REFUSAL))
-        eventually(lambda: receiver.refusing)
+    with no_timer():
+        look = refused_late(refusing, stream)
         for over in (False, True):
-            receiver._refusal_due -= 3600
-            receiver._look()
+            look()
             assert stream._call.over is over
-    finally:
-        go_on.set()
     with pytest.raises(natsync.StreamRefused):
         list(stream)
 
