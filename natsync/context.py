@@ -76,11 +76,11 @@ class Context:
         inherited: float | None = parent._deadline if parent is not None else None
         own = deadline is not None and (inherited is None or deadline < inherited)
         self._deadline = deadline if own else inherited
-        if parent is not None:
-            parent._adopt(self)
-        if own and deadline is not None and self._error is None:
+        if own and deadline is not None and (parent is None or parent._error is None):
             mine = weakref.ref(self)
             self._timer = timers.schedule(deadline, lambda: _expire(mine))
+        if parent is not None:  # last: its end, in another thread, takes back the timer
+            parent._adopt(self)
 
     # -- deriving ----------------------------------------------------------------------------------------------
 

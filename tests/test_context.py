@@ -283,6 +283,23 @@ def test_a_child_of_a_context_that_has_ended_needs_no_timer(own_timers: timers._
     assert own_timers._heap == []
 
 
+def test_a_child_whose_parent_ends_while_it_is_made_leaves_no_timer(
+    own_timers: timers._Timers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = Context()
+    schedule = timers.schedule
+
+    def cut_in(at: float, callback: Callable[[], None]) -> timers.Timer:
+        parent.cancel()  # as another thread may at this moment
+        return schedule(at, callback)
+
+    monkeypatch.setattr(timers, "schedule", cut_in)
+    child = parent.with_timeout(60)
+    assert child.cancelled
+    assert own_timers._heap == []
+    eventually(lambda: own_timers._thread is None)
+
+
 def test_cancel_before_the_deadline_counts() -> None:
     ctx = Context().with_timeout(0.03)
     ctx.cancel("earlier")
