@@ -4,7 +4,9 @@ Make before break. The new link subscribes to everything; for a while both bring
 one are delivered. Then a mark is published over the old link, to an inbox of our own: each link brings it, or a PONG in
 its stead, at its place among the messages. From its mark on the messages of each link are compared. A while after both
 have come, the old link unsubscribes, and everything published from now on waits; the PONG behind that proves that the
-old link has brought all it will ever bring and that its server has all it was given. Now the new link takes over.
+old link has brought all it will ever bring and that its server has all it was given. A second mark, the last that is
+published over the old link, comes by the new one once the old server has passed on all that to the new one, which in a
+slow cluster takes its time: what is published next must not overtake it. Now the new link takes over.
 
 What the new link brings behind its mark is kept until the old one has brought it too. What is left in the end came on
 the new link only, and is delivered: the old server had unsubscribed before it had it, be it published behind that or
@@ -45,6 +47,11 @@ LONGEST_OVERLAP = 5.0
 #: Seconds behind its arrival on the old link that the mark may take on the new one; a user who may not publish to his
 #: own inbox has none, and then a PONG must do.
 MARK_SECONDS = 0.5
+#: Seconds behind the end of the old link that the second mark may take on the new one; publishers wait meanwhile.
+PASSED_ON_SECONDS = 1.0
+#: Seconds, at the least, that servers other than these two have for what the old one passes on to them. If the second
+#: mark took longer it is as long as that, for there is nothing that tells when they have it.
+OTHERS_SECONDS = 0.05
 #: Seconds for which the old link may still be ahead of the new one when it is left.
 STRAGGLER_SECONDS = 1.0
 
@@ -72,7 +79,10 @@ class Keeper(Protocol):
         """A subject of our own inbox that was never used."""
 
     def leave_old_link(self, handover: Handover) -> None:
-        """Everything published from now on is for the new link; the old one unsubscribes, see Session.hand_over()."""
+        """Everything published from now on is for the new link; the old one unsubscribes, see Session.hand_over().
+
+        The last that it publishes is handover.last_words.
+        """
 
     def take_over(self, handover: Handover) -> None:
         """The new link is the only one from now on."""
@@ -96,6 +106,11 @@ class Handover:
         self._compared_from: int | None = None  # the number on the new link from which on none is a skewed one,
         self._compared_at = math.inf  # and when that was known
         self._mark = b""
+        self._last_mark = b""  # there is one if the first was brought by the new link
+        self._brings_marks = False
+        self._left_at = 0.0
+        self._passed_on: float | None = None  # the seconds that the second mark took
+        self._taking_over = False
         self._marked: set[Session] = set()  # from now on their messages are compared
         self._both_marked = False
         self._keeper = keeper
@@ -144,7 +159,12 @@ class Handover:
 
     def is_mark(self, subject: bytes) -> bool:
         """Whether the subject is that of the mark, which the user knows nothing of."""
-        return subject == self._mark
+        return subject in (self._mark, self._last_mark)
+
+    @property
+    def last_words(self) -> bytes:
+        """What the old link publishes last: the second mark, if there is one."""
+        return encode_pub(self._last_mark, None, None, b"") if self._last_mark else b""
 
     def _later(self, seconds: float, step: Callable[[], None]) -> None:
         with self._lock:
@@ -237,6 +257,8 @@ class Handover:
             wait = max(joined, self._compared_at + COMPARE_SECONDS - SKEW_SECONDS) - time.monotonic()
             if wait <= 0:
                 self.phase = Phase.LEAVING
+                self._left_at = time.monotonic()
+                self._last_mark = self._keeper.mark_subject() if self._brings_marks else b""
         if wait > 0:
             self._later(wait, self._leave)
         else:
@@ -257,7 +279,30 @@ class Handover:
         with self._lock:
             self._deliver_kept_locked()
             self.phase = Phase.TAKEN_OVER
-        # One more round trip, so that what the old server passed on is not overtaken by what the new one is given.
+            waits = bool(self._last_mark) and self._passed_on is None
+        if waits:
+            self._later(PASSED_ON_SECONDS, self._begin_to_take_over)
+        else:
+            self._begin_to_take_over()
+
+    def _brought_last_mark(self) -> None:
+        with self._lock:
+            self._passed_on = time.monotonic() - self._left_at
+            left = self.phase is Phase.TAKEN_OVER
+        if left:
+            self._begin_to_take_over()
+
+    def _begin_to_take_over(self) -> None:
+        """What the old server was given has reached the new one, as far as can be known; other servers get a moment."""
+        with self._lock:
+            if self._taking_over:
+                return
+            self._taking_over = True
+            took = self._passed_on or 0.0
+        self._later(min(max(took, OTHERS_SECONDS), PASSED_ON_SECONDS), self._ask_new)
+
+    def _ask_new(self) -> None:
+        """One more round trip, in which the new server passes on what it was given by the old one."""
         self.new.ping_first(self._take_over)
 
     def _take_over(self, position: int | None) -> None:
@@ -270,8 +315,11 @@ class Handover:
 
     def on_batch(self, session: Session, batch: Batch) -> None:
         """Deliver a batch, keep it, or drop what has come on the other link."""
-        if self.is_mark(batch.subject):
+        if batch.subject == self._mark:
+            self._brings_marks = self._brings_marks or session is self.new
             self._marks(session)
+        elif batch.subject == self._last_mark:
+            self._brought_last_mark()
         elif self._keeper.is_shared(batch.sid):
             self._keeper.deliver(batch)
         elif session is self.old:

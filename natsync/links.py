@@ -532,7 +532,7 @@ class Links:
         with self._lock:
             if self._handover is not handover:
                 return
-            last = b"".join(self.dispatcher.no_interest())
+            last = b"".join(self.dispatcher.no_interest()) + handover.last_words
             position = handover.old.hand_over(last, handover.left)
             if position:  # else it has just been lost, and on_lost() is about to be called
                 handover.new.outbox.follow(handover.old.outbox, position)

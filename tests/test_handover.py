@@ -19,7 +19,7 @@ from natsync import timers
 from natsync.handover import Handover, Phase
 from natsync.outbox import Outbox
 from natsync.protocol import Batch, Sub, Unsub
-from natsync.testing import FaultProxy, NatsCluster, PeerConnection, ScriptedPeer, eventually
+from natsync.testing import FaultProxy, NatsCluster, NatsServer, PeerConnection, ScriptedPeer, eventually
 
 
 @pytest.fixture
@@ -278,6 +278,41 @@ def test_servers_that_are_restarted_one_after_the_other_cost_no_message() -> Non
         wrong = {name: misplaced(numbers, published[name]) for name, numbers in got.items()}
         assert wrong == {name: [] for name in published}
         assert all("disconnected" not in told.names for told in events)
+
+
+@pytest.mark.slow
+def test_what_is_published_next_does_not_overtake_what_a_slow_route_still_carries() -> None:
+    """The publisher moves to the server of the subscriber, whom all that it published before reaches later."""
+    config = """
+server_name: {name}
+lame_duck_duration: "30s"
+lame_duck_grace_period: "8s"
+cluster {{ name: slow, listen: "127.0.0.1:-1", routes: [{routes}] }}
+"""
+    events = Events()
+    got: list[int] = []
+    with ExitStack() as stack:
+        lame = stack.enter_context(NatsServer(config=config.format(name="lame", routes="")))
+        route = stack.enter_context(FaultProxy(lame.ports["cluster"][0]))
+        stays = stack.enter_context(NatsServer(config=config.format(name="stays", routes=f'"{route.url}"')))
+        servers = [lame.url, stays.url]
+        mover = stack.enter_context(natsync.connect(servers, randomize=False, on_event=events))
+        reader = stack.enter_context(natsync.connect(stays.url))
+        reader.subscribe("n", lambda message: got.append(int(message.data)), pending_messages=10**7)
+        with_interest_of(reader, mover)
+        route.up.delay(0.2)
+        route.down.delay(0.2)
+        publisher = Numbers(mover, "n")
+        eventually(lambda: got)
+        lame.signal(signal.SIGUSR2)
+        moved(events, mover, lame.url)
+        seen = publisher.count
+        eventually(lambda: publisher.count > seen + 500)
+        count = publisher.stop()
+        eventually(lambda: len(got) >= count, 10)
+        assert misplaced(got, count) == []
+        assert "disconnected" not in events.names
+        lame.kill()
 
 
 @pytest.mark.slow
@@ -649,6 +684,7 @@ class Connection:
     def __init__(self) -> None:
         self.got: list[tuple[bytes, bytes]] = []
         self.steps: list[str] = []
+        self.marks = 0
 
     def deliver(self, batch: Batch) -> None:
         self.got += [(batch.subject, item[2]) for item in batch.items]
@@ -666,7 +702,8 @@ class Connection:
         self.steps.append("end")
 
     def mark_subject(self) -> bytes:
-        return b"mark"
+        self.marks += 1
+        return b"mark" if self.marks == 1 else b"last mark"
 
 
 class Link:
@@ -884,6 +921,7 @@ def test_without_a_mark_on_the_new_link_a_round_trip_must_do(monkeypatch: pytest
     assert case.keeper.steps == []
     case.new.pings.pop()(0)
     assert case.keeper.steps == ["leave"]
+    assert not case.handover.last_words  # nor a second one
     case.handover.stop()
 
 
@@ -938,9 +976,52 @@ def test_the_same_payload_on_another_subject_or_with_another_reply_is_another_me
 def test_the_new_link_takes_over_one_round_trip_behind_the_old_ones_end() -> None:
     case = Case().at(Phase.LEAVING)
     case.handover.left(7)
+    eventually(lambda: case.new.pings)
     assert case.keeper.steps == []
-    case.new.pings[-1](0)
+    case.new.pings.pop()(0)
     assert case.keeper.steps == ["take over"]
+    case.handover.stop()
+
+
+def left_with_a_second_mark() -> Case:
+    """The new link has brought the first one, so that a second is the last that the old link publishes."""
+    case = Case()
+    case.handover._compare()
+    case.handover.old_marked(1)
+    case.bring(case.new, b"", subject=b"mark")
+    eventually(lambda: case.new.pings)
+    case.new.pings.pop()(0)
+    eventually(lambda: case.keeper.steps == ["leave"])
+    assert case.handover.last_words == b"PUB last mark 0\r\n\r\n"
+    return case
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("first", ["end", "mark"])
+def test_the_new_link_takes_over_when_it_has_brought_the_second_mark_too(first: str) -> None:
+    case = left_with_a_second_mark()
+    steps = [lambda: case.handover.left(7), lambda: case.bring(case.new, b"", subject=b"last mark")]
+    for step in steps if first == "end" else reversed(steps):
+        assert not case.handover._taking_over
+        step()
+    eventually(lambda: case.new.pings)
+    assert case.got == []
+    case.new.pings.pop()(0)
+    assert case.keeper.steps == ["leave", "take over"]
+    case.handover.stop()
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_second_mark_that_does_not_come_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("natsync.handover.PASSED_ON_SECONDS", 0.01)
+    case = left_with_a_second_mark()
+    case.handover.left(7)
+    eventually(lambda: case.new.pings)
+    case.new.pings.pop()(0)
+    assert case.keeper.steps == ["leave", "take over"]
+    case.bring(case.new, b"", subject=b"last mark")
+    assert not case.got
+    assert not case.new.pings
     case.handover.stop()
 
 
