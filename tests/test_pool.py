@@ -337,9 +337,7 @@ def test_the_replies_of_request_many_hold_a_connection_until_they_are_over(
     pool: natsync.ConnectionPool, raw: RawClient, how: str
 ) -> None:
     raw.subscribe("p.many")
-    replies: natsync.Replies | None = pool.request_many(
-        "p.many", timeout=0.2 if how == "timeout" else 30, max_messages=2
-    )
+    replies: natsync.Replies | None = pool.request_many("p.many", timeout=2 if how == "timeout" else 30, max_messages=2)
     assert replies is not None
     request = raw.next()
     assert pool.stats()["leased"] == 1
