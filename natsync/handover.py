@@ -281,7 +281,7 @@ class Handover:
             self.phase = Phase.TAKEN_OVER
             waits = bool(self._last_mark) and self._passed_on is None
         if waits:
-            self._later(PASSED_ON_SECONDS, self._begin_to_take_over)
+            self._by(PASSED_ON_SECONDS, self._begin_to_take_over)
         else:
             self._begin_to_take_over()
 
