@@ -218,7 +218,13 @@ def test_nothing_is_left_of_200_abandoned_requests(web: Web, kind: str, responde
     after = many(ABANDONED)
     assert after["pid"] == before["pid"]
     # Idle workers may have gone, and the pool may have made a connection more: it has 8 at the most, of three threads.
-    assert len(after["threads"]) <= len(before["threads"]) + 3 * 8, after["threads"]
+    most = len(before["threads"]) + 3 * 8
+
+    def few_threads() -> bool:  # the server's own, which have written a stream, may be a little behind its end
+        after.update(stats(web))
+        return len(after["threads"]) <= most
+
+    eventually(few_threads, PATIENCE, f"more than {most}: {after}")
     eventually(lambda: stats(web)["sockets"] <= before["sockets"] + 8, PATIENCE)
     assert [name for name in after["threads"] if "stream" in name] == []
     with Browser(f"{web.url}/ping") as browser:
