@@ -165,7 +165,7 @@ def test_a_lost_link_is_made_again_past_a_server_that_withholds(
 
 
 def test_a_server_that_comes_to_its_senses_is_connected_to_again(proxy: FaultProxy, other: natsync.Client) -> None:
-    with connect(proxy, connect_timeout=0.7) as client:
+    with connect(proxy, connect_timeout=1.0) as client:
         proxy.hang()
         proxy.reset()
         eventually(lambda: proxy.connections >= 3, PATIENCE)

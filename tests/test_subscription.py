@@ -57,7 +57,7 @@ def test_next_raises_timed_out(client: natsync.Client) -> None:
     begin = time.monotonic()
     with pytest.raises(natsync.TimedOut):
         subscription.next(timeout=0.1)
-    assert 0.09 <= time.monotonic() - begin < 1
+    assert 0.09 <= time.monotonic() - begin < 5
     with pytest.raises(natsync.TimedOut):
         subscription.next(timeout=0)
 

@@ -181,7 +181,7 @@ def test_settling_does_not_wait_for_what_is_still_scheduled() -> None:
     handle = schedule_after(FAR, lambda: None)
     started = time.monotonic()
     settle()
-    assert time.monotonic() - started < 0.5
+    assert time.monotonic() - started < 0.9
     assert timer_threads()
     handle.cancel()
 
