@@ -21,6 +21,9 @@ from natsync.outbox import Outbox
 from natsync.protocol import Batch, Sub, Unsub
 from natsync.testing import FaultProxy, NatsCluster, NatsServer, PeerConnection, ScriptedPeer, eventually
 
+#: How far behind the publishers a busy machine's callback gets is not what is tested here.
+ROOM: dict[str, Any] = {"pending_messages": 10**7, "pending_bytes": 10**9}
+
 
 @pytest.fixture
 def cluster() -> Iterator[NatsCluster]:
@@ -74,13 +77,7 @@ def test_leaving_a_lame_duck_loses_nothing_doubles_nothing_and_keeps_the_order(c
         natsync.connect(cluster.urls[1]) as second,
         natsync.connect(cluster.urls[2]) as third,
     ):
-        # Without bounds: how far behind the publishers a busy machine's callback gets is not what this is about.
-        mover.subscribe(
-            "n.*",
-            lambda message: got.setdefault(message.subject, []).append(int(message.data)),
-            pending_messages=10**7,
-            pending_bytes=10**9,
-        )
+        mover.subscribe("n.*", lambda message: got.setdefault(message.subject, []).append(int(message.data)), **ROOM)
         mover.flush()
         with_interest(cluster, mover)
         publishers = [Numbers(one, f"n.{name}") for name, one in (("2", second), ("3", third), ("own", mover))]
@@ -142,7 +139,7 @@ def test_members_of_a_queue_group_handle_every_message_once_while_one_of_them_mo
         natsync.connect(cluster.urls[2]) as source,
     ):
         for member in (mover, stays):
-            member.subscribe("work", take, queue="w")
+            member.subscribe("work", take, queue="w", **ROOM)
             member.flush()
         with_interest(cluster, mover)
         numbers = Numbers(source, "work")
@@ -264,7 +261,9 @@ def test_servers_that_are_restarted_one_after_the_other_cost_no_message() -> Non
             stack.enter_context(natsync.connect(url, on_event=told, name=f"client-{index}"))
             for index, (url, told) in enumerate(zip(nodes.urls, events, strict=True))
         ]
-        clients[0].subscribe("n.*", lambda message: got.setdefault(message.subject, []).append(int(message.data)))
+        clients[0].subscribe(
+            "n.*", lambda message: got.setdefault(message.subject, []).append(int(message.data)), **ROOM
+        )
         with_interest(nodes, clients[0])
         publishers = {f"n.{index}": Numbers(client, f"n.{index}") for index, client in enumerate(clients)}
         for index in (0, 1):
@@ -298,7 +297,7 @@ cluster {{ name: slow, listen: "127.0.0.1:-1", routes: [{routes}] }}
         servers = [lame.url, stays.url]
         mover = stack.enter_context(natsync.connect(servers, randomize=False, on_event=events))
         reader = stack.enter_context(natsync.connect(stays.url))
-        reader.subscribe("n", lambda message: got.append(int(message.data)), pending_messages=10**7)
+        reader.subscribe("n", lambda message: got.append(int(message.data)), **ROOM)
         with_interest_of(reader, mover)
         route.up.delay(0.2)
         route.down.delay(0.2)
@@ -941,7 +940,7 @@ authorization { users = [
             natsync.connect(nodes.urls[1], user="all", password="S3CRET-all") as other,
         ):
             got: list[int] = []
-            mover.subscribe("n", lambda message: got.append(int(message.data)))
+            mover.subscribe("n", lambda message: got.append(int(message.data)), **ROOM)
             with_interest_of(mover, other)
             publisher = Numbers(other, "n")
             eventually(lambda: len(got) > 100)
