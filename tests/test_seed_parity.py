@@ -483,7 +483,7 @@ def test_is_closed_when_a_plain_requester_unsubscribes(raw: RawClient, held: Hel
     sender.send(b"first")
     assert raw.next().payload == b"first"
     raw.unsubscribe(sid)
-    assert until_closed(sender) < 2
+    assert until_closed(sender) < 0.5
     assert ctx.wait(PATIENCE)
     with pytest.raises(natsync.ClientLost):
         sender.send(b"late")
@@ -493,7 +493,7 @@ def test_is_closed_when_a_plain_requester_dies(nats_server: NatsServer, held: He
     with RawClient(nats_server.url) as raw:
         raw.request("parity.sender")
         sender, ctx = held()
-    assert until_closed(sender) < 2
+    assert until_closed(sender) < 0.5
     assert ctx.wait(PATIENCE)
 
 
@@ -503,7 +503,7 @@ def test_is_closed_when_a_natsync_requester_cancels(client: natsync.Client, held
     sender.send(b"1")
     assert stream.next(PATIENCE) == b"1"  # the handler's address is known here
     stream.cancel("changed my mind")
-    assert sender.closed.wait(2)  # nothing had to be sent to find out
+    assert sender.closed.wait(0.5)  # nothing had to be sent to find out
     assert ctx.wait(PATIENCE)
     assert "changed my mind" in str(ctx.reason)
 
@@ -523,7 +523,7 @@ def test_is_closed_when_a_natsync_requester_dies(nats_server: NatsServer, held: 
     stream = client.stream("parity.sender")
     sender, ctx = held()
     client.close()
-    assert until_closed(sender) < 2
+    assert until_closed(sender) < 0.5
     assert ctx.wait(PATIENCE)
     with pytest.raises(natsync.ConnectionClosed):
         next(stream)
