@@ -195,7 +195,35 @@ def run(
             ctx.check()
         return function(next(attempt))
 
-    return _retrying(policy, ctx, rerun_errors, delivered, bucket, retrying)(once)
+    return _retrying(policy, ctx, rerun_errors, delivered, bucket, retrying, _sleeper(ctx))(once)
+
+
+class Series:
+    """The tries of one call as run() makes them, for a caller who waits between two of them himself, or goes away."""
+
+    def __init__(self, policy: Retry | tenacity.Retrying, ctx: Context, bucket: Bucket | None) -> None:
+        self._delivered = delivered = [False]
+        self._pauses = pauses = list[float]()
+        # No method of this object goes in: a cycle would keep the context alive until it is found.
+        self._retrying = _retrying(policy, ctx, False, lambda: delivered[0], bucket, None, pauses.append)
+        self._tries = iter(self._retrying)
+        self._try = next(self._tries)
+
+    def failed(self, error: BaseException, delivered: bool) -> tuple[int, float]:
+        """A try has failed. Returns its number, from 1, and the seconds until the next; raises error if there is none.
+
+        delivered: whether the application has had a part of the answer.
+        """
+        self._delivered[0] = delivered
+        state = self._try.retry_state
+        number = state.attempt_number
+        state.set_exception((type(error), error, error.__traceback__))
+        self._retrying.begin()  # tenacity keeps statistics by thread, and this may be another than the last time
+        another = next(self._tries, None)
+        if another is None:  # a policy of tenacity that has a value for its last failure, which is no part of an answer
+            raise error
+        self._try = another
+        return number, self._pauses.pop()
 
 
 def bucket_for(policy: RetryPolicy, subject: str) -> Bucket | None:
@@ -220,6 +248,7 @@ def _retrying(
     delivered: Callable[[], bool],
     bucket: Bucket | None,
     retrying: Retrying | None,
+    sleep: Callable[[float], None],
 ) -> tenacity.Retrying:
     # Exception: a Ctrl-C is no failure to be made up for.
     may_repeat = tenacity.retry_if_exception(
@@ -234,7 +263,7 @@ def _retrying(
         return policy.copy(
             retry=may_repeat & whole & wanted,
             stop=tenacity.stop_any(enough, *spent),
-            sleep=_sleeper(ctx),
+            sleep=sleep,
             before_sleep=_teller(retrying, policy.before_sleep),
             reraise=True,
         )
@@ -250,7 +279,7 @@ def _retrying(
         retry=may_repeat & wants,
         wait=policy.waits(),
         stop=tenacity.stop_any(*stops, *spent),
-        sleep=_sleeper(ctx),
+        sleep=sleep,
         before_sleep=_teller(retrying, None),
         reraise=True,
     )

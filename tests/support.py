@@ -41,12 +41,16 @@ def thread_frames() -> dict[int, FrameType]:
         gc.enable()
 
 
+#: Where threads wait between two tries: of a request, of a stream.
+_BETWEEN_TRIES = {("natsync.retry", "sleep"), ("natsync.streaming.stream", "_wait_for_try")}
+
+
 def between_two_tries() -> bool:
     """Whether a thread is in the wait of a retry."""
     for thread in thread_frames().values():
         frame: FrameType | None = thread
         while frame is not None:
-            if frame.f_code.co_name == "sleep" and frame.f_globals.get("__name__") == "natsync.retry":
+            if (frame.f_globals.get("__name__"), frame.f_code.co_name) in _BETWEEN_TRIES:
                 return True
             frame = frame.f_back
     return False

@@ -17,6 +17,7 @@ import pytest
 
 import natsync
 from natsync import Code
+from natsync.retry_budget import Bucket
 from natsync.streaming.framed_receiver import FramedReceiver
 from natsync.testing import NatsServer, eventually
 from rawclient import END, PATIENCE, RawClient
@@ -924,6 +925,108 @@ def test_next_keeps_its_timeout_during_retries(client: natsync.Client) -> None:
         with pytest.raises((natsync.TimedOut, natsync.NoRespondersError)):
             stream.next(timeout=0.2)
         assert time.monotonic() - begin < 1.9
+
+
+def in_short_waits(stream: natsync.Stream, each: float) -> tuple[bytes, int]:
+    """The next chunk, waited for as the bodies of HTTP responses do, and how many waits went by before."""
+    end, waits = time.monotonic() + PATIENCE, 0
+    while time.monotonic() < end:
+        try:
+            return stream.next(each), waits
+        except natsync.TimedOut:
+            waits += 1
+    pytest.fail("neither a chunk nor an end")
+
+
+def test_who_reads_in_short_waits_gets_to_the_next_attempt_and_to_the_last(client: natsync.Client) -> None:
+    before = client.stats()["out_messages"]
+    retry = natsync.Retry(attempts=3, initial=0.2, maximum=0.2, jitter=False)
+    stream = client.stream("sc.nobody", retry=retry)
+    begin = time.monotonic()
+    with pytest.raises(natsync.NoRespondersError):
+        in_short_waits(stream, 0.03)
+    assert time.monotonic() - begin >= 0.4
+    assert client.stats()["out_messages"] == before + 3
+
+
+def test_who_reads_in_short_waits_has_the_attempts_of_one_call_counted_once(
+    nats_server: NatsServer, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    retries: list[int] = []
+    spent: list[str] = []
+    take = Bucket.take
+
+    def taken(bucket: Bucket) -> bool:
+        spent.append(bucket._subject)
+        return take(bucket)
+
+    monkeypatch.setattr(Bucket, "take", taken)
+
+    class Told(natsync.Hooks):
+        def retrying(self, exchange: Any, attempt: int, wait_seconds: float, error: BaseException) -> None:
+            retries.append(attempt)
+
+    retry = natsync.Retry(attempts=4, initial=0.2, maximum=0.2, jitter=False)
+    with natsync.connect(nats_server.url, framed=mode == "framed", hooks=Told()) as client:
+        with pytest.raises(natsync.NoRespondersError):
+            in_short_waits(client.stream("sc.budget", retry=retry), 0.02)
+    assert retries == [1, 2, 3]
+    assert spent == ["sc.budget"] * 3
+
+
+def test_a_refused_stream_that_is_read_in_short_waits_is_asked_for_again(
+    nats_server: NatsServer, client: natsync.Client
+) -> None:
+    done = threading.Event()
+
+    def handler(ctx: natsync.Context, request: natsync.Message) -> Iterator[bytes]:
+        yield request.data
+        if request.data == b"first":
+            done.wait(PATIENCE)
+
+    with natsync.Subscriber(nats_server.url, max_streams=1) as subscriber:
+        subscriber.stream_subscribe("sc.full", handler, queue="q")
+        with client.stream("sc.full", b"first") as first:
+            assert next(first) == b"first"
+            second = client.stream("sc.full", b"second", retry=natsync.Retry())
+            with pytest.raises(natsync.TimedOut):
+                second.next(0.3)
+            done.set()
+            assert list(first) == []
+        chunk, waits = in_short_waits(second, 0.1)  # it was told to come again in a second
+        assert chunk == b"second"
+        assert waits >= 2
+        assert list(second) == []
+
+
+def test_each_wait_for_a_retry_may_be_in_another_thread(client: natsync.Client) -> None:
+    retry = natsync.Retry(attempts=4, initial=0.01, maximum=0.01, jitter=False)
+    stream = client.stream("sc.nobody", retry=retry)
+    end = time.monotonic() + PATIENCE
+    outcome: BaseException | None = None
+    while time.monotonic() < end and not isinstance(outcome, natsync.NoRespondersError):
+        with ThreadPoolExecutor(1) as pool:
+            outcome = pool.submit(stream.next, 0.005).exception()
+        assert isinstance(outcome, natsync.NatsError)
+    assert isinstance(outcome, natsync.NoRespondersError)
+
+
+def test_an_interrupt_between_two_tries_leaves_the_stream_as_it_was(
+    client: natsync.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = client.stream("sc.nobody", retry=natsync.Retry(attempts=2, initial=0.1, maximum=0.1, jitter=False))
+    with pytest.raises(natsync.TimedOut):
+        stream.next(0.05)
+    with monkeypatch.context() as patch:
+
+        def interrupted(self: natsync.Context, timeout: float | None = None) -> bool:
+            raise KeyboardInterrupt
+
+        patch.setattr(natsync.Context, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            stream.next(PATIENCE)
+    with pytest.raises(natsync.NoRespondersError):
+        stream.next(PATIENCE)
 
 
 def test_close_during_a_retrys_wait_wakes_the_waiting_next(client: natsync.Client) -> None:

@@ -5,6 +5,7 @@ A stream that is dropped cancels its call; nothing but the user holds the Stream
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -24,7 +25,7 @@ from natsync.errors import (
 )
 from natsync.headers import Headers
 from natsync.message import Message
-from natsync.retry import RetryPolicy, bucket_for, run, surely_not_run
+from natsync.retry import RetryPolicy, Series, bucket_for
 from natsync.streaming.call import Call, Finished
 from natsync.streaming.calls import Calls
 
@@ -112,6 +113,8 @@ class Stream(Closable[bytes]):
         self._generation = fork_generation()
         self._at_end: list[Finished] = []
         self._tries = 0
+        self._series: Series | None = None  # of the attempts that have failed since the last chunk
+        self._due: float | None = None  # when the next one is to be made, in time.monotonic(); None while one is
         self._earlier = dict.fromkeys(_COUNTED, 0.0)  # what was counted by attempts that broke off
         self._call = self._open(0, 0)
 
@@ -152,64 +155,68 @@ class Stream(Closable[bytes]):
 
     def _with_retry(self, deadline: Deadline) -> bytes:
         """The next chunk; if the stream breaks off and the policy lets it, of another attempt."""
-        policy = self._retry
-        scope = self._ctx if deadline.at is None else self._ctx.with_deadline(deadline.at)
-
-        def attempt(number: int) -> bytes | TimedOut:
-            if number:
-                self._again()
+        while True:
+            self._wait_for_try(deadline)
             try:
-                return self._call.next_chunk(deadline)
-            except TimedOut as error:
-                if type(error) is not TimedOut:
+                if self._due is not None:
+                    self._due = None
+                    self._again()
+                chunk = self._call.next_chunk(deadline)
+            except Exception as error:
+                if type(error) is TimedOut:  # the wait has ended, not the stream
                     raise
-                return error  # the wait ended, not the stream: nothing to repeat
-            except NatsError as error:
-                if deadline.expired and surely_not_run(error) and not self._ctx.cancelled:
-                    return TimedOut(f"no chunk of {self.subject!r} in time; the stream goes on")  # with another try
-                raise
+                self._failed(error)
+            else:
+                self._series = None
+                if not getattr(self._retry, "resumable", False):
+                    self._settle()
+                return chunk
 
+    def _wait_for_try(self, deadline: Deadline) -> None:
+        """Return when an attempt is under way, or another due.
+
+        When that is outlasts this wait: who reads in short ones, as bodies of responses do, still gets there.
+        """
+        if self._due is None:
+            return
+        until = Deadline(self._due if deadline.at is None else min(self._due, deadline.at))
+        self._ctx.wait(until.remaining())
         try:
-            outcome = run(
-                attempt,
-                policy,
-                scope,
-                bucket=self._bucket,
-                delivered=lambda: self._delivered,
-                retrying=self._retrying,
-            )
+            self._ctx.check()
         except DeadlineExceeded:
-            if self._ctx.cancelled:
-                self._settle()
-                raise
-            raise TimedOut(f"no chunk of {self.subject!r} in time; the stream goes on") from None  # between two tries
-        except Cancelled as error:  # while it waited for another try
-            self._settle()
-            raise StreamCancelled(error.reason) from None
-        except StreamEnded:
             self._settle()
             raise
-        except BaseException as error:
-            ended = self._ctx.error() if self._ctx.cancelled else None
-            if deadline.expired and ended is None and surely_not_run(error):
-                raise TimedOut(f"no chunk of {self.subject!r} in time; the stream goes on") from None
+        except Cancelled as error:
             self._settle()
-            if isinstance(error, StreamError):
-                error.last_seq += int(self._earlier["chunks"])
-            if ended is None or isinstance(error, StreamClosed) or not isinstance(error, NatsError):
-                raise
-            # The stream was ended here when an attempt had failed, before another.
-            if isinstance(ended, DeadlineExceeded):
-                raise DeadlineExceeded(f"stream {self.subject!r}: deadline exceeded") from error
-            raise StreamCancelled(str(ended)) from error
-        finally:
-            if scope is not self._ctx:
-                scope.cancel("the wait is over")
-        if isinstance(outcome, TimedOut):
-            raise outcome
-        if not getattr(policy, "resumable", False):
-            self._settle()
-        return outcome
+            raise StreamCancelled(error.reason) from None
+        if time.monotonic() < self._due:
+            raise TimedOut(f"no chunk of {self.subject!r} in time; the stream goes on")  # with another try
+
+    def _failed(self, error: Exception) -> None:
+        """An attempt has failed: say when another is due, or raise how the stream ended."""
+        policy = self._retry
+        if policy is not None and not isinstance(error, StreamEnded):
+            try:
+                series = self._series = self._series or Series(policy, self._ctx, self._bucket)
+                number, pause = series.failed(error, self._delivered)
+            except BaseException as raised:
+                if raised is not error:  # a Ctrl-C, or a fault of the user's own policy
+                    self._settle()
+                    raise
+            else:
+                self._due = time.monotonic() + pause
+                self._retrying(number, pause, error)
+                return
+        ended = self._ctx.error() if self._ctx.cancelled else None  # before it ends with the stream
+        self._settle()
+        if isinstance(error, StreamError):
+            error.last_seq += int(self._earlier["chunks"])
+        if ended is None or isinstance(error, StreamClosed | StreamEnded) or not isinstance(error, NatsError):
+            raise error
+        # The stream was ended here when an attempt had failed, before another.
+        if isinstance(ended, DeadlineExceeded):
+            raise DeadlineExceeded(f"stream {self.subject!r}: deadline exceeded") from error
+        raise StreamCancelled(str(ended)) from error
 
     def _retrying(self, attempt: int, wait_seconds: float, error: BaseException) -> None:
         """Another attempt follows."""
