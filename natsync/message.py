@@ -70,9 +70,12 @@ class Message:
         status: the server's inline status such as 503, or None.
         is_end: True for the END of a stream, inside stream_request only.
         error: the text of a stream's error message, inside stream_request only; else None.
+        came_at: time.monotonic() when it was read, before it waited for its turn; 0 where it does not wait for one.
     """
 
-    __slots__ = ("_block", "_headers", "_malformed", "_publish", "data", "error", "is_end", "reply", "subject")
+    __slots__ = (
+        "_block", "_headers", "_malformed", "_publish", "came_at", "data", "error", "is_end", "reply", "subject",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -89,6 +92,7 @@ class Message:
         self.reply = reply
         self.is_end = False
         self.error: str | None = None
+        self.came_at = 0.0
         self._malformed = False
         self._headers = headers
         self._block = block

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -86,7 +87,7 @@ class SubscriptionCore:
         self._pool = pool
         self._lock = threading.Lock()
         self._changed = SafeCondition(self._lock)
-        self._pending: deque[tuple[bytes, Item]] = deque()
+        self._pending: deque[tuple[bytes, Item, float]] = deque()  # and when it came
         self._pending_bytes = 0
         self._running = 0  # workers on this subscription
         self._trying = False  # the timer will call for workers again
@@ -130,7 +131,8 @@ class SubscriptionCore:
             self._pending_bytes = 0  # whatever a Ctrl-C kept from being counted
         size = sum([len(item[2]) for item in items])
         if len(self._pending) + len(items) <= self._limit_messages and self._pending_bytes + size <= self._limit_bytes:
-            self._pending.extend([(subject, item) for item in items])
+            now = time.monotonic()
+            self._pending.extend([(subject, item, now) for item in items])
             self._pending_bytes += size
             return []
         return [item for item in items if not self._admit_one_locked(subject, item)]
@@ -145,7 +147,7 @@ class SubscriptionCore:
                 self._pending_bytes -= len(self._pending.popleft()[1][2])
                 self.dropped += 1
         if self._has_room_locked(size):
-            self._pending.append((subject, item))
+            self._pending.append((subject, item, time.monotonic()))
             self._pending_bytes += size
             return True
         self.dropped += 1
@@ -202,13 +204,15 @@ class SubscriptionCore:
             return self._pop_locked()
 
     def _pop_locked(self) -> Message:
-        subject, item = self._pending.popleft()
+        subject, item, came_at = self._pending.popleft()
         self._pending_bytes -= len(item[2])
         self.delivered += 1
         if not self._pending:
             self._slow = False
             self._changed.notify_all()
-        return Message.received(subject, item, self._link.publish_answer)
+        message = Message.received(subject, item, self._link.publish_answer)
+        message.came_at = came_at
+        return message
 
     def _run(self) -> None:
         """A turn of one worker: hand messages to the callback until none is left or others should go first."""
@@ -273,6 +277,18 @@ class SubscriptionCore:
                 self._pending.clear()
                 self._pending_bytes = 0
             self._changed.notify_all()
+
+    def abandon(self) -> tuple[int, int]:
+        """Refuse what waits: how many messages that were, and how many are in the callback."""
+        with self._lock:
+            waiting, handling = list(self._pending), len(self._busy)
+            self._pending.clear()
+            self._pending_bytes = 0
+            self.dropped += len(waiting)
+            self._changed.notify_all()
+        for subject, item, _ in waiting:
+            self.refused(subject, [item])
+        return len(waiting), handling
 
     def wait_empty(self, deadline: Deadline) -> bool:
         """Block until everything was taken and every callback has returned; False if the deadline came first.

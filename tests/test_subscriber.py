@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Any
 
@@ -790,6 +790,147 @@ def test_drain_raises_drain_timeout_that_says_what_was_cancelled(
     assert subscriber.status == "closed"
 
 
+class Queue:
+    """A request handler that waits, stubbornly or until its context ends, and requesters that queue up behind it."""
+
+    def __init__(self, client: natsync.Client, subject: str, *, stubborn: bool = False) -> None:
+        self.began: list[bytes] = []
+        self.go = threading.Event()
+        self.handling = threading.Semaphore(0)
+        self._client = client
+        self._subject = subject
+        self._stubborn = stubborn
+        self._pool = ThreadPoolExecutor(16)
+
+    def handler(self, ctx: natsync.HandlerContext, request: natsync.Message) -> bytes:
+        self.began.append(request.data)
+        self.handling.release()
+        if self._stubborn:
+            self.go.wait(PATIENCE)
+        else:
+            ctx.wait(PATIENCE)
+        return b"answer"
+
+    def ask(self, payload: bytes, **arguments: Any) -> Future[natsync.Message]:
+        return self._pool.submit(self._client.request, self._subject, payload, timeout=PATIENCE, **arguments)
+
+
+@pytest.fixture
+def queue(client: natsync.Client, nats_server: NatsServer) -> Iterator[tuple[Queue, natsync.Subscriber]]:
+    """One request is being handled by a handler that heeds its context, and four wait."""
+    with natsync.Subscriber(nats_server.url, max_workers=1) as subscriber:
+        queue = Queue(client, "u.queue")
+        subscriber.handler("u.queue")(queue.handler)
+        yield queue, subscriber
+
+
+def fill(queue: Queue, subscriber: natsync.Subscriber) -> list[Future[natsync.Message]]:
+    answers = [queue.ask(b"first")]
+    assert queue.handling.acquire(timeout=PATIENCE)
+    answers += [queue.ask(b"%d" % number) for number in range(4)]
+    eventually(lambda: subscriber.handles[0]._core.pending == 4)
+    return answers
+
+
+def assert_turned_away(answers: list[Future[natsync.Message]], reason: str) -> None:
+    for answer in answers:
+        error = answer.exception(PATIENCE)
+        assert isinstance(error, natsync.HandlerError)
+        assert (error.code, reason in str(error)) == (429, True)
+
+
+def test_requests_that_wait_when_the_time_to_drain_is_over_are_turned_away(
+    queue: tuple[Queue, natsync.Subscriber],
+) -> None:
+    asked, subscriber = queue
+    first, *others = fill(asked, subscriber)
+    with pytest.raises(natsync.DrainTimeout) as caught:
+        subscriber.drain(0.1)
+    assert caught.value.undone == ["5 requests on 'u.queue'"]
+    assert first.result(PATIENCE).data == b"answer"  # it heeds its context, and there is time to leave
+    assert_turned_away(others, "shutting down")
+    assert asked.began == [b"first"]
+    stats = subscriber.stats()
+    assert [stats[name] for name in ("received", "processed", "dropped", "active")] == [5, 1, 4, 0]
+
+
+def test_requests_that_wait_are_turned_away_at_once_also_while_the_handlers_go_on(
+    client: natsync.Client, nats_server: NatsServer
+) -> None:
+    subscriber = natsync.Subscriber(nats_server.url, max_workers=1)
+    asked = Queue(client, "u.stubborn", stubborn=True)
+    subscriber.handler("u.stubborn")(asked.handler)
+    subscriber.open()
+    first, *others = fill(asked, subscriber)
+    with ThreadPoolExecutor(1) as pool:
+        closing = pool.submit(subscriber.close, 0.1)
+        assert_turned_away(others, "shutting down")
+        assert not first.done()
+        asked.go.set()
+        closing.result(PATIENCE)
+    assert asked.began == [b"first"]
+
+
+def test_what_waits_is_asked_for_elsewhere(queue: tuple[Queue, natsync.Subscriber], nats_server: NatsServer) -> None:
+    asked, subscriber = queue
+    with natsync.Subscriber(nats_server.url) as other:
+        fill(asked, subscriber)
+        waits = asked.ask(b"again", retry=natsync.Retry(initial=0.01, maximum=0.01))
+        eventually(lambda: subscriber.handles[0]._core.pending == 5)
+        other.handler("u.queue")(lambda ctx, request: b"from another")
+        subscriber.close(0)
+        assert waits.result(PATIENCE).data == b"from another"
+    assert b"again" not in asked.began
+
+
+def test_stop_turns_away_what_waits_when_its_time_is_over(queue: tuple[Queue, natsync.Subscriber]) -> None:
+    asked, subscriber = queue
+    _, *others = fill(asked, subscriber)
+    subscriber.handles[0].stop(0.1)
+    assert_turned_away(others, "")
+    assert asked.began == [b"first"]
+
+
+def test_a_request_whose_deadline_has_passed_before_its_turn_is_not_handled(
+    queue: tuple[Queue, natsync.Subscriber],
+) -> None:
+    asked, subscriber = queue
+    with natsync.Context() as patient:
+        first = asked.ask(b"first", ctx=patient.with_timeout(1.0))
+        assert asked.handling.acquire(timeout=PATIENCE)
+        late = asked.ask(b"late", ctx=patient.with_timeout(0.3))
+        assert isinstance(late.exception(PATIENCE), natsync.DeadlineExceeded)
+        assert isinstance(first.exception(PATIENCE), natsync.NatsError)  # its handler leaves, and the turn comes
+        eventually(lambda: subscriber.stats()["dropped"] == 1)
+    assert asked.began == [b"first"]
+
+
+def test_plain_messages_that_wait_when_the_time_to_drain_is_over_are_dropped_and_told_of(
+    client: natsync.Client, nats_server: NatsServer
+) -> None:
+    subscriber = natsync.Subscriber(nats_server.url)
+    handled: list[bytes] = []
+    inside, go = threading.Event(), threading.Event()
+
+    def handler(message: natsync.Message) -> None:
+        handled.append(message.data)
+        inside.set()
+        go.wait(PATIENCE)
+
+    handle = subscriber.subscribe("u.messages", handler)
+    for number in range(6):
+        client.publish("u.messages", b"%d" % number)
+    assert inside.wait(PATIENCE)
+    eventually(lambda: handle._core.pending == 5)
+    threading.Timer(0.5, go.set).start()  # within the time that handlers get to leave
+    with pytest.raises(natsync.DrainTimeout) as caught:
+        subscriber.drain(0.1)
+    assert caught.value.undone == ["6 messages on 'u.messages'"]
+    assert handled == [b"0"]
+    stats = subscriber.stats()
+    assert [stats[name] for name in ("received", "processed", "dropped")] == [6, 1, 5]
+
+
 def test_a_handler_sees_that_it_should_finish_soon(client: natsync.Client, subscriber: natsync.Subscriber) -> None:
     entered = threading.Event()
 
@@ -904,6 +1045,23 @@ subscriber.serve_forever(ready=lambda: print("ready", flush=True), shutdown_time
 print("served", flush=True)
 """
 
+QUEUE_WORKER = """
+import natsync
+
+subscriber = natsync.Subscriber(max_workers=1)
+
+@subscriber.handler("u.patient")
+def handler(ctx, request):
+    print("handling", flush=True)
+    while not (ctx.draining or ctx.cancelled):
+        ctx.wait(0.005)
+    print("draining", flush=True)
+    ctx.wait(60)
+    return b"late"
+
+subscriber.serve_forever(ready=lambda: print("ready", flush=True), shutdown_timeout=30)
+"""
+
 
 @pytest.fixture
 def worker(nats_server: NatsServer) -> Iterator[Child]:
@@ -938,6 +1096,25 @@ def test_a_second_signal_cancels_what_is_under_way(client: natsync.Client, worke
     assert worker.wait() == 0
     assert time.monotonic() - begin < 5
     assert worker.out[-1] == "served"
+
+
+def test_a_second_signal_turns_away_what_waits(client: natsync.Client, nats_server: NatsServer, mode: str) -> None:
+    with child(sys.executable, "-c", QUEUE_WORKER, url=nats_server.url) as worker:
+        worker.wait_for_out("ready")
+        asked, before = Queue(client, "u.patient"), client.stats()["out_messages"]
+        answers = [asked.ask(b"%d" % number) for number in range(4)]
+        eventually(lambda: client.stats()["out_messages"] == before + 4)
+        worker.wait_for_out("handling")
+        client.flush()
+        worker.send(signal.SIGTERM)
+        worker.wait_for_out("draining")
+        begin = time.monotonic()
+        worker.send(signal.SIGTERM)
+        assert worker.wait() == 0
+        assert time.monotonic() - begin < 5
+        assert worker.out.count("handling") == 1
+        codes = [getattr(answer.exception(PATIENCE), "code", None) for answer in answers]
+        assert sorted(codes, key=str) == [429, 429, 429, None]
 
 
 def test_the_shutdown_timeout_cancels_what_is_under_way(

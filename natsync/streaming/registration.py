@@ -56,9 +56,10 @@ class Handle:
 
     @property
     def stats(self) -> dict[str, int]:
-        """received, processed, failed, cancelled, dropped (refused or over the pending limits), active."""
+        """received, processed, failed, cancelled, dropped (not handled for lack of room or time), active."""
         self._check_process()
         numbers = self._work.numbers()
+        numbers["received"] += self._core.dropped
         numbers["dropped"] += self._core.dropped
         numbers["failed"] += self._core.failed
         return numbers
@@ -84,18 +85,19 @@ class Handle:
         return self._stopped.wait(check_timeout(timeout))
 
     def stop(self, timeout: float | None = None) -> None:
-        """Take no more requests, and let those under way finish.
+        """Take no more requests, and let those that came finish.
 
         Blocks until they have, up to timeout seconds (None = no limit, 0 = do not wait); what is still running then
-        is cancelled. Idempotent; from a handler it does not wait.
+        is cancelled, and what waits for its turn turned away. Idempotent; from a handler it does not wait.
         """
         deadline = Deadline.after(check_timeout(timeout))
         self._check_process()
         self.leave(deadline)
         if self._responder.in_handler():
             return
-        idle = self.wait_idle(deadline)
-        self.ctx.cancel_soon(Cancelled(f"the registration of {self.subject!r} was stopped"))
+        idle, reason = self.wait_idle(deadline), f"the registration of {self.subject!r} was stopped"
+        self.cancel(reason)
+        self.ctx.cancel_soon(Cancelled(reason))
         if not idle:
             self._work.wait_idle(Deadline.after(LEAVE_SECONDS if timeout else 0))
 
@@ -159,10 +161,13 @@ class Handle:
         return self._core.wait_empty(deadline) and self._work.wait_idle(deadline)
 
     def cancel(self, reason: str) -> int:
-        """Cancel what is under way; how many requests that were."""
-        count = len(self._work)
-        self._work.cancel(reason)
-        return count
+        """Cancel what is under way, and turn away what waits and what still comes; how many requests that were.
+
+        Plain messages that wait are dropped; the handler of one cannot be cancelled, and counts too.
+        """
+        cancelled = self._work.cancel(reason)  # first: from here on no worker begins with another
+        dropped, handling = self._core.abandon()
+        return dropped + (handling if self.kind == "message" else cancelled)
 
     def _end(self) -> None:
         self._responder.connection.unsubscribe(self._core)

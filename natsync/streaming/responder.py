@@ -46,6 +46,8 @@ Answering: TypeAlias = "Callable[[HandlerContext, Message], BaseException | None
 RETRY_AFTER = 1.0
 #: Seconds for the last flush and for threads to leave, at the least.
 CLOSE_SECONDS = 0.5
+#: Why requests are turned away that come, or whose turn comes, when there is no time for them any more.
+_SHUTTING_DOWN = "the responder is shutting down"
 #: The code in Nats-Service-Error-Code for a handler that raised; HTTP's, by convention of NATS services.
 _HANDLER_FAILED = 500
 
@@ -98,12 +100,11 @@ class Responder:
 
     Attributes:
         draining: whether handlers are asked to finish soon.
-        overdue: whether the time for that is over, so that what still comes is refused.
     """
 
     def __init__(self, connection: Connection, max_streams: int) -> None:
         self.connection = connection
-        self.draining = self.overdue = False
+        self.draining = False
         self._max_streams = max_streams
         prefix, unique = connection.options.inbox_prefix, _subject.unique()
         self._plain = connection.add_mux(Mux(frames.control_inbox(prefix, unique, frames.PLAIN_MARK)))
@@ -159,12 +160,8 @@ class Responder:
             work.count("dropped")  # by requests that were refused, and whose senders do not listen
             self._tell_refused("stream", request, work, "far too many streams")
             return
-        ctx = self._context(opening, work)
+        ctx = self._context(request, opening, work)
         core = self._sender(request, ctx, opening, work)
-        if self.overdue:
-            work.count("dropped")
-            self._refuse(core, request, work, "the responder is shutting down")
-            return
         if work.full:  # only the reader's thread adds to them
             work.count("dropped")
             self._refuse(core, request, work, f"too many streams on {work.subject!r}: all {work.limit} are in use")
@@ -174,7 +171,10 @@ class Responder:
             self._refuse(core, request, work, f"too many streams: all {self._max_streams} are in use")
             return
         core.when_closed(lambda: self._streams.discard(ctx))
-        work.begin(ctx, core)
+        if not work.begin(ctx, core):
+            work.count("dropped")
+            self._refuse(core, request, work, _SHUTTING_DOWN)
+            return
         if not self._pool.submit(lambda: _run_stream(request, runner, ctx, core, work), queue=False):
             # Shutting down, or all threads are held by handlers that go on although their streams are over.
             self._refuse(core, request, work, "no thread is free to run the handler")
@@ -219,8 +219,11 @@ class Responder:
         work.count("received")
         if not self._wants_answer("request", request, work):
             return
-        ctx = self._context(terms.decode_opening(request.headers), work)
-        work.begin(ctx)
+        ctx = self._context(request, terms.decode_opening(request.headers), work)
+        if ctx.cancelled or not work.begin(ctx):  # it has waited for too long
+            work.count("dropped")
+            self.turn_away(request, work, ctx.reason or _SHUTTING_DOWN)
+            return
         watch = self._watch("request", request, work)
         outcome, error = "failed", None
         try:
@@ -230,23 +233,26 @@ class Responder:
         finally:
             work.end(ctx, outcome, error)
 
-    def turn_away(self, request: Message, work: Work) -> None:
-        """A request/reply handler has too many requests waiting: say so, instead of nothing. Never waits."""
-        reason = f"too many requests wait on {work.subject!r}"
+    def turn_away(self, request: Message, work: Work, reason: str | None = None) -> None:
+        """A request/reply handler will not be given this request: say so, instead of nothing. Never waits."""
+        if reason is None:
+            reason = _SHUTTING_DOWN if work.overdue else f"too many requests wait on {work.subject!r}"
         if request.reply is None:
             return
         if terms.STREAM_HEADER in request.headers:
             opening = terms.decode_opening(request.headers)
-            self._refuse(self._sender(request, self._context(opening, work), opening, work), request, work, reason)
+            core = self._sender(request, self._context(request, opening, work), opening, work)
+            self._refuse(core, request, work, reason)
             return
         headers = Headers({ERROR_HEADER: reason, ERROR_CODE_HEADER: str(TOO_MANY_REQUESTS)})
         self.connection.put_now(encode_pub(_subject.encode(request.reply), None, headers.encode(), b""))
         self._tell_refused("request", request, work, reason)
 
-    def _context(self, opening: terms.Opening, work: Work) -> HandlerContext:
+    def _context(self, request: Message, opening: terms.Opening, work: Work) -> HandlerContext:
+        came_at = request.came_at or time.monotonic()
         return HandlerContext(
             work.ctx,
-            deadline=None if opening.timeout is None else time.monotonic() + opening.timeout,
+            deadline=None if opening.timeout is None else came_at + opening.timeout,
             metadata=opening.metadata,
             attempt=opening.attempt,
             is_draining=lambda: self.draining,

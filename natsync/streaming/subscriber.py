@@ -236,7 +236,8 @@ class Subscriber:
         Nats-Service-Error headers, which raise HandlerError at a natsync requester. A requester that asks for a
         stream gets the one reply as its only chunk. max_workers of this registration's requests are handled at once,
         and pending_messages of them wait (None = the subscriber's own limits); one too many is answered at once, with
-        an error of code 429, which Retry repeats.
+        an error of code 429, which Retry repeats. So is one that still waits when its deadline has passed, or the time
+        for shutting down is over: its handler is not begun.
         """
         _check_limit("max_workers", max_workers)
         _check_limit("pending_messages", pending_messages)
@@ -425,7 +426,7 @@ class Subscriber:
             serving.stop("stop() was called")
 
     def drain(self, timeout: float | None = CLOSE_SECONDS) -> None:
-        """Take no more requests, let those under way finish, and close.
+        """Take no more requests, let those that came finish, and close.
 
         Blocks up to timeout seconds (None = no limit).
 
@@ -437,7 +438,9 @@ class Subscriber:
             raise DrainTimeout(f"cancelled after {timeout} s", undone=unfinished)
 
     def close(self, timeout: float | None = CLOSE_SECONDS) -> None:
-        """Take no more requests, let those under way finish, cancel what lasts longer than timeout seconds, close.
+        """Take no more requests, let those that came finish, cancel what lasts longer than timeout seconds, close.
+
+        What has not begun by then is not begun any more: requests are turned away, plain messages dropped.
 
         While it waits, requests that were on their way are served, and the server's PINGs answered. Idempotent; a
         second caller waits for the first. From a handler it waits for nothing: all that is under way is cancelled.
@@ -481,9 +484,11 @@ class Subscriber:
             handle.leave(deadline)
         # A handler that closes must not wait for itself: then everything under way is cancelled, and told so.
         busy = [handle for handle in handles if inside or not handle.wait_idle(deadline)]
-        responder.overdue = True
+        counts = [handle.cancel("the responder is shutting down") for handle in handles]
         unfinished = [
-            f"{handle.cancel('the responder is shutting down')} requests on {handle.subject!r}" for handle in busy
+            f"{count} {handle.kind if handle.kind == 'message' else 'request'}s on {handle.subject!r}"
+            for handle, count in zip(handles, counts, strict=True)
+            if count
         ]
         leave = Deadline.after(LEAVE_SECONDS)
         for handle in busy:

@@ -63,6 +63,7 @@ class Work:
         last_error: the type and text of the last error of a handler; None before the first.
         subject, queue: as registered, wildcards included.
         limit: how many requests may be under way at once; None = as many as the subscriber's limits allow.
+        overdue: whether the time for requests is over: none begins any more.
         warned: whether a request without a reply subject was logged; one is enough.
     """
 
@@ -76,6 +77,7 @@ class Work:
         self.subject = subject
         self.queue = queue
         self.limit = limit
+        self.overdue = False
         self.warned = False
         self._generation = fork_generation()
         self._lock = threading.Lock()
@@ -89,11 +91,15 @@ class Work:
         with self._lock:
             self._numbers[what] += 1
 
-    def begin(self, ctx: Context, core: SenderCore | None = None) -> None:
+    def begin(self, ctx: Context, core: SenderCore | None = None) -> bool:
+        """The request is under way from here on; False if none may be any more."""
         begun = _Begun(core)
         if self._at_home():
             with self._lock:
+                if self.overdue:
+                    return False
                 self._under_way[ctx] = begun
+        return True
 
     def _at_home(self) -> bool:
         """Not in a child that a handler forked: its requests are the parent's, and the lock may be held for ever."""
@@ -166,9 +172,11 @@ class Work:
                     return not self._under_way
         return True
 
-    def cancel(self, reason: str) -> None:
-        """End the context of everything under way."""
+    def cancel(self, reason: str) -> int:
+        """End the context of everything under way, and let nothing more begin; how many requests that were."""
         with self._lock:
+            self.overdue = True
             contexts = list(self._under_way)
         for ctx in contexts:
             ctx.cancel_soon(Cancelled(reason))
+        return len(contexts)
