@@ -436,6 +436,9 @@ class Client:
     def flush(self, timeout: float | None = FLUSH_SECONDS) -> None:
         """Block until the server has confirmed that it has everything sent so far, up to timeout seconds.
 
+        It cannot tell of what an earlier link took with it when it broke: that is the event `disconnected`. Flush behind
+        what must not be lost, not later.
+
         Raises:
             TimedOut: it did not confirm in time.
             ConnectionLost: the link broke first, so that some may be lost.

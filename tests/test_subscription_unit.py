@@ -326,7 +326,7 @@ def test_every_message_is_delivered_dropped_or_waiting(link: FakeLink) -> None:
                     core.take(Deadline.after(0))
             assert core.received == core.delivered + core.dropped + core.pending
             assert core.pending <= 7
-            assert core.pending_bytes == sum(len(item[2]) for _, item in core._pending) <= 60
+            assert core.pending_bytes == sum(len(item[2]) for _, item, _ in core._pending) <= 60
         assert core.dropped > 20
 
 
