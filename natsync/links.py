@@ -137,6 +137,7 @@ class Links:
 
         Raises:
             NoServersError: the servers were all tried once, and none could be reached.
+            ConnectError: this is the thread that tries them.
             ConnectionClosed: it was closed.
             TimedOut: the deadline came first.
         """
@@ -156,6 +157,8 @@ class Links:
             raise ForkError("this connection belongs to the parent process")
         if self._status is Status.CLOSED:
             raise self.closed_error()
+        if self._supervisor.is_own_thread and self._status in (Status.NEW, Status.CONNECTING):
+            raise ConnectError("no link yet, and this thread is the one that makes it")
         if self._status is Status.NEW:
             try:
                 self._supervisor.start()
