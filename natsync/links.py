@@ -164,12 +164,17 @@ class Links:
                 self._supervisor.start()
             except RuntimeError as error:  # the next use tries again
                 raise ConnectError(f"no thread can be started for the connection: {error}") from error
-            self._attempt = _Attempt()
-            self._status = Status.CONNECTING
-            if self.options.retry_on_failed_connect:
-                self._status = Status.RECONNECTING
-                self._attempt.pending = False
-            self._supervisor.begin()
+            attempt = _Attempt()
+            try:
+                self._attempt = attempt
+                self._status = Status.CONNECTING
+                if self.options.retry_on_failed_connect:
+                    self._status = Status.RECONNECTING
+                    attempt.pending = False
+                self._supervisor.begin()
+            except BaseException:  # a Ctrl-C: there may be no walk to wait for; if there is, the next use has two
+                self._status, self._attempt = Status.NEW, None
+                raise
         return self._attempt if self._status is Status.CONNECTING else None
 
     @property

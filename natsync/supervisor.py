@@ -239,15 +239,15 @@ class Supervisor:
                 self._keeper.gave_up(no_servers(causes))
 
     def _walk(self) -> Causes | None:
-        """Try each server once; None once there is a link, else what each one failed with."""
+        """Try each server once; None once there is a link or none is wanted, else what each one failed with."""
         causes: Causes = {}
         for server in self._servers:
             if not self._keeper.wants_link():
-                break
+                return None
             try:
                 if self._keeper.on_link(*dial(server, self._options, self._dialing)):
                     self._linked()
-                    return None
+                return None
             except Exception as error:
                 causes[server] = self._failed(server, error)
         return causes

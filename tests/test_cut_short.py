@@ -20,6 +20,7 @@ from framed import Held
 from interrupting import Interrupted, moments
 from natsync.concurrency import Finishing, Happening
 from natsync.context import Context
+from natsync.links import Links
 from natsync.pool import Lease
 from natsync.pooling.store import Store
 from natsync.streaming.call import Call
@@ -34,6 +35,7 @@ from natsync.streaming.sender import Ending, SenderCore
 from natsync.streaming.stream import Stream
 from natsync.streaming.window import Outgoing
 from natsync.streaming.work import Work
+from natsync.supervisor import Supervisor
 from natsync.testing import NatsServer, eventually
 
 PATIENCE = 30.0
@@ -201,6 +203,28 @@ def test_a_stream_whose_closing_was_cut_short_is_left_whole(
         budget, core = client._calls.budget, client._connection()
         eventually(lambda: (budget._given, budget._streams, len(client._calls.peers)) == (0, 0, 0), PATIENCE)  # type: ignore[union-attr]
         eventually(lambda: not len(core.mux), PATIENCE)
+
+
+# -- a connection ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("retry", [False, True])
+def test_a_first_use_that_was_cut_short_is_made_up_for_by_the_next(nats_server: NatsServer, retry: bool) -> None:
+    """The link is there, and its supervisor too: a lost one is made again."""
+    made = list[natsync.Client]()
+
+    def use() -> None:
+        made.append(natsync.Client(nats_server.url, retry_on_failed_connect=retry, **QUICK))
+        made[-1].open()
+
+    for _ in moments(use, Links._begin_locked, Supervisor.start, Supervisor.begin):
+        with made[-1] as client:
+            client.flush(PATIENCE)
+            client.force_reconnect()
+            eventually(lambda client=client: client.stats()["reconnects"] == 1, PATIENCE)  # type: ignore[misc]
+            client.flush(PATIENCE)
+    assert len(made) > 5
+    made[-1].close()
 
 
 # -- the pool ----------------------------------------------------------------------------------------------------------
