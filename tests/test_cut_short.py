@@ -23,6 +23,7 @@ from natsync.context import Context
 from natsync.links import Links
 from natsync.pool import Lease
 from natsync.pooling.store import Store
+from natsync.session import Session
 from natsync.streaming.call import Call
 from natsync.streaming.calls import Budget, Calls, Farewell
 from natsync.streaming.framed_receiver import FramedReceiver
@@ -268,6 +269,25 @@ def test_a_subscriber_whose_closing_was_cut_short_is_closed_by_the_next(nats_ser
         assert opened[-1].status == "closed"
         assert opened[-1].handles == [] or opened[-1].handles[0].stopped
     assert len(opened) > 10
+
+
+def test_who_flushes_is_told_of_a_closing_that_was_cut_short_by_the_next(nats_server: NatsServer) -> None:
+    closing = list[tuple[natsync.Client, Outcome]]()
+
+    def close() -> None:
+        client = natsync.connect(nats_server.url, **QUICK)
+        session = client._connection()._session
+        assert session is not None
+        session._pong = lambda: None  # type: ignore[method-assign]
+        closing.append((client, Outcome(lambda: client.flush(None))))
+        eventually(lambda: len(session._pings) == 1)
+        client.close(0)
+
+    for _ in moments(close, Session.end, Finishing.run):
+        client, flush = closing[-1]
+        client.close(0)
+        assert isinstance(flush.within(PATIENCE), natsync.ConnectionClosed)
+    assert len(closing) > 8
 
 
 def test_who_waits_for_a_closing_that_is_cut_short_goes_on_with_it(
