@@ -215,14 +215,23 @@ class Connection(Links):
     def subscribe(self, core: SubscriptionCore) -> None:
         """Put a subscription in place, on this link and all that follow."""
         self.check_open()
-        with self._lock:
-            if self._status is Status.CLOSED:
-                raise self.closed_error()
-            frame = self.dispatcher.add(core)
-            core.position = self._outbox.put_now(frame)
-            self._join_too_locked(self.dispatcher.sub(core))
-            if self._handover is not None:
-                self._handover.joined_more()
+        try:
+            with self._lock:
+                if self._status is Status.CLOSED:
+                    raise self.closed_error()
+                frame = self.dispatcher.add(core)
+                core.position = self._outbox.put_now(frame)
+                self._join_too_locked(self.dispatcher.sub(core))
+                if self._handover is not None:
+                    self._handover.joined_more()
+        except BaseException:  # a Ctrl-C: nobody will hold it
+            self.undo_subscribe(core)
+            raise
+
+    def undo_subscribe(self, core: SubscriptionCore) -> None:
+        """It is as if the subscription had not been made."""
+        self.unsubscribe(core)
+        core.deactivate(forget=True)
 
     def _join_too_locked(self, frame: bytes) -> None:
         """What concerns subscriptions goes to the link that is about to take over, too."""

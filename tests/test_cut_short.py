@@ -19,7 +19,9 @@ from broker import QUICK, Outcome
 from framed import Held
 from interrupting import Interrupted, moments
 from natsync.concurrency import Finishing, Happening
+from natsync.connection import Connection
 from natsync.context import Context
+from natsync.dispatcher import Dispatcher
 from natsync.links import Links
 from natsync.pool import Lease
 from natsync.pooling.store import Store
@@ -226,6 +228,20 @@ def test_a_first_use_that_was_cut_short_is_made_up_for_by_the_next(nats_server: 
             client.flush(PATIENCE)
     assert len(made) > 5
     made[-1].close()
+
+
+@pytest.mark.parametrize("callback", [None, lambda message: None], ids=["taken", "callback"])
+def test_a_subscription_whose_making_was_cut_short_is_not_there(nats_server: NatsServer, callback: Any) -> None:
+    inside = (natsync.Client.subscribe, Connection.subscribe, Dispatcher.add)
+    with natsync.connect(nats_server.url, **QUICK) as client:
+        rounds = 0
+        for _ in moments(lambda: client.subscribe("made", callback).unsubscribe(), *inside):
+            rounds += 1
+            eventually(lambda: client.stats()["subscriptions"] == 0)
+            client.publish("made", b"")
+            client.flush(PATIENCE)
+            assert client.stats()["in_messages"] == 0
+        assert rounds > 10
 
 
 # -- the pool ----------------------------------------------------------------------------------------------------------
