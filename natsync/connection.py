@@ -247,12 +247,13 @@ class Connection(Links):
         self._unsubscribe(core, self.dispatcher.remove)
         core.deactivate(error)
 
-    def _unsubscribe(self, core: SubscriptionCore, how: Callable[[SubscriptionCore], bytes | None]) -> None:
+    def _unsubscribe(self, core: SubscriptionCore, note: Callable[[SubscriptionCore], None]) -> None:
         with self._lock:
-            frame = how(core)
+            frame = self.dispatcher.unsub(core)
             if frame is not None:
                 self._outbox.put_now(frame)
                 self._join_too_locked(frame)
+            note(core)  # behind it: after a Ctrl-C the next call sends another UNSUB, which does no harm
 
     def count_dropped(self, messages: int) -> None:
         self._dropped.add(messages)

@@ -244,6 +244,31 @@ def test_a_subscription_whose_making_was_cut_short_is_not_there(nats_server: Nat
         assert rounds > 10
 
 
+@pytest.mark.parametrize("drained", [False, True], ids=["unsubscribe", "stop_intake"])
+def test_a_subscription_whose_end_was_cut_short_is_ended_by_the_next(nats_server: NatsServer, drained: bool) -> None:
+    made = list[natsync.Subscription]()
+    with natsync.connect(nats_server.url, **QUICK) as client:
+        connection = client._connection()
+        first = connection.stop_intake if drained else connection.unsubscribe
+
+        def end() -> None:
+            made.append(client.subscribe("ended"))
+            first(made[-1]._core)
+
+        inside = (Connection._unsubscribe, Dispatcher.unsub, Dispatcher.leave, Dispatcher.remove)
+        for _ in moments(end, *inside):
+            first(made[-1]._core)
+            if drained:
+                assert made[-1]._core.draining
+            else:
+                assert made[-1]._core.sid not in {*connection.dispatcher._sinks, *connection.dispatcher._subscriptions}
+            client.publish("ended", b"")
+            client.flush(PATIENCE)
+            assert client.stats()["in_messages"] == 0
+            made[-1].unsubscribe()
+        assert len(made) > 5
+
+
 # -- the pool ----------------------------------------------------------------------------------------------------------
 
 
