@@ -428,10 +428,16 @@ class Client:
             pool=connection.dispatcher.workers,
         )
         connection.ensure_open()
-        connection.subscribe(core)
-        if callback is None and self._chain is not None:
-            return PassingSubscription(self._chain, core, connection, self)
-        return Subscription(core, connection, self)
+        try:
+            connection.subscribe(core)
+            if callback is None and self._chain is not None:
+                subscription: Subscription = PassingSubscription(self._chain, core, connection, self)
+            else:
+                subscription = Subscription(core, connection, self)
+        except BaseException:  # a Ctrl-C: nobody holds it
+            connection.undo_subscribe(core)
+            raise
+        return subscription
 
     def flush(self, timeout: float | None = FLUSH_SECONDS) -> None:
         """Block until the server has confirmed that it has everything sent so far, up to timeout seconds.

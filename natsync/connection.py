@@ -215,14 +215,23 @@ class Connection(Links):
     def subscribe(self, core: SubscriptionCore) -> None:
         """Put a subscription in place, on this link and all that follow."""
         self.check_open()
-        with self._lock:
-            if self._status is Status.CLOSED:
-                raise self.closed_error()
-            frame = self.dispatcher.add(core)
-            core.position = self._outbox.put_now(frame)
-            self._join_too_locked(self.dispatcher.sub(core))
-            if self._handover is not None:
-                self._handover.joined_more()
+        try:
+            with self._lock:
+                if self._status is Status.CLOSED:
+                    raise self.closed_error()
+                frame = self.dispatcher.add(core)
+                core.position = self._outbox.put_now(frame)
+                self._join_too_locked(self.dispatcher.sub(core))
+                if self._handover is not None:
+                    self._handover.joined_more()
+        except BaseException:  # a Ctrl-C: nobody will hold it
+            self.undo_subscribe(core)
+            raise
+
+    def undo_subscribe(self, core: SubscriptionCore) -> None:
+        """It is as if the subscription had not been made."""
+        self.unsubscribe(core)
+        core.deactivate(forget=True)
 
     def _join_too_locked(self, frame: bytes) -> None:
         """What concerns subscriptions goes to the link that is about to take over, too."""
@@ -238,12 +247,13 @@ class Connection(Links):
         self._unsubscribe(core, self.dispatcher.remove)
         core.deactivate(error)
 
-    def _unsubscribe(self, core: SubscriptionCore, how: Callable[[SubscriptionCore], bytes | None]) -> None:
+    def _unsubscribe(self, core: SubscriptionCore, note: Callable[[SubscriptionCore], None]) -> None:
         with self._lock:
-            frame = how(core)
+            frame = self.dispatcher.unsub(core)
             if frame is not None:
                 self._outbox.put_now(frame)
                 self._join_too_locked(frame)
+            note(core)  # behind it: after a Ctrl-C the next call sends another UNSUB, which does no harm
 
     def count_dropped(self, messages: int) -> None:
         self._dropped.add(messages)

@@ -67,19 +67,19 @@ class Dispatcher:
     def muxes(self) -> list[Mux]:
         return list(self._muxes.values())
 
-    def leave(self, core: SubscriptionCore) -> bytes | None:
-        """Have the server send no more; what is on its way is still delivered. Returns the UNSUB."""
-        if core.draining or core.sid not in self._subscriptions:
-            return None
-        core.draining = True
-        return encode_unsub(core.sid)
+    def unsub(self, core: SubscriptionCore) -> bytes | None:
+        """The UNSUB of the subscription; None if it is not there or was sent already."""
+        return None if core.draining or core.sid not in self._subscriptions else encode_unsub(core.sid)
 
-    def remove(self, core: SubscriptionCore) -> bytes | None:
-        """Forget the subscription; returns its UNSUB, or None if none is needed."""
-        if self._subscriptions.pop(core.sid, None) is None:
-            return None
+    def leave(self, core: SubscriptionCore) -> None:
+        """The server is to send no more: its UNSUB is on its way. What is, too, is still delivered."""
+        if core.sid in self._subscriptions:
+            core.draining = True
+
+    def remove(self, core: SubscriptionCore) -> None:
+        """Forget the subscription, whose UNSUB is on its way."""
         self._sinks.pop(core.sid, None)
-        return None if core.draining else encode_unsub(core.sid)
+        self._subscriptions.pop(core.sid, None)  # last: until then unsub() has one
 
     def resubscription(self, position: int) -> list[bytes]:
         """The frames that put a new link into the state of the old one, remaining maxima included.

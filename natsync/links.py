@@ -137,6 +137,7 @@ class Links:
 
         Raises:
             NoServersError: the servers were all tried once, and none could be reached.
+            ConnectError: this is the thread that tries them.
             ConnectionClosed: it was closed.
             TimedOut: the deadline came first.
         """
@@ -156,17 +157,24 @@ class Links:
             raise ForkError("this connection belongs to the parent process")
         if self._status is Status.CLOSED:
             raise self.closed_error()
+        if self._supervisor.is_own_thread and self._status in (Status.NEW, Status.CONNECTING):
+            raise ConnectError("no link yet, and this thread is the one that makes it")
         if self._status is Status.NEW:
             try:
                 self._supervisor.start()
             except RuntimeError as error:  # the next use tries again
                 raise ConnectError(f"no thread can be started for the connection: {error}") from error
-            self._attempt = _Attempt()
-            self._status = Status.CONNECTING
-            if self.options.retry_on_failed_connect:
-                self._status = Status.RECONNECTING
-                self._attempt.pending = False
-            self._supervisor.begin()
+            attempt = _Attempt()
+            try:
+                self._attempt = attempt
+                self._status = Status.CONNECTING
+                if self.options.retry_on_failed_connect:
+                    self._status = Status.RECONNECTING
+                    attempt.pending = False
+                self._supervisor.begin()
+            except BaseException:  # a Ctrl-C: there may be no walk to wait for; if there is, the next use has two
+                self._status, self._attempt = Status.NEW, None
+                raise
         return self._attempt if self._status is Status.CONNECTING else None
 
     @property

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from natsync import timers
-from natsync.concurrency import Deadline, join_all, spawn
+from natsync.concurrency import Deadline, Finishing, join_all, spawn
 from natsync.errors import ConnectError, NatsError, ProtocolError
 from natsync.options import ConnectOptions
 from natsync.outbox import Outbox, Receipt, SendNow
@@ -31,7 +31,10 @@ _PONGS = 1_000
 
 
 class Owner(Protocol):
-    """What a session tells its connection. None of it may block: it is called on the reader's or timer's thread."""
+    """What a session tells its connection. None of it may block: it is called on the reader's or timer's thread.
+
+    on_lost() may be called again, if a Ctrl-C cut it short.
+    """
 
     def on_batch(self, session: Session, batch: Batch) -> None: ...
     def on_info(self, session: Session, fields: dict[str, Any]) -> None: ...
@@ -79,6 +82,7 @@ class Session:
         self._name = name
         self._lock = threading.Lock()
         self._ended = False
+        self._telling = Finishing(self._lock)  # of the end
         self._reason: Exception | None = None
         self._last_error = ""
         self._pings: deque[_Ping] = deque()
@@ -140,15 +144,13 @@ class Session:
             return position
 
     def end(self, reason: Exception, *, dead: bool = False) -> None:
-        """End the link, once: threads leave, the owner is told. Does not wait.
+        """End the link, once: threads leave, the owner is told. Does not wait. Goes on with what was cut short.
 
         dead: the server does not read any more; what it has not been sent yet is dropped.
         """
         with self._lock:
-            again, self._ended = self._ended, True
-            self._reason = self._reason or reason
-            waiting = [] if again else [ping.callback for ping in self._pings if ping.callback is not None]
-            self._pings.clear()
+            self._ended = True
+            first = self._reason = self._reason or reason
             pending = [timer for timer in (self._ping_timer, self._write_timer) if timer is not None]
         for timer in pending:
             timer.cancel()
@@ -156,11 +158,15 @@ class Session:
             self._transport.abort()
         else:
             self._transport.shutdown()
-        if again:
-            return  # all but the shutdown, which an interrupt may have kept the first from, is the first one's
+        self._telling.run(lambda: self._tell_end(first))
+
+    def _tell_end(self, reason: Exception) -> None:
         self._owner.on_lost(self, reason)
-        for callback in waiting:
-            callback(None)
+        while self._pings:  # nobody else touches them any more
+            callback = self._pings[0].callback
+            if callback is not None:
+                callback(None)
+            self._pings.popleft()  # behind it: see Finishing
 
     def join(self, deadline: Deadline) -> list[str]:
         """Wait for both threads after end() and give the socket back; names those that did not leave."""
@@ -221,7 +227,7 @@ class Session:
 
     def _pong(self) -> None:
         with self._lock:
-            if not self._pings:
+            if self._ended or not self._pings:
                 return
             ping = self._pings.popleft()
             self._unanswered = 0

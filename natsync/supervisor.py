@@ -69,6 +69,8 @@ class Supervisor:
         self._keeper = keeper
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.thread: threading.Thread | None = None
+        self._here = threading.local()
+        self._unsaid: list[Callable[[], None]] | None = None  # in the first walk: what is logged behind it
         self._refusals: dict[Server, str] = {}
         self._dialing = Dialing()
         self._stopping = False
@@ -95,6 +97,11 @@ class Supervisor:
             if self.thread.ident is None:
                 self.thread = None
             raise
+
+    @property
+    def is_own_thread(self) -> bool:
+        """Whether this thread dials, or has dialed, for this connection: it must not wait for a first link."""
+        return getattr(self._here, "dials", False)
 
     def begin(self) -> None:
         """Make the first walk."""
@@ -151,6 +158,7 @@ class Supervisor:
 
     def _run(self) -> None:
         # A failed first walk ends this thread; the next use of the connection starts another one.
+        self._here.dials = True
         while self.thread is threading.current_thread():
             if not self._chores(Deadline()):
                 break
@@ -187,10 +195,15 @@ class Supervisor:
                 return True
 
     def _try_once(self) -> None:
+        # Who waits for the outcome may hold a lock that logging takes: that of a handler which uses this connection.
+        self._unsaid = []
         causes = self._walk()
+        unsaid, self._unsaid = self._unsaid, None
         if causes is not None:
             self.thread = None
             self._keeper.on_first_walk_failed(lambda: no_servers(causes))
+        for say in unsaid:
+            say()
 
     def _replace(self, lost: Session, reason: Exception) -> None:
         lost.join(Deadline.after(self._options.connect_timeout))
@@ -226,27 +239,36 @@ class Supervisor:
                 self._keeper.gave_up(no_servers(causes))
 
     def _walk(self) -> Causes | None:
-        """Try each server once; None once there is a link, else what each one failed with."""
+        """Try each server once; None once there is a link or none is wanted, else what each one failed with."""
         causes: Causes = {}
         for server in self._servers:
             if not self._keeper.wants_link():
-                break
+                return None
             try:
                 if self._keeper.on_link(*dial(server, self._options, self._dialing)):
                     self._linked()
-                    return None
+                return None
             except Exception as error:
                 causes[server] = self._failed(server, error)
         return causes
 
     def _failed(self, server: Server, error: Exception) -> NatsError:
         """A server could not be dialed: it comes last from now on. Returns the error to tell."""
-        if not isinstance(error, NatsError):
-            log.error("%s: dialing %s failed", self._name, server, exc_info=error)
-            error = ConnectError(f"{server}: {error!r}")
-        log.info("%s: %s", self._name, error)
+        fault = None if isinstance(error, NatsError) else error
+        told = error if isinstance(error, NatsError) else ConnectError(f"{server}: {error!r}")
+
+        def say() -> None:
+            with contextlib.suppress(Exception):  # of a handler of the user's: no reason to lose this thread
+                if fault is not None:
+                    log.error("%s: dialing %s failed", self._name, server, exc_info=fault)
+                log.info("%s: %s", self._name, told)
+
+        if self._unsaid is None:
+            say()
+        else:
+            self._unsaid.append(say)
         self._servers.failed(server)
-        return error
+        return told
 
     def _linked(self) -> None:
         self._refusals.clear()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -19,6 +21,7 @@ from broker import QUICK, SLACK, Broker, Events, Gate, Outcome, next_request, op
 from natsync.connection import Connection
 from natsync.errors import (
     AuthorizationError,
+    ConnectError,
     ConnectionClosed,
     ConnectionLost,
     MaxPayloadExceeded,
@@ -355,6 +358,90 @@ def test_each_thread_that_waits_for_the_first_connect_gets_an_error_of_its_own()
         errors = [one.within(10) for one in opening]
     assert all(isinstance(error, NoServersError) for error in errors)
     assert len({id(error) for error in errors}) == 4
+
+
+class PublishingHandler(logging.Handler):
+    """Publishes each record of the library, and one that a test logs; notes what it could not publish."""
+
+    def __init__(self, client: natsync.Client) -> None:
+        super().__init__()
+        self.client = client
+        self.published: list[str] = []
+        self.failed: list[Exception] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self.client.publish("logs", record.getMessage().encode())
+            self.published.append(record.getMessage())
+        except Exception as error:
+            self.failed.append(error)
+
+
+@pytest.fixture
+def nobody() -> str:
+    """The URL of a server that is down."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    return f"nats://127.0.0.1:{port}"
+
+
+@contextmanager
+def logging_to(handler: logging.Handler) -> Iterator[logging.Logger]:
+    logger = logging.getLogger("natsync")
+    former = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield logger
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(former)
+
+
+@pytest.mark.parametrize("use", ["publish", "record"])
+def test_a_first_use_fails_though_what_is_logged_of_it_is_published_by_the_same_client(use: str, nobody: str) -> None:
+    """The record is logged in the thread that dials; or it is itself the first use, under the handler's lock."""
+    client = natsync.Client(nobody)
+    handler = PublishingHandler(client)
+    uses = {"publish": lambda: client.publish("x", b"1"), "record": lambda: logger.warning("the program's")}
+    kinds = {"publish": [ConnectError], "record": [NoServersError, ConnectError]}[use]
+    with logging_to(handler) as logger:
+        for _ in range(2):
+            handler.failed.clear()
+            error = Outcome(uses[use]).within(10)
+            assert isinstance(error, NoServersError) if use == "publish" else error is None
+            eventually(lambda: [type(one) for one in handler.failed] == kinds)
+        assert handler.published == []
+        client.close(0)
+
+
+def test_a_log_handler_that_raises_costs_nobody_the_outcome_of_the_first_use(nobody: str) -> None:
+    class Raising(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            raise ZeroDivisionError("a fault of the handler")
+
+    client = natsync.Client(nobody)
+    with logging_to(Raising()):
+        assert isinstance(Outcome(client.open).within(10), NoServersError)
+    client.close(0)
+
+
+def test_a_token_function_that_uses_its_own_client_fails_the_attempt() -> None:
+    failures: list[BaseException] = []
+
+    def token() -> str:
+        try:
+            return client.request("tokens", timeout=None).data.decode()
+        except BaseException as error:
+            failures.append(error)
+            raise
+
+    with ScriptedPeer(Broker()) as peer:
+        client = natsync.Client(peer.url, token=token)
+        for _ in range(2):
+            assert isinstance(Outcome(lambda: client.publish("x", b"1")).within(10), NoServersError)
+        client.close(0)
+    assert [type(error) for error in failures] == [ConnectError, ConnectError]
 
 
 def test_garbage_from_the_server_is_told_and_the_link_made_again() -> None:

@@ -19,9 +19,13 @@ from broker import QUICK, Outcome
 from framed import Held
 from interrupting import Interrupted, moments
 from natsync.concurrency import Finishing, Happening
+from natsync.connection import Connection
 from natsync.context import Context
+from natsync.dispatcher import Dispatcher
+from natsync.links import Links
 from natsync.pool import Lease
 from natsync.pooling.store import Store
+from natsync.session import Session
 from natsync.streaming.call import Call
 from natsync.streaming.calls import Budget, Calls, Farewell
 from natsync.streaming.framed_receiver import FramedReceiver
@@ -34,6 +38,7 @@ from natsync.streaming.sender import Ending, SenderCore
 from natsync.streaming.stream import Stream
 from natsync.streaming.window import Outgoing
 from natsync.streaming.work import Work
+from natsync.supervisor import Supervisor
 from natsync.testing import NatsServer, eventually
 
 PATIENCE = 30.0
@@ -203,6 +208,67 @@ def test_a_stream_whose_closing_was_cut_short_is_left_whole(
         eventually(lambda: not len(core.mux), PATIENCE)
 
 
+# -- a connection ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("retry", [False, True])
+def test_a_first_use_that_was_cut_short_is_made_up_for_by_the_next(nats_server: NatsServer, retry: bool) -> None:
+    """The link is there, and its supervisor too: a lost one is made again."""
+    made = list[natsync.Client]()
+
+    def use() -> None:
+        made.append(natsync.Client(nats_server.url, retry_on_failed_connect=retry, **QUICK))
+        made[-1].open()
+
+    for _ in moments(use, Links._begin_locked, Supervisor.start, Supervisor.begin):
+        with made[-1] as client:
+            client.flush(PATIENCE)
+            client.force_reconnect()
+            eventually(lambda client=client: client.stats()["reconnects"] == 1, PATIENCE)  # type: ignore[misc]
+            client.flush(PATIENCE)
+    assert len(made) > 5
+    made[-1].close()
+
+
+@pytest.mark.parametrize("callback", [None, lambda message: None], ids=["taken", "callback"])
+def test_a_subscription_whose_making_was_cut_short_is_not_there(nats_server: NatsServer, callback: Any) -> None:
+    inside = (natsync.Client.subscribe, Connection.subscribe, Dispatcher.add)
+    with natsync.connect(nats_server.url, **QUICK) as client:
+        rounds = 0
+        for _ in moments(lambda: client.subscribe("made", callback).unsubscribe(), *inside):
+            rounds += 1
+            eventually(lambda: client.stats()["subscriptions"] == 0)
+            client.publish("made", b"")
+            client.flush(PATIENCE)
+            assert client.stats()["in_messages"] == 0
+        assert rounds > 10
+
+
+@pytest.mark.parametrize("drained", [False, True], ids=["unsubscribe", "stop_intake"])
+def test_a_subscription_whose_end_was_cut_short_is_ended_by_the_next(nats_server: NatsServer, drained: bool) -> None:
+    made = list[natsync.Subscription]()
+    with natsync.connect(nats_server.url, **QUICK) as client:
+        connection = client._connection()
+        first = connection.stop_intake if drained else connection.unsubscribe
+
+        def end() -> None:
+            made.append(client.subscribe("ended"))
+            first(made[-1]._core)
+
+        inside = (Connection._unsubscribe, Dispatcher.unsub, Dispatcher.leave, Dispatcher.remove)
+        for _ in moments(end, *inside):
+            first(made[-1]._core)
+            if drained:
+                assert made[-1]._core.draining
+            else:
+                assert made[-1]._core.sid not in {*connection.dispatcher._sinks, *connection.dispatcher._subscriptions}
+            client.publish("ended", b"")
+            client.flush(PATIENCE)
+            assert client.stats()["in_messages"] == 0
+            made[-1].unsubscribe()
+        assert len(made) > 5
+
+
 # -- the pool ----------------------------------------------------------------------------------------------------------
 
 
@@ -244,6 +310,25 @@ def test_a_subscriber_whose_closing_was_cut_short_is_closed_by_the_next(nats_ser
         assert opened[-1].status == "closed"
         assert opened[-1].handles == [] or opened[-1].handles[0].stopped
     assert len(opened) > 10
+
+
+def test_who_flushes_is_told_of_a_closing_that_was_cut_short_by_the_next(nats_server: NatsServer) -> None:
+    closing = list[tuple[natsync.Client, Outcome]]()
+
+    def close() -> None:
+        client = natsync.connect(nats_server.url, **QUICK)
+        session = client._connection()._session
+        assert session is not None
+        session._pong = lambda: None  # type: ignore[method-assign]
+        closing.append((client, Outcome(lambda: client.flush(None))))
+        eventually(lambda: len(session._pings) == 1)
+        client.close(0)
+
+    for _ in moments(close, Session.end, Finishing.run):
+        client, flush = closing[-1]
+        client.close(0)
+        assert isinstance(flush.within(PATIENCE), natsync.ConnectionClosed)
+    assert len(closing) > 8
 
 
 def test_who_waits_for_a_closing_that_is_cut_short_goes_on_with_it(

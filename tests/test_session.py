@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import queue
 import socket
@@ -11,13 +12,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from interrupting import moments
-from natsync.concurrency import Deadline
+from natsync.concurrency import Deadline, Finishing
 from natsync.errors import AuthorizationError, ConnectError, NatsError, ProtocolError
 from natsync.options import ConnectOptions, Server
 from natsync.outbox import WRITE_BYTES, Outbox, OutboxClosed, Receipt
@@ -510,6 +512,41 @@ def test_pings_in_flight_are_told_of_the_end() -> None:
         it.peer.shutdown(socket.SHUT_RDWR)
         eventually(lambda: len(confirmed) == 2)
         assert confirmed == [None, None]
+
+
+def test_an_end_that_was_cut_short_is_told_by_the_next_in_order() -> None:
+    """The owner first, who may be told again, as may the one PING whose call was just made."""
+    transport = SimpleNamespace(server="a", shutdown=lambda: None)
+    ended = list[tuple[Session, Owner, list[str]]]()
+
+    def end() -> None:
+        owner, told, outbox = Owner(), list[str](), Outbox(1 << 20)
+        outbox.attach([])
+        session = Session(transport, {}, outbox, ConnectOptions(), owner, "test")  # type: ignore[arg-type]
+        ended.append((session, owner, told))
+
+        def tell(name: str, position: int | None) -> None:
+            told.append(f"{name} {position} {len(owner.reasons) > 0}")
+
+        for name in "abc":
+            session.ping(partial(tell, name))
+        session.end(ConnectError("first"))
+
+    seen = set()
+    for _ in moments(end, Session.end, Session._tell_end, Finishing.run):
+        session, owner, told = ended[-1]
+        seen.add(len(told))
+        if session._ended:
+            session._pong()  # one that the reader still had: it is not to be heeded
+        for reason in ("next", "last"):
+            session.end(ConnectError(reason))
+        assert [name for name, _ in itertools.groupby(told)] == ["a None True", "b None True", "c None True"]
+        assert (len(told), len(owner.reasons)) <= (4, 2)
+        assert len(owner.reasons) <= 2
+        assert len({str(reason) for reason in owner.reasons}) == 1
+    assert seen == {0, 1, 2, 3}
+    _, owner, told = ended[-1]
+    assert (len(told), len(owner.reasons)) == (3, 1)
 
 
 def test_an_interrupt_in_a_ping_leaves_none_that_nobody_knows_of() -> None:
