@@ -442,8 +442,8 @@ class Client:
     def flush(self, timeout: float | None = FLUSH_SECONDS) -> None:
         """Block until the server has confirmed that it has everything sent so far, up to timeout seconds.
 
-        It cannot tell of what an earlier link took with it when it broke: that is the event `disconnected`. Flush behind
-        what must not be lost, not later.
+        It cannot tell of what an earlier link took with it when it broke: that is the event `disconnected`. Flush right
+        behind what must not be lost.
 
         Raises:
             TimedOut: it did not confirm in time.

@@ -256,6 +256,8 @@ class Links:
             while self._session is None:
                 if self._status is Status.CLOSED:
                     raise self.closed_error()
+                if self._supervisor.is_own_thread:
+                    raise ConnectError("no link, and this thread is the one that makes it")
                 if not self._changed.wait(deadline.remaining()):
                     raise TimedOut("no link to a server in time")
             return self._session

@@ -444,6 +444,27 @@ def test_a_token_function_that_uses_its_own_client_fails_the_attempt() -> None:
     assert [type(error) for error in failures] == [ConnectError, ConnectError]
 
 
+def test_a_token_function_that_flushes_its_own_client_between_two_links_does_not_wait_for_itself(
+    nats_server: NatsServer,
+) -> None:
+    failures: list[BaseException] = []
+
+    def token() -> str:
+        if client.status == "reconnecting":
+            try:
+                client.flush(None)
+            except natsync.NatsError as error:
+                failures.append(error)
+        return "unused"
+
+    client = natsync.Client(nats_server.url, token=token, reconnect_wait=0.01)
+    with client:
+        client.force_reconnect()
+        eventually(lambda: len(failures) == 1 and client.status == "connected")
+        client.flush()
+    assert [type(error) for error in failures] == [ConnectError]
+
+
 def test_garbage_from_the_server_is_told_and_the_link_made_again() -> None:
     events = Events()
 
