@@ -10,7 +10,7 @@ import logging
 from dataclasses import replace
 
 from natsync.backlog import destination
-from natsync.concurrency import Deadline
+from natsync.concurrency import Deadline, Happening
 from natsync.connection import Connection
 from natsync.context import Context
 from natsync.errors import (
@@ -52,6 +52,8 @@ class PlainSender(SenderCore):
         self._first_mark = 0  # positions in the outbox: of the first message,
         self._last_mark = 0  # of the last chunk,
         self._end_mark = 0  # and of the end
+        self._settled = Happening()  # it is known whether the END has arrived
+        self._arrived = False  # it has
         self._prefix = b"PUB %b %b " % (reply, self._inbox)
         self._line = (-1, b"")  # the control line of the last size, for many chunks have the same
         self.open()
@@ -160,11 +162,7 @@ class PlainSender(SenderCore):
         self._connection.wake_publishers()
 
     def settle(self, deadline: Deadline) -> bool:
-        try:
-            self._connection.flush(deadline)
-        except NatsError:
-            return False
-        return True
+        return self._settled.event.wait(deadline.remaining()) and self._arrived
 
     # -- ending ------------------------------------------------------------------------------------------------
 
@@ -195,8 +193,16 @@ class PlainSender(SenderCore):
 
     def _confirmed(self, mark: int) -> None:
         """The server has everything up to this position."""
-        if mark == self._end_mark:
-            self._forget()
+        with self.lock:
+            if mark != self._end_mark:
+                return
+            if not self._settled.happened:  # else the server has refused it, or has confirmed it before
+                self._arrived = self._ended
+        self._forget()
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._settled.set()
 
     # -- the reader, the supervisor ------------------------------------------------------------------------------
 
@@ -233,8 +239,8 @@ class PlainSender(SenderCore):
         """Chunks are missing: nothing behind them may be sent. Requires _lock."""
         self._broken = StreamClosed(text, code=Code.UNAVAILABLE)
         self._end_mark = 0
-        if self._error is None:
-            self._error = self._broken
+        if self._error is None or self._ended:
+            self._ended, self._error = False, self._broken
         return self._reply
 
     def link_lost(self, loss: LinkLoss) -> None:
@@ -248,7 +254,7 @@ class PlainSender(SenderCore):
                 return
             ending = self._ending = Ending(Op.ERROR, broken.message, self._lost())
             self._due = True
+        self._settled.set()
         if self._error is broken:
             self._finishing.run(self._finish)
-        else:
-            self._put_end(ending)
+        self._put_end(ending)  # unless that did: who ended the stream before may have finished, or be at it
