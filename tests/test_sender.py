@@ -521,14 +521,38 @@ def test_an_error_text_beyond_max_payload_is_cut(opened: Open) -> None:
     assert caught.value.message.startswith("ü" * 100_000)
 
 
-@framed_only
 def test_trailers_beyond_max_payload_are_refused_and_the_stream_goes_on(opened: Open) -> None:
     with pytest.raises(natsync.MaxPayloadExceeded):
         opened.sender.end(trailers={"T": "x" * (2 << 20)})
     assert not opened.sender.is_closed()
+    opened.sender.send(b"chunk")
     opened.sender.end(trailers={"T": "x"})
-    assert list(opened.stream) == []
+    assert list(opened.stream) == [b"chunk"]
     assert opened.stream.trailers["T"] == "x"
+
+
+@plain_only
+def test_trailers_as_large_as_max_payload_arrive_and_none_larger(opened: Open) -> None:
+    limit = opened.sender._core._connection.info["max_payload"]
+    room = limit - len(natsync.Headers({"T": ""}).encode()) - len(END)
+    with pytest.raises(natsync.MaxPayloadExceeded) as caught:
+        opened.sender.end(trailers={"T": "x" * (room + 1)})
+    assert (caught.value.size_bytes, caught.value.limit_bytes) == (limit + 1, limit)
+    assert opened.sender.end(trailers={"T": "x" * room}, wait=PATIENCE)
+    assert list(opened.stream) == []
+    assert len(opened.stream.trailers["T"]) == room
+
+
+def test_trailers_of_any_size_are_left_out_for_requesters_that_are_not_natsyncs(
+    raw: RawClient, subscriber: natsync.Subscriber
+) -> None:
+    def handler(ctx: natsync.HandlerContext, request: natsync.Message, sender: natsync.ResponseSender) -> None:
+        sender.send(b"chunk")
+        sender.end(trailers={"T": "x" * (2 << 20)})
+
+    subscriber.stream_subscribe("s.trailers", handler)
+    raw.request("s.trailers")
+    assert [one.payload for one in raw.stream()] == [b"chunk", END]
 
 
 # -- learning of the end -------------------------------------------------------------------------------------------

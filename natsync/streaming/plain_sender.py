@@ -21,6 +21,7 @@ from natsync.errors import (
     NatsError,
     StreamClosed,
 )
+from natsync.headers import Headers
 from natsync.message import Item
 from natsync.mux import LinkLoss, Mux
 from natsync.protocol import FORMATTED_BYTES, MAX_MESSAGE_BYTES, encode_pub
@@ -166,6 +167,14 @@ class PlainSender(SenderCore):
 
     # -- ending ------------------------------------------------------------------------------------------------
 
+    def end(self, trailers: Headers | None = None) -> bool:
+        if trailers and self._natsync_peer:  # nobody else is sent them, so they may have any size
+            size = len(trailers.encode()) + len(self._sentinels.end)
+            limit = self._connection.info.get("max_payload", MAX_MESSAGE_BYTES)
+            if size > limit:
+                raise MaxPayloadExceeded(size, limit)
+        return super().end(trailers)
+
     def _put_end(self, ending: Ending) -> None:
         """Queue the end; a link that is lost before the server has it must not leave the requester waiting."""
         frame = encode_pub(self._reply, self._inbox, *self._end_parts(ending))
@@ -181,7 +190,7 @@ class PlainSender(SenderCore):
         self._connection.when_confirmed(mark, lambda: self._confirmed(mark))
 
     def _end_parts(self, ending: Ending) -> tuple[bytes | None, bytes]:
-        """Headers and payload of the end; what does not fit into max_payload is left out."""
+        """Headers and payload of the end; of an error, what does not fit into max_payload is left out."""
         if ending.op == Op.END:
             return ending.trailers.encode() if ending.trailers and self._natsync_peer else None, self._sentinels.end
         payload = self._sentinels.error_prefix + ending.text.encode("utf-8", "replace")
