@@ -114,9 +114,13 @@ class SafeCondition:
         self._turns: deque[threading.Lock] = deque()  # of those who wait; given back = called
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Give the lock back until called, and take it again; False if the timeout (seconds) came first."""
+        """Give the lock back until called, and take it again; False if the timeout (seconds) came first.
+
+        Any number will do, for users wait for events made of this: below 0 is as good as 0, beyond all times as None.
+        """
         self._check_taken()
         lock = self._lock
+        seconds = -1 if timeout is None or timeout > _FOREVER else max(0, timeout)  # to a lock, -1 is no limit
         turn = threading.Lock()
         turn.acquire(False)
         given, taken = list[object](), list[object]()
@@ -124,7 +128,7 @@ class SafeCondition:
             self._turns.append(turn)
             try:
                 given.extend(map(type(lock).release, (lock,)))
-                return turn.acquire(timeout=-1 if timeout is None else timeout)
+                return turn.acquire(timeout=seconds)
             finally:
                 if given:
                     taken.extend(map(type(lock).acquire, (lock,)))

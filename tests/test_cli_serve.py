@@ -103,6 +103,50 @@ def test_a_second_signal_cancels_what_several_modules_do(
             stream.close()
 
 
+FORKS = """
+import multiprocessing
+import os
+import time
+import natsync
+
+context = multiprocessing.get_context("fork")
+subscriber = natsync.Subscriber()
+
+def work(begun):
+    begun.set()
+    time.sleep(60)
+
+@subscriber.handler("{prefix}.fork")
+def fork(ctx, request):
+    begun = context.Event()
+    process = context.Process(target=work, args=(begun,), daemon=True)
+    process.start()
+    begun.wait(10)  # Python forgets signals that come sooner
+    os.kill(process.pid, int(request.data))
+    process.join(10)
+    process.kill()
+    process.join()
+    return process.exitcode
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("others", [(), ("other",)], ids=["alone", "with-another"])
+def test_a_process_that_a_handler_forks_is_ended_by_signals_as_any(
+    url: str, natsync_client: natsync.Client, tmp_path: Path, others: tuple[str, ...], number: signal.Signals
+) -> None:
+    for name in others:
+        write(tmp_path, name)
+    prefix = f"serve.{tmp_path.name}.forks"
+    (tmp_path / "forks.py").write_text(FORKS.format(prefix=prefix))
+    with child(*NATSYNC, "serve", "forks", *others, url=url, cwd=tmp_path) as command:
+        wait_for_serving(command, 1, ".fork")
+        assert int(natsync_client.request(f"{prefix}.fork", str(int(number)), timeout=PATIENCE).data) == -number
+        command.send(signal.SIGTERM)
+        assert command.wait() == 0
+
+
 def test_one_of_several_modules_that_cannot_begin_ends_all(url: str, tmp_path: Path) -> None:
     write(tmp_path, "one")
     (tmp_path / "other.py").write_text("import natsync\nsubscriber = natsync.Subscriber('nats://127.0.0.1:1')\n")

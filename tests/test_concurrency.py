@@ -17,6 +17,7 @@ from natsync import concurrency
 from natsync.concurrency import (
     Deadline,
     SafeCondition,
+    SafeEvent,
     Signal,
     check_timeout,
     join_all,
@@ -128,6 +129,18 @@ def test_a_deadline_beyond_all_times_can_be_waited_for(at: float) -> None:
     assert Deadline(at).or_sooner(None).wait_time() > 1e6
 
 
+# -- SafeEvent -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("timeout", [0, 0.0, -0.5, -1, -1.0, -7, -math.inf])
+def test_an_event_that_was_not_set_is_waited_for_no_time_as_by_threading(timeout: float) -> None:
+    event, told = SafeEvent(), list[bool]()
+    spawn(lambda: told.append(event.wait(timeout)), "natsync-test").join(5)
+    assert told == [threading.Event().wait(timeout)] == [False]
+    event.set()
+    assert event.wait(timeout)
+
+
 # -- Signal ----------------------------------------------------------------------------------------------------------
 
 
@@ -193,6 +206,26 @@ def test_a_wait_that_nobody_ends_lasts_as_long_as_told(lock: threading.Lock) -> 
         assert lock.locked()
     assert time.monotonic() - started >= 0.049
     assert not condition._turns
+
+
+@pytest.mark.parametrize("timeout", [0, 0.0, -0.5, -1, -1.0, -7, -math.inf])
+def test_a_wait_of_no_time_returns_at_once(lock: threading.Lock, timeout: float) -> None:
+    woken = list[bool]()
+    thread = spawn(lambda: waiting(SafeCondition(lock), lock, woken, timeout), "natsync-test")
+    thread.join(5)
+    assert woken == [False]
+    assert not lock.locked()
+
+
+@pytest.mark.parametrize("timeout", [10, 10.0, *HUGE])
+def test_a_wait_of_any_time_ends_when_called(lock: threading.Lock, timeout: float) -> None:
+    condition, woken = SafeCondition(lock), list[bool]()
+    thread = spawn(lambda: waiting(condition, lock, woken, timeout), "natsync-test")
+    eventually(lambda: condition._turns)
+    with lock:
+        condition.notify()
+    thread.join(5)
+    assert woken == [True]
 
 
 def test_nobody_is_woken_without_the_lock(lock: threading.Lock) -> None:

@@ -22,12 +22,14 @@ import pytest
 import requests
 
 import natsync
+from broker import QUICK, Outcome
+from natsync.concurrency import Deadline
 from natsync.streaming import framed_sender
 from natsync.streaming.framed_sender import FramedSender
 from natsync.streaming.plain_sender import PlainSender
 from natsync.streaming.sender import SenderCore
 from natsync.streaming.terms import Offer
-from natsync.testing import NatsServer, eventually
+from natsync.testing import FaultProxy, NatsServer, eventually
 from rawclient import END, ERROR, PATIENCE, RawClient
 from support import framed_only, plain_only, shown
 from thirdparty import ThirdParty
@@ -362,6 +364,113 @@ def test_end_with_wait_is_false_if_the_other_side_does_not_confirm(
         assert list(opened.stream) == [b"1"]
 
 
+@pytest.fixture
+def far(
+    nats_server: NatsServer, client: natsync.Client, make_fault_proxy: Callable[..., FaultProxy]
+) -> Iterator[tuple[Open, FaultProxy]]:
+    """A stream whose responder's link can be broken, with a first chunk that the server has for sure."""
+    proxy = make_fault_proxy(nats_server.url)
+    with natsync.Subscriber(proxy.url, discover=False, **QUICK) as subscriber:
+        opened = Open(client, subscriber)
+        opened.begin()
+        opened.sender._core._connection.flush(Deadline.after(PATIENCE))
+        yield opened, proxy
+        opened.sender.end()
+
+
+def handed_over(sender: natsync.ResponseSender) -> bool:
+    """Whether the link was given all that was sent."""
+    return not sender._core._connection.stats()["out_pending_bytes"]
+
+
+def lose(sender: natsync.ResponseSender, proxy: FaultProxy) -> None:
+    """Have the link lost with all that was sent last, and wait for the next one."""
+    connection = sender._core._connection
+    eventually(lambda: handed_over(sender))
+    reconnects = connection.stats()["reconnects"]
+    proxy.reset()
+    proxy.up.resume()
+    eventually(lambda: connection.linked and connection.stats()["reconnects"] > reconnects, PATIENCE)
+
+
+@plain_only
+def test_end_with_wait_is_false_if_the_end_was_lost_with_the_link(far: tuple[Open, FaultProxy]) -> None:
+    opened, proxy = far
+    proxy.up.stall()
+    opened.sender.send(b"lost")
+    assert opened.sender.end()
+    lose(opened.sender, proxy)
+    assert opened.sender.end(wait=PATIENCE) is False
+    with pytest.raises(natsync.ServerLost, match="broke in mid-stream"):
+        opened.stream.next(PATIENCE)
+
+
+@plain_only
+def test_a_stream_whose_end_is_lost_under_its_handler_counts_as_failed(
+    nats_server: NatsServer, client: natsync.Client, make_fault_proxy: Callable[..., FaultProxy]
+) -> None:
+    proxy, ends = make_fault_proxy(nats_server.url), list[bool]()
+
+    def handler(ctx: natsync.HandlerContext, request: natsync.Message, sender: natsync.ResponseSender) -> None:
+        proxy.up.stall()
+        ends.append(sender.end())
+        lose(sender, proxy)
+        ends.append(sender.end())
+
+    with natsync.Subscriber(proxy.url, discover=False, **QUICK) as subscriber:
+        handle = subscriber.stream_subscribe("s.lost", handler)
+        with pytest.raises(natsync.ServerLost, match="broke in mid-stream"):
+            client.stream("s.lost").next(PATIENCE)
+        eventually(lambda: not handle.stats["active"])
+        assert ends == [True, False]
+        assert (handle.stats["processed"], handle.stats["failed"]) == (0, 1)
+        assert "broke in mid-stream" in (handle.last_error or "")
+
+
+@plain_only
+def test_a_wait_for_the_end_is_told_at_once_that_it_was_lost(far: tuple[Open, FaultProxy]) -> None:
+    opened, proxy = far
+    core = opened.sender._core
+    assert isinstance(core, PlainSender)
+    proxy.up.stall()
+    ending = Outcome(lambda: opened.sender.end(wait=6 * PATIENCE))
+    eventually(lambda: core._end_mark and handed_over(opened.sender))
+    proxy.refuse()  # there is no other link
+    proxy.reset()
+    assert ending.within(PATIENCE) is None
+    assert ending.value is False
+    proxy.up.resume()
+    proxy.forward()
+    with pytest.raises(natsync.ServerLost, match="broke in mid-stream"):
+        opened.stream.next(PATIENCE)
+
+
+@plain_only
+def test_end_with_wait_is_true_if_the_next_link_takes_the_end(far: tuple[Open, FaultProxy]) -> None:
+    opened, proxy = far
+    proxy.refuse()
+    proxy.reset()
+    eventually(lambda: not opened.sender._core._connection.linked)
+    ending = Outcome(lambda: opened.sender.end(wait=PATIENCE))
+    assert opened.sender.closed.wait(PATIENCE)
+    proxy.forward()
+    assert ending.within(PATIENCE) is None
+    assert ending.value is True
+    assert list(opened.stream) == []
+
+
+@plain_only
+def test_end_with_wait_is_false_while_another_thread_has_yet_to_send_the_end(opened: Open) -> None:
+    deciding, go_on = threading.Event(), threading.Event()
+    opened.sender._core.when_closed(lambda: deciding.set() or go_on.wait(PATIENCE))
+    ending = Outcome(lambda: opened.sender.end(wait=PATIENCE))
+    assert deciding.wait(PATIENCE)
+    assert opened.sender.end(wait=0.1) is False
+    go_on.set()
+    assert ending.within(PATIENCE) is None
+    assert ending.value is True
+
+
 def test_end_is_false_after_an_error(opened: Open) -> None:
     opened.sender.send_error("broken")
     assert opened.sender.end() is False
@@ -412,14 +521,38 @@ def test_an_error_text_beyond_max_payload_is_cut(opened: Open) -> None:
     assert caught.value.message.startswith("ü" * 100_000)
 
 
-@framed_only
 def test_trailers_beyond_max_payload_are_refused_and_the_stream_goes_on(opened: Open) -> None:
     with pytest.raises(natsync.MaxPayloadExceeded):
         opened.sender.end(trailers={"T": "x" * (2 << 20)})
     assert not opened.sender.is_closed()
+    opened.sender.send(b"chunk")
     opened.sender.end(trailers={"T": "x"})
-    assert list(opened.stream) == []
+    assert list(opened.stream) == [b"chunk"]
     assert opened.stream.trailers["T"] == "x"
+
+
+@plain_only
+def test_trailers_as_large_as_max_payload_arrive_and_none_larger(opened: Open) -> None:
+    limit = opened.sender._core._connection.info["max_payload"]
+    room = limit - len(natsync.Headers({"T": ""}).encode()) - len(END)
+    with pytest.raises(natsync.MaxPayloadExceeded) as caught:
+        opened.sender.end(trailers={"T": "x" * (room + 1)})
+    assert (caught.value.size_bytes, caught.value.limit_bytes) == (limit + 1, limit)
+    assert opened.sender.end(trailers={"T": "x" * room}, wait=PATIENCE)
+    assert list(opened.stream) == []
+    assert len(opened.stream.trailers["T"]) == room
+
+
+def test_trailers_of_any_size_are_left_out_for_requesters_that_are_not_natsyncs(
+    raw: RawClient, subscriber: natsync.Subscriber
+) -> None:
+    def handler(ctx: natsync.HandlerContext, request: natsync.Message, sender: natsync.ResponseSender) -> None:
+        sender.send(b"chunk")
+        sender.end(trailers={"T": "x" * (2 << 20)})
+
+    subscriber.stream_subscribe("s.trailers", handler)
+    raw.request("s.trailers")
+    assert [one.payload for one in raw.stream()] == [b"chunk", END]
 
 
 # -- learning of the end -------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ import logging
 import signal
 import threading
 from collections.abc import Callable
-from types import FrameType
 
 import natsync
 from natsync.streaming.serving import Inbox
@@ -39,12 +38,9 @@ def serve_all(
         finally:
             events.put(_ENDED)
 
-    def caught(number: int, frame: FrameType | None) -> None:
-        events.put(signal.Signals(number).name)
-
     threads = [threading.Thread(target=serve, args=(one,), daemon=True) for one in subscribers]
     try:
-        with events.signals(caught, signal.SIGINT, signal.SIGTERM):
+        with events.signals(signal.SIGINT, signal.SIGTERM):
             for thread in threads:
                 thread.start()
             _attend(subscribers, events, ready)

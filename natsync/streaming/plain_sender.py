@@ -10,7 +10,7 @@ import logging
 from dataclasses import replace
 
 from natsync.backlog import destination
-from natsync.concurrency import Deadline
+from natsync.concurrency import Deadline, Happening
 from natsync.connection import Connection
 from natsync.context import Context
 from natsync.errors import (
@@ -21,6 +21,7 @@ from natsync.errors import (
     NatsError,
     StreamClosed,
 )
+from natsync.headers import Headers
 from natsync.message import Item
 from natsync.mux import LinkLoss, Mux
 from natsync.protocol import FORMATTED_BYTES, MAX_MESSAGE_BYTES, encode_pub
@@ -52,6 +53,8 @@ class PlainSender(SenderCore):
         self._first_mark = 0  # positions in the outbox: of the first message,
         self._last_mark = 0  # of the last chunk,
         self._end_mark = 0  # and of the end
+        self._settled = Happening()  # it is known whether the END has arrived
+        self._arrived = False  # it has
         self._prefix = b"PUB %b %b " % (reply, self._inbox)
         self._line = (-1, b"")  # the control line of the last size, for many chunks have the same
         self.open()
@@ -160,13 +163,17 @@ class PlainSender(SenderCore):
         self._connection.wake_publishers()
 
     def settle(self, deadline: Deadline) -> bool:
-        try:
-            self._connection.flush(deadline)
-        except NatsError:
-            return False
-        return True
+        return self._settled.event.wait(deadline.remaining()) and self._arrived
 
     # -- ending ------------------------------------------------------------------------------------------------
+
+    def end(self, trailers: Headers | None = None) -> bool:
+        if trailers and self._natsync_peer:  # nobody else is sent them, so they may have any size
+            size = len(trailers.encode()) + len(self._sentinels.end)
+            limit = self._connection.info.get("max_payload", MAX_MESSAGE_BYTES)
+            if size > limit:
+                raise MaxPayloadExceeded(size, limit)
+        return super().end(trailers)
 
     def _put_end(self, ending: Ending) -> None:
         """Queue the end; a link that is lost before the server has it must not leave the requester waiting."""
@@ -183,7 +190,7 @@ class PlainSender(SenderCore):
         self._connection.when_confirmed(mark, lambda: self._confirmed(mark))
 
     def _end_parts(self, ending: Ending) -> tuple[bytes | None, bytes]:
-        """Headers and payload of the end; what does not fit into max_payload is left out."""
+        """Headers and payload of the end; of an error, what does not fit into max_payload is left out."""
         if ending.op == Op.END:
             return ending.trailers.encode() if ending.trailers and self._natsync_peer else None, self._sentinels.end
         payload = self._sentinels.error_prefix + ending.text.encode("utf-8", "replace")
@@ -195,8 +202,16 @@ class PlainSender(SenderCore):
 
     def _confirmed(self, mark: int) -> None:
         """The server has everything up to this position."""
-        if mark == self._end_mark:
-            self._forget()
+        with self.lock:
+            if mark != self._end_mark:
+                return
+            if not self._settled.happened:  # else the server has refused it, or has confirmed it before
+                self._arrived = self._ended
+        self._forget()
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._settled.set()
 
     # -- the reader, the supervisor ------------------------------------------------------------------------------
 
@@ -233,8 +248,8 @@ class PlainSender(SenderCore):
         """Chunks are missing: nothing behind them may be sent. Requires _lock."""
         self._broken = StreamClosed(text, code=Code.UNAVAILABLE)
         self._end_mark = 0
-        if self._error is None:
-            self._error = self._broken
+        if self._error is None or self._ended:
+            self._ended, self._error = False, self._broken
         return self._reply
 
     def link_lost(self, loss: LinkLoss) -> None:
@@ -248,7 +263,7 @@ class PlainSender(SenderCore):
                 return
             ending = self._ending = Ending(Op.ERROR, broken.message, self._lost())
             self._due = True
+        self._settled.set()
         if self._error is broken:
             self._finishing.run(self._finish)
-        else:
-            self._put_end(ending)
+        self._put_end(ending)  # unless that did: who ended the stream before may have finished, or be at it

@@ -444,7 +444,11 @@ class ResponseSender:
 
         Does not block, and what was sent is kept and sent again until the requester has it, without a thread. With
         wait, blocks up to that many seconds, and returns True if and only if the requester's process has everything
-        (plain mode: the server has). Trailers reach natsync requesters only.
+        (plain mode: the server has). Trailers reach natsync requesters only; for others they are left out.
+
+        Raises:
+            MaxPayloadExceeded: the trailers are larger than what the server or the requester takes; nothing was sent,
+                and the stream is open.
         """
         self._check_process()
         check_timeout(wait, "wait")

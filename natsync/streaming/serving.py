@@ -45,8 +45,16 @@ class Inbox:
         return self._words.popleft()
 
     @contextmanager
-    def signals(self, caught: Callable[[int, FrameType | None], object], *numbers: int) -> Iterator[None]:
-        """Within the block caught(number, frame) handles the signals, and each ends a wait. Main thread only."""
+    def signals(self, *numbers: int) -> Iterator[None]:
+        """Within the block each of the signals is taken as a word, its name. Main thread only."""
+        generation = fork_generation()
+
+        def caught(number: int, frame: FrameType | None) -> None:
+            if generation != fork_generation():  # a process that a handler forked: the signal means what it always does
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            self.put(signal.Signals(number).name)
+
         pipe = signal.set_wakeup_fd(self._outgoing.fileno(), warn_on_full_buffer=False)
         former: dict[int, Any] = {number: signal.signal(number, caught) for number in numbers}
         try:
@@ -89,15 +97,7 @@ class Serving:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        generation = fork_generation()
-
-        def caught(number: int, frame: FrameType | None) -> None:
-            if generation != fork_generation():  # a process that a handler forked: the signal means what it always does
-                signal.signal(number, signal.SIG_DFL)
-                signal.raise_signal(number)
-            self._reasons.put(signal.Signals(number).name)
-
-        with self._reasons.signals(caught, signal.SIGINT, signal.SIGTERM):
+        with self._reasons.signals(signal.SIGINT, signal.SIGTERM):
             yield
 
     def _shut_down(self, close: Callable[[], object], cancel: Callable[[str], object]) -> None:
