@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 
 from natsync.client import REQUEST_SECONDS, Client
 from natsync.concurrency import Deadline, after_fork_in_child, at_home, check_timeout, fork_generation, run_soon
-from natsync.context import current
+from natsync.context import Context, current
 from natsync.errors import (
+    DeadlineExceeded,
     ForkError,
     InvalidArgument,
     NatsError,
@@ -208,32 +209,50 @@ class ConnectionPool:
             turn.lasting = True
         return turn
 
-    def _borrow(self, turn: Turn, timeout: float | None) -> Client:
+    def _borrow(self, turn: Turn, timeout: float | None, ctx: Context | None = None) -> Client:
         """Wait for the turn; whatever happens, the caller has to _leave() it."""
         check_timeout(timeout)  # also where none is needed
         turn.store.borrow(turn)
         client = turn.client
-        return client if client is not None else self._wait_turn(turn, timeout)
+        return client if client is not None else self._wait_turn(turn, timeout, ctx)
 
-    def _wait_turn(self, turn: Turn, timeout: float | None) -> Client:
+    def _wait_turn(self, turn: Turn, timeout: float | None, ctx: Context | None) -> Client:
         limit = self._timeout if timeout is None else check_timeout(timeout)
         begin, deadline = time.monotonic(), Deadline.after(limit)
         keeper, signal = self._keeper, turn.signal
         assert signal is not None
         keeper.start()
+        remove: Callable[[], None] | None = None
         try:
+            if ctx is not None:
+                remove = ctx.on_end(signal.set)
             while turn.waits:
-                if not signal.wait(deadline.or_sooner(LOOK_SECONDS)):
+                woken = signal.wait(deadline.or_sooner(LOOK_SECONDS))
+                if ctx is not None:
+                    self._heed(turn, ctx, begin)
+                if not woken:
                     turn.store.sweep()
                     keeper.want()
                     if deadline.expired:
                         self._give_up(turn, limit)
         finally:
+            if remove is not None:
+                remove()
             turn.store.waited(turn, time.monotonic() - begin)
         if turn.client is None:
             assert turn.failure is not None
             raise turn.failure()
         return turn.client
+
+    def _heed(self, turn: Turn, ctx: Context, begin: float) -> None:
+        """Raise how ctx ended, if it has; the cause of a deadline's is what kept the caller waiting."""
+        try:
+            ctx.check()
+        except DeadlineExceeded as error:
+            try:
+                self._give_up(turn, round(time.monotonic() - begin, 3))
+            except PoolTimeout as cause:
+                raise error from cause
 
     def _give_up(self, turn: Turn, limit: float | None) -> None:
         """Raise that nothing was free in time, unless it has come at the last moment."""
@@ -276,7 +295,7 @@ class ConnectionPool:
     def request(self, subject: str, payload: Payload = b"", **arguments: Any) -> Message:
         """Client.request() on a borrowed connection, which is held until the reply is there.
 
-        Blocks for both, within the request's timeout, and raises what both raise.
+        Blocks for both, within the request's timeout and its ctx, and raises what both raise.
         """
         with self._within({"timeout": REQUEST_SECONDS, **arguments}) as (client, rest):
             return client.request(subject, payload, **rest)
@@ -332,10 +351,9 @@ class ConnectionPool:
 
     def _borrow_within(self, turn: Turn, arguments: dict[str, Any]) -> tuple[Client, dict[str, Any]]:
         """A client within the verb's own timeout and ctx, and the arguments with the time that is left."""
-        ctx = arguments.get("ctx") or current()
         own = Deadline.after(check_timeout(arguments.get("timeout")))
-        limit = (own if ctx is None else own.or_sooner(ctx.remaining())).or_sooner(self._timeout)
-        client = self._borrow(turn, limit.remaining())
+        limit = own.or_sooner(self._timeout)
+        client = self._borrow(turn, limit.remaining(), arguments.get("ctx") or current())
         return client, arguments if own.at is None else {**arguments, "timeout": own.remaining()}
 
     # -- life ------------------------------------------------------------------------------------------------------

@@ -177,6 +177,25 @@ def test_a_function_that_fails_is_told_without_its_words_and_cancels(
     assert holding.left.wait(PATIENCE)
 
 
+@pytest.mark.parametrize(
+    "wrap", [lambda stream, fail: stream.map(fail), lambda stream, fail: stream.map(fail).map(bytes)]
+)
+@pytest.mark.parametrize("wait", ["subscription", "stream"])
+def test_a_wait_or_an_end_within_a_function_is_not_taken_for_the_streams_own(
+    client: natsync.Client, wait: str, wrap: Callable[..., Any]
+) -> None:
+    other: Any = client.subscribe("b.other") if wait == "subscription" else client.stream("b.count", "0")
+
+    def ask(chunk: bytes) -> bytes:
+        if chunk == b"1":
+            other.next(PATIENCE if wait == "stream" else 0)
+        return chunk
+
+    *events, last = parse(b"".join(EventBody(wrap(client.stream("b.count", "3"), ask), gone=lambda: False)))
+    assert [one.data for one in events] == ["0"]
+    assert (last.event, last.json()["code"]) == ("error", 4 if wait == "subscription" else 2)
+
+
 @pytest.mark.parametrize("error", [StopIteration, GeneratorExit])
 def test_a_function_that_raises_the_end_does_not_end_the_stream_quietly(
     client: natsync.Client, holding: Holding, error: type[BaseException]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -144,6 +145,51 @@ def test_a_registry_serves_what_it_recorded(server: NatsServer) -> None:
         client = contrib.get_client()
         assert list(client.stream("count", "3", timeout=PATIENCE)) == [b"0", b"1", b"2"]
         assert client.request("double", "ab", timeout=PATIENCE).text() == "abab"
+
+
+def test_a_registry_keeps_the_limits_of_a_registration(server: NatsServer) -> None:
+    registry = contrib.Registry()
+    entered, leave = threading.Semaphore(0), threading.Event()
+
+    @registry.stream("hold", max_streams=1)
+    def hold(ctx: natsync.Context, request: natsync.Message) -> Iterator[str]:
+        yield "first"
+        ctx.wait(PATIENCE)
+
+    @registry.handler("slow", max_workers=1, pending_messages=1)
+    def slow(ctx: natsync.Context, request: natsync.Message) -> None:
+        entered.release()
+        leave.wait(PATIENCE)
+
+    with registry.make_subscriber():
+        client = contrib.get_client()
+        with client.stream("hold") as stream:
+            assert stream.next(PATIENCE) == b"first"
+            with pytest.raises(natsync.StreamRefused):
+                client.stream("hold").next(PATIENCE)
+        client.publish("slow", b"", reply="nobody")
+        assert entered.acquire(timeout=PATIENCE)
+        client.publish("slow", b"", reply="nobody")  # waits
+        with pytest.raises(natsync.HandlerError) as caught:
+            client.request("slow", timeout=PATIENCE)
+        assert caught.value.code == 429
+        leave.set()
+
+
+def test_the_decorators_of_a_registry_take_what_those_of_a_subscriber_take() -> None:
+    for name in ("stream", "handler"):
+        of_registry, of_subscriber = (
+            inspect.signature(getattr(cls, name)).parameters for cls in (contrib.Registry, natsync.Subscriber)
+        )
+        assert of_registry == of_subscriber
+
+
+@pytest.mark.parametrize("value", [0, -1, True, "1", 1.5])
+@pytest.mark.parametrize("name", ["max_streams", "max_workers", "pending_messages"])
+def test_a_limit_that_cannot_be_is_refused_where_it_stands(name: str, value: Any) -> None:
+    for owner in (contrib.Registry(), natsync.Subscriber()):
+        with pytest.raises(natsync.InvalidArgument, match=f"{name}="):
+            getattr(owner, "stream" if name == "max_streams" else "handler")("limited", **{name: value})
 
 
 @pytest.mark.parametrize("subject", ["two words", "", "a..b"])

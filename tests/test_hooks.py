@@ -165,6 +165,14 @@ def responder(natsync_subscriber: natsync.Subscriber) -> natsync.Subscriber:
         yield b"one"
         raise ValueError("broken")
 
+    @subscriber.stream("hk.resume")
+    def resume(ctx: natsync.HandlerContext, request: natsync.Message) -> Iterator[bytes]:
+        for number in range(ctx.resume_cursor or 0, 5):
+            if number == 3 and not ctx.attempt:
+                raise ValueError("broken")
+            yield b"%d" % number * 2
+        ctx.wait(float(request.data or 0))
+
     @subscriber.stream("hk.wait")
     def wait(ctx: natsync.HandlerContext, request: natsync.Message) -> Iterator[bytes]:
         yield b"one"
@@ -641,6 +649,25 @@ def test_stream_request_counts_over_all_its_tries(
         client.stream_request("hk.break", b"", lambda message: None, retry=natsync.Retry(attempts=3, initial=0.001))
     assert len(log.of("stream_first_chunk")) == 1
     assert log.one("stream_done").values[2:4] == (3, 9)
+
+
+@pytest.mark.parametrize("how", ["end", "close", "garbage"])
+def test_a_stream_counts_over_all_its_attempts(
+    client: natsync.Client, responder: natsync.Subscriber, log: Log, how: str
+) -> None:
+    retry = natsync.Retry(attempts=2, initial=0.001, on=natsync.HandlerError, resumable=True)
+    stream: natsync.Stream | None = client.stream("hk.resume", b"" if how == "end" else b"10", retry=retry)
+    assert stream is not None
+    assert [stream.next(PATIENCE) for _ in range(5)] == [b"00", b"11", b"22", b"33", b"44"]
+    if how == "end":
+        assert list(stream) == []
+    elif how == "close":
+        stream.close()
+    else:
+        log.told.clear()  # the error that retrying() was told of has the stream in its traceback
+        stream = None
+        gc.collect()
+    assert log.one("stream_done").values[2:4] == (5, 10)
 
 
 # -- streams, at the responder -----------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import natsync
+from natsync.context import Running
 from natsync.testing import NatsServer, eventually
 from rawclient import END, PATIENCE, RawClient, RecordingServer
 
@@ -161,6 +162,68 @@ def test_a_verbs_timeout_covers_the_wait_for_a_connection(nats_server: NatsServe
         with pytest.raises(natsync.TimedOut):
             getattr(pool, verb)(*arguments, timeout=0.2)
         assert time.monotonic() - begin < 2.5
+
+
+@pytest.mark.parametrize("ambient", [False, True])
+@pytest.mark.parametrize("verb", ["request", "request_many", "stream", "stream_request"])
+def test_the_end_of_a_verbs_context_ends_the_wait_for_a_connection(
+    pool: natsync.ConnectionPool, verb: str, ambient: bool
+) -> None:
+    arguments = ["p.x", b"", print] if verb == "stream_request" else ["p.x"]
+    ctx = natsync.Context().with_cancel()
+
+    def call() -> None:
+        if ambient:
+            with Running(ctx):
+                getattr(pool, verb)(*arguments, timeout=PATIENCE)
+        else:
+            getattr(pool, verb)(*arguments, timeout=PATIENCE, ctx=ctx)
+
+    with pool.connection(), ThreadPoolExecutor() as callers:
+        calling = callers.submit(call)
+        eventually(lambda: pool.stats()["waiting"] == 1)
+        begin = time.monotonic()
+        ctx.cancel("no longer needed")
+        with pytest.raises(natsync.Cancelled, match="no longer needed"):
+            calling.result(PATIENCE)
+        assert time.monotonic() - begin < PATIENCE / 2
+        assert (pool.stats()["waiting"], pool.stats()["timeouts"]) == (0, 0)
+    pool.putconn(pool.getconn(0))
+
+
+def test_the_deadline_of_a_context_is_told_as_such_and_who_held_the_connections_as_its_cause(
+    pool: natsync.ConnectionPool,
+) -> None:
+    with pool.connection(), pytest.raises(natsync.DeadlineExceeded) as caught:
+        pool.request("p.x", timeout=PATIENCE, ctx=natsync.Context().with_timeout(0.1))
+    assert isinstance(caught.value.__cause__, natsync.PoolTimeout)
+    assert "1 of 1 leased, 1 waiting" in str(caught.value.__cause__)
+    assert (pool.stats()["waiting"], pool.stats()["timeouts"]) == (0, 1)
+
+
+def test_a_context_that_has_ended_waits_for_no_connection(pool: natsync.ConnectionPool) -> None:
+    ctx = natsync.Context().with_cancel()
+    ctx.cancel("over")
+    with pool.connection(), pytest.raises(natsync.Cancelled, match="over"):
+        pool.stream("p.x", ctx=ctx)
+    assert pool.stats()["leased"] == 0
+
+
+def test_a_connection_that_is_granted_as_the_context_ends_is_not_lost(pool: natsync.ConnectionPool) -> None:
+    with ThreadPoolExecutor(2) as callers:
+        for _ in range(100):
+            ctx = natsync.Context().with_cancel()
+            lent = pool.getconn()
+            calling = callers.submit(pool.stream, "p.x", timeout=PATIENCE, ctx=ctx)
+            eventually(lambda: pool.stats()["waiting"] == 1)
+            cancelling = callers.submit(ctx.cancel)
+            pool.putconn(lent)
+            cancelling.result(PATIENCE)
+            try:
+                calling.result(PATIENCE).close()
+            except natsync.Cancelled:
+                pass
+            eventually(lambda: (pool.stats()["leased"], pool.stats()["idle"]) == (0, 1), PATIENCE)
 
 
 @pytest.mark.parametrize(("timeout", "error"), [(-1, natsync.InvalidArgument), ("1", TypeError)])

@@ -521,6 +521,22 @@ def test_a_mapped_stream_has_next(client: natsync.Client, subscriber: natsync.Su
         stream.next(timeout=5)
 
 
+def test_what_a_function_raises_is_raised_by_next_as_it_is(
+    client: natsync.Client, subscriber: natsync.Subscriber
+) -> None:
+    raised = natsync.TimedOut("another wait")
+
+    def fail(chunk: bytes) -> bytes:
+        raise raised
+
+    stream = client.stream("sc.count", "1").map(fail).map(bytes.decode)
+    with pytest.raises(natsync.TimedOut) as caught:
+        stream.next(timeout=5)
+    assert caught.value is raised
+    with pytest.raises(natsync.StreamEnded):
+        stream.next(timeout=5)
+
+
 def test_idle_timeout_does_not_run_while_the_consumer_is_busy(client: natsync.Client, hold: Hold) -> None:
     with client.stream("sc.hold", idle_timeout=0.5) as stream:
         hold.sender.send(b"1")

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from natsync.concurrency import check_timeout
 from natsync.contrib.presence import LOOK_SECONDS, Gone
 from natsync.errors import InvalidArgument, NatsError, StreamEnded, TimedOut
+from natsync.streaming.stream import MappedStream
 
 log = logging.getLogger("natsync.contrib")
 
@@ -44,6 +45,10 @@ class Body:
         self._over = True  # nothing to warn of if an argument is refused
         if not callable(getattr(stream, "next", None)) or not callable(getattr(stream, "close", None)):
             raise TypeError(f"a stream has next(timeout) and close(), as client.stream() makes it: not {stream!r:.100}")
+        self._functions: list[Callable[[Any], Any]] = []
+        while type(stream) is MappedStream:  # apart, so that what a function raises is never taken for the stream's own
+            self._functions.insert(0, stream._function)
+            stream = stream._stream
         self._stream = stream
         self._gone = gone
         self._heartbeat: float | None = None  # seconds without a byte after which _beat() is sent
@@ -117,9 +122,6 @@ class Body:
         try:
             try:
                 return self._wait()
-            except StreamEnded:
-                self._last = True
-                return self._end()
             except Exception as error:
                 self._last = True
                 self._stream.close()
@@ -129,7 +131,7 @@ class Body:
             raise
 
     def _wait(self) -> bytes | None:
-        """The next chunk, encoded, or a sign of life if that is due first; None if the client has gone."""
+        """The next chunk, or the end, encoded; a sign of life if that is due first; None if the client has gone."""
         gone, heartbeat = self._gone, self._heartbeat
         beat_at = None if heartbeat is None else self._written + heartbeat
         while True:
@@ -138,10 +140,15 @@ class Body:
                 steps.append(max(0.0, beat_at - time.monotonic()))
             try:
                 chunk = self._stream.next(min(steps, default=None))
+            except StreamEnded:
+                self._last = True
+                return self._end()
             except TimedOut as error:
                 if type(error) is not TimedOut:  # a deadline or an idle timeout: the stream is over
                     raise
             else:
+                for function in self._functions:
+                    chunk = function(chunk)
                 return self._encode(chunk)
             if gone is not None and gone():
                 return None

@@ -11,6 +11,7 @@ from natsync.errors import (
     Code,
     ConnectError,
     ConnectionClosed,
+    HandlerError,
     InvalidArgument,
     MaxPayloadExceeded,
     NatsError,
@@ -24,6 +25,7 @@ from natsync.errors import (
     StreamRefused,
     TimedOut,
 )
+from natsync.reply import TOO_MANY_REQUESTS
 
 #: Seconds of Retry-After for a refusal that names none.
 RETRY_AFTER = 1
@@ -43,6 +45,11 @@ HANDLER_STATUS = {
     Code.UNAVAILABLE: 503,
     Code.DEADLINE_EXCEEDED: 504,
 }
+
+#: Codes of HTTP by which other services of NATS (ADR-32) say how they failed: the status is the same. 500 says nothing.
+_HTTP_CODES = frozenset([*range(400, 500), *range(501, 505)])
+#: gRPC's code for them; of several with one status the first.
+_CODE_OF_STATUS = {status: code for code, status in reversed(HANDLER_STATUS.items())}
 
 #: Kinds of errors that are not the handler's, the narrower first: code, HTTP status, and what to say of it. Their own
 #: text names subjects and servers, which are nobody's business outside: it belongs into the log.
@@ -69,7 +76,8 @@ def http_status(error: BaseException) -> int:
     Timeouts and deadlines are 504. Nobody who answers, no link to NATS, a responder that is lost or full, a stream that
     was cancelled: 503. Credentials and permissions that NATS does not accept are 502: they are this server's, not the
     browser's, which would take 401 or 403 for a matter of its own. A handler that failed gives what its code says
-    (NOT_FOUND is 404, PERMISSION_DENIED is 403 …), and 500 where it gave none. Anything else is 500.
+    (NOT_FOUND is 404, PERMISSION_DENIED is 403 …; HTTP's own codes, from 400 to 504, are themselves, but 429 is a
+    responder that is full), and 500 where it gave none. Anything else is 500.
     """
     found = _kind(error)
     if found is not None:
@@ -77,15 +85,16 @@ def http_status(error: BaseException) -> int:
     if isinstance(error, StreamError):
         if error.code == Code.CANCELLED:
             return 503
-        return HANDLER_STATUS.get(_code(error.code), 500)
+        return error.code if error.code in _HTTP_CODES else HANDLER_STATUS.get(_code(error.code), 500)
     return 500
 
 
 def http_headers(error: BaseException) -> dict[str, str]:
     """Headers that belong to that status: Retry-After, in whole seconds, where a responder refused for being full."""
-    if not isinstance(error, StreamRefused):
+    if not _refused(error):
         return {}
-    return {"Retry-After": str(math.ceil(error.retry_after) if error.retry_after else RETRY_AFTER)}
+    seconds = error.retry_after if isinstance(error, StreamRefused) else None
+    return {"Retry-After": str(math.ceil(seconds) if seconds else RETRY_AFTER)}
 
 
 def error_data(error: BaseException) -> dict[str, Any]:
@@ -113,11 +122,17 @@ def error_data(error: BaseException) -> dict[str, Any]:
 
 
 def _kind(error: BaseException) -> tuple[Code, int, str] | None:
-    return next(((code, status, text) for kind, code, status, text in _KINDS if isinstance(error, kind)), None)
+    cls = StreamRefused if _refused(error) else type(error)
+    return next(((code, status, text) for kind, code, status, text in _KINDS if issubclass(cls, kind)), None)
+
+
+def _refused(error: BaseException) -> bool:
+    """Whether the responder had no room: a stream's refusal, or the answer of @handler to one request too many."""
+    return isinstance(error, StreamRefused) or (isinstance(error, HandlerError) and error.code == TOO_MANY_REQUESTS)
 
 
 def _code(number: int) -> Code:
     try:
         return Code(number)
     except ValueError:
-        return Code.UNKNOWN
+        return _CODE_OF_STATUS.get(number, Code.UNKNOWN)

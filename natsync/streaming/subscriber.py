@@ -76,7 +76,7 @@ class Subscriber:
         **options: Any,
     ) -> None:
         for name, value in (("max_workers", max_workers), ("max_streams", max_streams)):
-            _check_limit(name, value)
+            check_limit(name, value)
         check_limits(None, pending_messages, pending_bytes, "drop_new", 1)
         self._servers, self._options = connect_settings(servers, options)
         self._chain = chain_of(self._options.middleware)
@@ -213,7 +213,7 @@ class Subscriber:
         The function is checked here and returned unchanged. Raises as stream_subscribe() does.
         """
 
-        _check_limit("max_streams", max_streams)
+        check_limit("max_streams", max_streams)
 
         def decorate(function: F) -> F:
             runner = handlers.stream_runner(function)
@@ -239,8 +239,8 @@ class Subscriber:
         an error of code 429, which Retry repeats. So is one that still waits when its deadline has passed, or the time
         for shutting down is over: its handler is not begun.
         """
-        _check_limit("max_workers", max_workers)
-        _check_limit("pending_messages", pending_messages)
+        check_limit("max_workers", max_workers)
+        check_limit("pending_messages", pending_messages)
         limits = {} if pending_messages is None else {"pending_messages": pending_messages}
 
         def decorate(function: F) -> F:
@@ -268,7 +268,7 @@ class Subscriber:
     def _stream_now(
         self, subject: str, runner: Sending, queue: str | None, ctx: Context | None, max_streams: int | None
     ) -> Handle:
-        _check_limit("max_streams", max_streams)
+        check_limit("max_streams", max_streams)
         _subject.subscribe_subject(subject)
         self.open()
         return self._register_stream(subject, runner, queue, ctx, max_streams)
@@ -570,7 +570,8 @@ class Subscriber:
         return f"<Subscriber {self.status}: {len(self._handles)} registrations>"
 
 
-def _check_limit(name: str, value: int | None) -> None:
+def check_limit(name: str, value: int | None) -> None:
+    """Raises InvalidArgument unless it is None or a number from 1 up."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         raise InvalidArgument(f"{name}={value!r}: a whole number from 1 up")
 

@@ -62,25 +62,31 @@ class WatchedStream(Stream):
         """The consumer is about to get this error; it ends the stream, unless only the wait is over."""
         if type(error) is TimedOut or isinstance(error, ForkError):
             return
-        _call_done(self._watch, self._call, None if isinstance(error, StreamEnded) else error)
+        self._done(None if isinstance(error, StreamEnded) else error)
 
     def cancel(self, reason: str = "cancelled by the requester") -> None:
         may_retry = bool(self._at_end)
         super().cancel(reason)
         if self._generation == fork_generation():
             # How an attempt failed is not how the stream ended, as long as there could have been another.
-            _call_done(self._watch, self._call, StreamCancelled(reason) if may_retry else self._call.outcome)
+            self._done(StreamCancelled(reason) if may_retry else self._call.outcome)
+
+    def _done(self, error: BaseException | None) -> None:
+        _attempts_done(self._watch, self._earlier, self._call, error)
 
     def __del__(self) -> None:
         call = getattr(self, "_call", None)
         if call is not None and not self._watch.told("stream_done"):
-            watch, connection = self._watch, self._calls.connection
-            self._at_end.append(lambda: _on_worker(connection, lambda: _call_done(watch, call, call.outcome)))
+            watch, earlier, connection = self._watch, self._earlier, self._calls.connection
+            self._at_end.append(
+                lambda: _on_worker(connection, lambda: _attempts_done(watch, earlier, call, call.outcome))
+            )
         super().__del__()
 
 
-def _call_done(watch: Watch, call: Call, error: BaseException | None) -> None:
-    stream_done(watch, call.chunks, call.bytes, error)
+def _attempts_done(watch: Watch, earlier: dict[str, float], call: Call, error: BaseException | None) -> None:
+    """Tell of the end with what all attempts counted: those that broke off, and the last."""
+    stream_done(watch, int(earlier["chunks"]) + call.chunks, int(earlier["bytes"]) + call.bytes, error)
 
 
 class WatchedProcessor:

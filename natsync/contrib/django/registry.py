@@ -15,6 +15,7 @@ from natsync import subject as _subject
 from natsync.contrib.django.conf import configured
 from natsync.contrib.django.database import AfterHandler, BeforeHandler
 from natsync.streaming import handlers
+from natsync.streaming.subscriber import check_limit
 from natsync.subscription import PENDING_BYTES, PENDING_MESSAGES, Overflow, check_limits
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -34,24 +35,36 @@ class Registry:
         self._live: list[Callable[[natsync.Subscriber], object]] = []  # for a subscriber that is open
         self.subjects: list[str] = []
 
-    def stream(self, subject: str, *, queue: str | None = None) -> Callable[[F], F]:
+    def stream(self, subject: str, *, queue: str | None = None, max_streams: int | None = None) -> Callable[[F], F]:
         """Answer requests on the subject with streams: of a generator function (ctx, request), or one that is
         given (ctx, request, sender). See natsync.Subscriber.stream()."""
+        check_limit("max_streams", max_streams)
 
         def decorate(function: F) -> F:
             handlers.stream_runner(function)
-            self._record(self._recorded, subject, queue, lambda to: to.stream(subject, queue=queue)(function))
+            more: dict[str, Any] = {"queue": queue, "max_streams": max_streams}
+            self._record(self._recorded, subject, queue, lambda to: to.stream(subject, **more)(function))
             return function
 
         return decorate
 
-    def handler(self, subject: str, *, queue: str | None = None) -> Callable[[F], F]:
+    def handler(
+        self,
+        subject: str,
+        *,
+        queue: str | None = None,
+        max_workers: int | None = None,
+        pending_messages: int | None = None,
+    ) -> Callable[[F], F]:
         """Answer requests on the subject with what function(ctx, request) returns. See natsync.Subscriber.handler()."""
+        check_limit("max_workers", max_workers)
+        check_limit("pending_messages", pending_messages)
 
         def decorate(function: F) -> F:
             handlers.single_runner(function)
             handlers.arguments(function, (2,), "(ctx, request)")
-            self._record(self._recorded, subject, queue, lambda to: to.handler(subject, queue=queue)(function))
+            more: dict[str, Any] = {"queue": queue, "max_workers": max_workers, "pending_messages": pending_messages}
+            self._record(self._recorded, subject, queue, lambda to: to.handler(subject, **more)(function))
             return function
 
         return decorate
