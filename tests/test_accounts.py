@@ -433,10 +433,10 @@ def test_a_stream_that_is_being_started_as_its_registration_is_stopped_is_counte
     """The reader has the request, and is frozen before it is counted, or before it is under way."""
     begin, came, go_on = getattr(where, moment), threading.Event(), threading.Event()
 
-    def late(*arguments: Any) -> None:
+    def late(*arguments: Any) -> Any:
         came.set()
         assert go_on.wait(PATIENCE)
-        begin(*arguments)
+        return begin(*arguments)
 
     with natsync.Subscriber(nats_server.url) as subscriber, natsync.Client(nats_server.url) as client:
         handle = subscriber.stream_subscribe("late", lambda ctx, request: iter([b"a chunk"]))
