@@ -171,16 +171,24 @@ class _Tls:
         """
         with self._lock:
             self._incoming.write(data) if data else self._incoming.write_eof()
-            plain = []
-            try:
-                while piece := self._object.read(READ_BYTES):
-                    plain.append(piece)
-            except ssl.SSLWantReadError:
-                return b"".join(plain) or None
-            except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
-                pass
-            self.ended = True
-            return b"".join(plain)
+            return self._plain_locked()
+
+    def pending(self) -> bytes:
+        """What came in the same read as the end of the handshake: in TLS 1.2 the server, which greets then, ends it."""
+        with self._lock:
+            return self._plain_locked() or b""
+
+    def _plain_locked(self) -> bytes | None:
+        plain = []
+        try:
+            while piece := self._object.read(READ_BYTES):
+                plain.append(piece)
+        except ssl.SSLWantReadError:
+            return b"".join(plain) or None
+        except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+            pass
+        self.ended = True
+        return b"".join(plain)
 
     def encrypt(self, data: bytes) -> bytes:
         with self._lock:
@@ -349,6 +357,7 @@ class _Handshake(_pynats2.NATSNoSubscribeClient):
             plain = answer.args[0]
         else:
             self._tls = tls
+            self._socket_buffer = tls.pending()  # no recv() will bring it
             return
         raise self._plain_instead_of_tls(plain)
 
