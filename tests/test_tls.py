@@ -477,6 +477,16 @@ def test_large_payloads_arrive_both_ways(client: natsync.Client, size: int) -> N
     assert client.request("tls.large", payload, timeout=20).data == payload[::-1]
 
 
+def test_large_payloads_arrive_in_parts_where_the_kernel_does_not_tell_what_was_acknowledged(
+    server: NatsServer, trusting: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TLSTransport, "acknowledged", lambda self: None)
+    payload = hashlib.shake_256(b"parts").digest(3_000_001)
+    with natsync.connect(tls_url(server), tls=trusting) as client:
+        client.subscribe("tls.parts", lambda message: message.respond(message.data[::-1]))
+        assert client.request("tls.parts", payload, timeout=20).data == payload[::-1]
+
+
 def test_messages_in_both_directions_at_once_arrive(client: natsync.Client) -> None:
     received: list[bytes] = []
     client.subscribe("tls.both", lambda message: received.append(message.data))
