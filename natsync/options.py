@@ -138,7 +138,7 @@ class ConnectOptions:
         connect_timeout: seconds for one server: TCP, TLS and handshake together.
         ping_interval: seconds between PINGs; None sends none.
         max_pings_outstanding: unanswered PINGs after which the link counts as lost.
-        write_timeout: seconds a write may block before the link counts as lost; None waits for ever.
+        write_timeout: seconds a write may stand still before the link counts as lost; None waits for ever.
         reconnect: whether a lost link is made again.
         max_reconnects: walks over the servers before giving up for good; -1 never gives up.
         reconnect_wait, reconnect_wait_max: seconds between walks, doubling from the first to the second.

@@ -447,8 +447,7 @@ class Outbox(Backlog):
             if self._closed:
                 return  # the producer gives them to the next link
             self._take_in()
-            self.produced_bytes += len(frames)
-            self.produced_messages += messages
+            self.produced_messages += messages  # the bytes count as all that has a position
             self._size += len(frames)
             self.position += len(frames)
             self._frames.append(frames)

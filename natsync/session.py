@@ -28,6 +28,8 @@ log = logging.getLogger("natsync.session")
 
 #: PONGs that may wait for a server that does not read; one answers all PINGs that came before it.
 _PONGS = 1_000
+#: How often in the time of write_timeout a write that lasts is looked at: so much later one that is blocked is noticed.
+_LOOKS = 4
 
 
 class Owner(Protocol):
@@ -91,6 +93,8 @@ class Session:
         self._write_timer: timers.Timer | None = None
         self._write_look_at = 0.0  # when it is to look
         self._writing_since: float | None = None
+        self._acknowledged: int | None = None  # what the server had confirmed at the last look,
+        self._acknowledged_at = 0.0  # and at which look that had changed
         self._made_up_for: float | None = None  # since when a write lasts that has been given time for a late look
         self.threads: list[threading.Thread] = []
         self._left = 0  # of them
@@ -249,11 +253,15 @@ class Session:
                 self._writing_since = time.monotonic()
                 if self._write_timer is None:
                     self._watch_write()
-                self._transport.send(data)
+                self._transport.send(data, self._write_goes_on)
                 self._writing_since = None
         except Exception as error:
             self.end(ConnectError(f"cannot write to {self.server}: {error}"))
         self._leave()
+
+    def _write_goes_on(self) -> None:
+        """A part of a write was taken: the next one has the whole write_timeout."""
+        self._writing_since = time.monotonic()
 
     def _leave(self) -> None:
         """The last of the two threads gives the socket back: on a busy machine nobody may have waited for so long."""
@@ -287,9 +295,9 @@ class Session:
         self._schedule_ping()
 
     def _watch_write(self) -> None:
-        """Look again when the write that has just begun is overdue. One look covers all writes until then."""
+        """Look in a while whether the write that has just begun lasts. One look covers all writes until then."""
         if self._options.write_timeout is not None:
-            self._look_at_write(self._options.write_timeout)
+            self._look_at_write(self._options.write_timeout / _LOOKS)
 
     def _look_at_write(self, seconds: float) -> None:
         with self._lock:
@@ -304,10 +312,14 @@ class Session:
         since, limit = self._writing_since, self._options.write_timeout
         if since is None or limit is None:
             return  # idle: the next write starts a new watch
+        acknowledged = self._transport.acknowledged()
+        if acknowledged != self._acknowledged:
+            self._acknowledged, self._acknowledged_at = acknowledged, now
+        since = max(since, self._acknowledged_at)  # a write is up to 1 MiB, or one frame: on a slow link it takes long
         left = since + limit - now
         if left <= 0 and (self._made_up_for == since or not timers.lateness(self._write_look_at, now)):
             self.end(ConnectError(f"a write to {self.server} was blocked for {limit:g} s"), dead=True)
             return
         if left <= 0:  # late: this process was frozen, or had no processor, and the write may wait for that
             self._made_up_for = since
-        self._look_at_write(left if left > 0 else min(limit, timers.LATE_SECONDS))
+        self._look_at_write(min(left, limit / _LOOKS) if left > 0 else min(limit, timers.LATE_SECONDS))

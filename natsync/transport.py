@@ -12,6 +12,7 @@ import re
 import socket
 import ssl
 import struct
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -31,6 +32,11 @@ from natsync.server_info import reliable
 
 #: Bytes asked of the socket at once. Bursts are parsed, and their consumers woken, once a read.
 READ_BYTES = 256 << 10
+#: Bytes handed to the kernel at once where it does not tell how many the other end has. It wakes a write that is
+#: blocked only now and then, and each part means waiting for the interpreter again.
+PART_BYTES = 64 << 10
+#: Where Linux has tcpi_bytes_acked, 64 bits wide, in its struct tcp_info.
+_BYTES_ACKED = 120
 #: What a handshake line may grow to before the peer is taken for something else.
 _MAX_LINE = MAX_INFO_LINE
 #: First bytes of a TLS record: change of cipher, alert, handshake, data.
@@ -59,6 +65,7 @@ class Transport:
         self._sock = sock
         self._early = early  # came in the same read as the last line of the handshake
         self.server = server
+        self._tells = bool(self.acknowledged())  # 0, behind a handshake: the kernel has the field and does not count
 
     def receive(self) -> bytes:
         """Block until bytes come; b"" at the end of the link. For the reader thread alone."""
@@ -67,9 +74,28 @@ class Transport:
             return early
         return self._sock.recv(READ_BYTES)
 
-    def send(self, data: bytes) -> None:
-        """Block until all is handed to the kernel. For the writer thread alone."""
-        self._sock.sendall(data)
+    def send(self, data: bytes, progress: Callable[[], object] = lambda: None) -> None:
+        """Block until all is handed to the kernel. For the writer thread alone.
+
+        progress() is called between the parts of what is large, where acknowledged() does not tell.
+        """
+        if self._tells or len(data) <= PART_BYTES:
+            self._sock.sendall(data)
+            return
+        view = memoryview(data)
+        for start in range(0, len(data), PART_BYTES):
+            self._sock.sendall(view[start : start + PART_BYTES])
+            progress()
+
+    def acknowledged(self) -> int | None:
+        """How many bytes the other end has confirmed; None where the kernel does not tell. For any thread."""
+        if sys.platform != "linux":
+            return None
+        try:
+            known = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_ACKED + 8)
+        except OSError:  # not TCP, or closed
+            return None
+        return int.from_bytes(known[_BYTES_ACKED:], sys.byteorder) if len(known) == _BYTES_ACKED + 8 else None
 
     @property
     def send_now(self) -> Callable[[bytes, int], int] | None:
@@ -119,8 +145,8 @@ class TLSTransport(Transport):
             data = self._tls.decrypt(self._sock.recv(READ_BYTES))
         return data or b""
 
-    def send(self, data: bytes) -> None:
-        self._sock.sendall(self._tls.encrypt(data))
+    def send(self, data: bytes, progress: Callable[[], object] = lambda: None) -> None:
+        super().send(self._tls.encrypt(data), progress)
 
     @property
     def send_now(self) -> None:
@@ -171,16 +197,24 @@ class _Tls:
         """
         with self._lock:
             self._incoming.write(data) if data else self._incoming.write_eof()
-            plain = []
-            try:
-                while piece := self._object.read(READ_BYTES):
-                    plain.append(piece)
-            except ssl.SSLWantReadError:
-                return b"".join(plain) or None
-            except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
-                pass
-            self.ended = True
-            return b"".join(plain)
+            return self._plain_locked()
+
+    def pending(self) -> bytes:
+        """What came in the same read as the end of the handshake: in TLS 1.2 the server, which greets then, ends it."""
+        with self._lock:
+            return self._plain_locked() or b""
+
+    def _plain_locked(self) -> bytes | None:
+        plain = []
+        try:
+            while piece := self._object.read(READ_BYTES):
+                plain.append(piece)
+        except ssl.SSLWantReadError:
+            return b"".join(plain) or None
+        except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+            pass
+        self.ended = True
+        return b"".join(plain)
 
     def encrypt(self, data: bytes) -> bytes:
         with self._lock:
@@ -349,6 +383,7 @@ class _Handshake(_pynats2.NATSNoSubscribeClient):
             plain = answer.args[0]
         else:
             self._tls = tls
+            self._socket_buffer = tls.pending()  # no recv() will bring it
             return
         raise self._plain_instead_of_tls(plain)
 

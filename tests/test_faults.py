@@ -248,6 +248,21 @@ def test_a_receiver_that_does_not_read_costs_what_it_was_given_and_nothing_else(
         assert sum(len(record.numbers) for record in records) > 4 * 120 // 2
 
 
+def test_a_slow_link_is_kept_though_each_write_takes_longer_than_write_timeout(
+    narrow: FaultProxy, other: natsync.Client
+) -> None:
+    record, events = Record(other), Events()
+    with connect(narrow, write_timeout=0.5, on_event=events) as client:
+        narrow.up.throttle(1_000_000)  # a write is up to 1 MiB
+        for number in range(100):
+            client.publish("f.numbers", numbered(number, 1 << 16))
+        client.flush(6 * PATIENCE)
+        assert events.names == ["connected"]
+    record.wait_for(99)
+    assert record.numbers == list(range(100))
+    record.check()
+
+
 def test_a_flush_behind_a_blocked_write_is_told_that_the_link_broke(narrow: FaultProxy) -> None:
     with connect(narrow, write_timeout=0.5, connect_timeout=1.0) as client:
         narrow.up.stall()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from threading import get_ident
 from typing import Any
@@ -16,10 +17,12 @@ import natsync
 from natsync.backlog import GIVER_AFTER, Backlog
 from natsync.connection import Connection
 from natsync.outbox import ALLOTTED_BYTES, HIGH_WATER_BYTES, Outbox
-from natsync.testing import NatsServer, eventually
+from natsync.testing import FaultProxy, NatsServer, eventually
 
 PATIENCE = 30.0
 LINE = b"PUB a 4\r\n"
+#: Bytes of the PONGs that a test may take to be asked for; they are not counted.
+PONGS = range(0, 61, len(b"PONG\r\n"))
 
 
 def frame(number: int) -> bytes:
@@ -493,6 +496,38 @@ def test_counters_agree_while_the_writer_is_at_work(natsync_client: natsync.Clie
             assert out() - before == 200 * len(b"PUB a 4\r\n1234\r\n")
     finally:
         sys.setswitchinterval(former)
+
+
+@pytest.mark.parametrize("pause", [0.003, 0.0], ids=["pauses", "bursts"])
+@pytest.mark.parametrize("what", ["streams", "publishes", "mixture"])
+def test_bytes_are_counted_as_the_network_counts_them(
+    make_fault_proxy: Callable[..., FaultProxy], what: str, pause: float
+) -> None:
+    proxy = make_fault_proxy()
+    with natsync.Subscriber(proxy.url) as subscriber, natsync.connect(proxy.url) as client:
+
+        @subscriber.stream("count")
+        def count(ctx: natsync.Context, request: natsync.Message) -> Iterator[bytes]:
+            for _ in range(60):
+                time.sleep(pause)  # who writes depends on it: this thread, or the writer
+                yield bytes(5000)
+
+        def uncounted() -> int:
+            counted = client.stats()["out_bytes"] + subscriber.stats()["connection"]["out_bytes"]
+            return proxy.up.passed_bytes - int(counted)
+
+        assert len(list(client.stream("count"))) == 60  # both are connected and know each other
+        client.flush()
+        eventually(lambda: subscriber.stats()["streams"] == 0)
+        before = uncounted()
+        stream = client.stream("count") if what != "publishes" else None
+        for _ in range(60 if what != "streams" else 0):
+            time.sleep(pause)
+            client.publish("a", bytes(5000))
+        if stream is not None:
+            assert len(list(stream)) == 60
+        client.flush()
+        eventually(lambda: uncounted() - before in PONGS)
 
 
 def test_closing_counts_nothing_twice(nats_server: NatsServer) -> None:

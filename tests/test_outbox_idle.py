@@ -195,7 +195,8 @@ def test_frames_of_a_producer_are_written_at_once(link: Link, monkeypatch: pytes
     monkeypatch.setattr(outbox_module, "QUIET_SECONDS", 3600.0)  # whoever asked a producer knows what it does
     link.box.put_produced(FRAME, 1)
     assert link.here == [FRAME]
-    assert (link.box.produced_messages, link.box.produced_bytes) == (1, len(FRAME))
+    assert (link.box.produced_messages, link.box.messages) == (1, 0)
+    assert (link.box.taken, link.box.produced_bytes) == (len(FRAME), 0)
 
 
 def test_frames_of_a_producer_are_queued_while_the_writer_writes(link: Link) -> None:

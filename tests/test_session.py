@@ -6,11 +6,12 @@ import contextlib
 import itertools
 import logging
 import queue
+import random
 import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
@@ -206,9 +207,9 @@ def test_what_has_gathered_leaves_in_one_write(monkeypatch: pytest.MonkeyPatch) 
     writes: list[int] = []
     original = Transport.send
 
-    def send(transport: Transport, data: bytes) -> None:
+    def send(transport: Transport, data: bytes, progress: Callable[[], object]) -> None:
         writes.append(len(data))
-        original(transport, data)
+        original(transport, data, progress)
 
     monkeypatch.setattr(Transport, "send", send)
     frame = encode_pub(b"s", None, None, b"x" * 20)
@@ -360,8 +361,23 @@ def test_without_a_ping_interval_no_ping_is_sent() -> None:
 # -- a writer that is blocked -----------------------------------------------------------------------------------------
 
 
-def test_a_write_that_is_blocked_ends_the_link_at_write_timeout() -> None:
-    with link(write_timeout=0.3) as it:
+@pytest.fixture(params=["told", "not told"])
+def narrow_pair(request: pytest.FixtureRequest) -> tuple[socket.socket, socket.socket]:
+    """Two ends that buffer little; whether the kernel tells how much the other end has confirmed."""
+    if request.param == "not told":
+        return socket.socketpair()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        ours = socket.create_connection(listener.getsockname())
+        peer, _ = listener.accept()
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+    return ours, peer
+
+
+def test_a_write_that_is_blocked_ends_the_link_at_write_timeout(
+    narrow_pair: tuple[socket.socket, socket.socket],
+) -> None:
+    with link(narrow_pair, write_timeout=0.3) as it:
         begin = time.monotonic()
         it.outbox.try_put(b"x" * (SWALLOWED * 4), force=True)
         reason = it.ended()
@@ -396,6 +412,31 @@ def test_each_write_has_the_whole_write_timeout() -> None:
             it.outbox.try_put(chunk)
             assert it.receive(len(chunk)) == chunk
         assert it.owner.reasons == []
+
+
+def test_a_write_that_takes_longer_than_write_timeout_goes_on_as_long_as_the_other_end_reads(
+    narrow_pair: tuple[socket.socket, socket.socket],
+) -> None:
+    data = random.Random(1).randbytes(4 << 20)
+    with link(narrow_pair, write_timeout=0.5) as it:
+        begin = time.monotonic()
+        it.outbox.try_put(data, force=True)
+        for start in range(0, len(data), 1 << 17):  # steadily, four times the limit in all
+            assert it.receive(1 << 17) == data[start : start + (1 << 17)]
+            time.sleep(0.06)
+        assert time.monotonic() - begin > 3 * 0.5
+        assert it.owner.reasons == []
+
+
+def test_a_write_that_has_gone_on_for_long_is_blocked_once_the_other_end_does_not_read(
+    narrow_pair: tuple[socket.socket, socket.socket],
+) -> None:
+    with link(narrow_pair, write_timeout=0.4) as it:
+        it.outbox.try_put(b"x" * (SWALLOWED * 4), force=True)
+        for _ in range(12):
+            it.receive(1 << 17)
+            time.sleep(0.06)
+        assert "blocked for 0.4 s" in str(it.ended())
 
 
 def test_an_idle_writer_is_not_a_blocked_one() -> None:

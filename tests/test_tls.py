@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
@@ -22,6 +23,9 @@ from natsync.testing import NatsCluster, NatsServer, PeerConnection, ScriptedPee
 from natsync.transport import TLSTransport, dial
 
 QUICK: dict[str, Any] = {"reconnect_wait": 0.02, "reconnect_wait_max": 0.05, "reconnect_jitter": 0.0}
+
+#: What a TLS record begins with, by its kind.
+CHANGE_OF_CIPHER, HANDSHAKE, DATA = 20, 22, 23
 
 #: Written by the fixture below for the servers of this module.
 CERTIFICATES = """
@@ -188,6 +192,52 @@ def test_tls_first_reaches_a_server_that_greets_after_tls(
     with natsync.connect(tls_first_server.url, tls=trusting, tls_first=True) as client:
         client.subscribe("first", lambda message: message.respond(message.data))
         assert client.request("first", b"x").data == b"x"
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_tls_first_works_every_time_over_both_versions_of_tls(
+    tls_first_server: NatsServer, authority: trustme.CA, version: ssl.TLSVersion
+) -> None:
+    context = trust(authority)
+    context.minimum_version = context.maximum_version = version
+    for _ in range(30):  # what comes in one read is chance
+        with natsync.connect(tls_first_server.url, tls=context, tls_first=True, connect_timeout=10) as client:
+            client.flush()
+
+
+def test_a_greeting_that_comes_in_one_read_with_the_end_of_the_handshake_is_read(
+    tls_first_server: NatsServer, authority: trustme.CA
+) -> None:
+    """Over TLS 1.2, where the server ends the handshake."""
+    context = trust(authority)
+    context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_2
+    kinds: list[int] = []  # of the records that were joined
+
+    def up(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+    def script(peer: PeerConnection) -> None:
+        with socket.create_connection(("127.0.0.1", tls_first_server.port)) as server, server.makefile("rb") as records:
+            forwarding = threading.Thread(target=up, args=(peer.sock, server))
+            forwarding.start()
+            held = b""
+            while head := records.read(5):
+                held += head + records.read(int.from_bytes(head[3:], "big"))
+                if DATA not in kinds:
+                    kinds.extend([head[0]] if kinds or head[0] == CHANGE_OF_CIPHER else [])
+                if not kinds or DATA in kinds:
+                    peer.send(held)
+                    held = b""
+            peer.close()
+            forwarding.join()
+
+    with ScriptedPeer(script) as peer:
+        with natsync.connect(peer.url, tls=context, tls_first=True, connect_timeout=10, discover=False) as client:
+            client.flush()
+    assert kinds == [CHANGE_OF_CIPHER, HANDSHAKE, DATA]
 
 
 @pytest.mark.parametrize("when", ["auto", '"200ms"'])
@@ -425,6 +475,16 @@ def test_large_payloads_arrive_both_ways(client: natsync.Client, size: int) -> N
     payload = hashlib.shake_256(b"%d" % size).digest(size)
     client.subscribe("tls.large", lambda message: message.respond(message.data[::-1]))
     assert client.request("tls.large", payload, timeout=20).data == payload[::-1]
+
+
+def test_large_payloads_arrive_in_parts_where_the_kernel_does_not_tell_what_was_acknowledged(
+    server: NatsServer, trusting: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TLSTransport, "acknowledged", lambda self: None)
+    payload = hashlib.shake_256(b"parts").digest(3_000_001)
+    with natsync.connect(tls_url(server), tls=trusting) as client:
+        client.subscribe("tls.parts", lambda message: message.respond(message.data[::-1]))
+        assert client.request("tls.parts", payload, timeout=20).data == payload[::-1]
 
 
 def test_messages_in_both_directions_at_once_arrive(client: natsync.Client) -> None:
