@@ -53,6 +53,7 @@ class Connection(Links):
     def __init__(self, servers: list[Server], options: ConnectOptions, workers: int = CALLBACK_WORKERS) -> None:
         super().__init__(servers, options, workers)
         self.mux = self.add_mux(Mux(f"{options.inbox_prefix}.{_subject.unique()}"))
+        self._line_bytes = options.max_control_line - _subject.NUMBERS_BYTES
         self._dropped = Tally()
         self._left: set[Session] = set()  # the links that close() has to end
         self._closing = False  # a thread is at it
@@ -65,13 +66,23 @@ class Connection(Links):
         """The frame of a message.
 
         Raises:
-            MaxPayloadExceeded: the server would not take it.
+            InvalidArgument, MaxPayloadExceeded: the server would not take it.
         """
+        self.check_line(subject, reply)
         limit = self.info.get("max_payload")
         size = len(payload) if block is None else len(payload) + len(block)
         if limit is not None and size > limit:
             raise MaxPayloadExceeded(size, limit)
         return protocol.encode_pub(subject, reply, block, payload)
+
+    def check_line(self, subject: bytes, reply: bytes | None) -> None:
+        """Raise InvalidArgument if a message with these has too long a control line."""
+        if not self.fits(subject, reply):
+            raise _subject.too_long(subject, reply, "reply subject", self.options.max_control_line)
+
+    def fits(self, subject: bytes, reply: bytes | None) -> bool:
+        """Whether the control line of a message with these is short enough for the server."""
+        return len(subject) + (0 if reply is None else len(reply)) <= self._line_bytes
 
     def publish(self, subject: bytes, reply: bytes | None, block: bytes | None, payload: bytes) -> None:
         """Queue a message. Raises as encode() and put() do, and as ensure_open()."""
@@ -269,6 +280,11 @@ class Connection(Links):
                 tell = mux.publish_denied if about.what == "publish" else mux.reply_denied
                 tell(about.subject, error)
         for core in cores:
+            self.unsubscribe(core, error)
+
+    def line_refused(self, error: NatsError) -> None:
+        core = self.dispatcher.longest()
+        if core is not None:
             self.unsubscribe(core, error)
 
     # -- ending ---------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from natsync.handover import Handover
 from natsync.mux import LinkLoss
 from natsync.options import WRITE_TIMEOUT, ConnectOptions, Server
 from natsync.outbox import Outbox
-from natsync.server_errors import Denial, ServerError, advice, classify, denial, server_error
+from natsync.server_errors import Denial, ServerError, advice, classify, denial, is_line_too_long, server_error
 from natsync.server_info import reliable
 from natsync.servers import ServerList
 from natsync.session import PongCallback, Session
@@ -97,6 +97,8 @@ class Links:
         self._loss: LinkLoss | None = None
         self._news: deque[Callable[[], None]] = deque()  # of links; put there as the state changes
         self._telling = False  # a thread tells them
+        self._line_in_doubt = False  # a server refused a line as too long, and it may be one that each link repeats
+        self._proving: Session | None = None  # the link whose server is to confirm what it was told first, therefore
         self._settling = Settling(self._ping)
         self._on_closing: list[tuple[Callable[[Deadline], None], Callable[[Deadline], None]]] = []
         self._on_closed: list[Callable[[Exception | None], None]] = []
@@ -293,6 +295,16 @@ class Links:
             error = server_error(str(session.server), text)
             assert isinstance(error, PermissionDenied)
             self.denied(session, about, error)
+        elif is_line_too_long(text):
+            # The server says no more. A message is not sent again, but SUBs are, with each link: so the next one has
+            # them confirmed before it sends anything else, and if that is refused, it was a SUB.
+            self._line_in_doubt = True
+            if session is self._proving:
+                self.line_refused(server_error(str(session.server), text))
+
+    def line_refused(self, error: NatsError) -> None:
+        """A subscription's line is too long for the server, and would end each link that follows."""
+        raise NotImplementedError
 
     def denied(self, session: Session, about: Denial | None, error: PermissionDenied) -> None:
         """A permission, or a limit of subscriptions, is in somebody's way."""
@@ -417,7 +429,15 @@ class Links:
         except RuntimeError as error:
             self._outbox.detach()
             return error
-        self._outbox.attach(self.dispatcher.resubscription(self._outbox.position), session.send_now)
+        first = self.dispatcher.resubscription(self._outbox.position)
+        if self._line_in_doubt:
+            self._outbox.hold()
+            self._outbox.attach(first, session.send_now)
+            self._proving = session
+            session.ping_first(lambda position: self._line_proved(session, position))
+            self._outbox.release()
+        else:
+            self._outbox.attach(first, session.send_now)
         self._session = session
         self.info = session.info  # its reader may have brought another one by now
         self._status = Status.CONNECTED
@@ -428,6 +448,10 @@ class Links:
         self._changed.notify_all()
         self.event("reconnected" if self._sessions > 1 else "connected", {"server": str(session.server)})
         return None
+
+    def _line_proved(self, session: Session, position: int | None) -> None:
+        if position is not None and session is self._proving:
+            self._line_in_doubt, self._proving = False, None
 
     def _drop_larger(self, max_payload: int) -> None:
         """Messages that wait and that the new server would not take are dropped, and those whose they are told."""
