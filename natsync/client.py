@@ -271,7 +271,8 @@ class Client:
             HandlerError: the responder's handler failed; the text is its error.
             Cancelled, DeadlineExceeded: ctx ended first.
             InvalidArgument, TypeError, MaxPayloadExceeded: the request cannot be sent.
-            NoServersError, ConnectionClosed: there is no connection.
+            NoServersError: there is no connection.
+            ConnectionClosed: the client was closed; .sent tells whether the request may have run.
         """
         check_timeout(timeout)
         check_policy(retry)

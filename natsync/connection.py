@@ -20,6 +20,7 @@ from natsync import subject as _subject
 from natsync.concurrency import Deadline, Tally, after_fork_in_child, at_exit, fork_generation
 from natsync.dispatcher import CALLBACK_WORKERS
 from natsync.errors import (
+    ConnectionClosed,
     DrainTimeout,
     MaxPayloadExceeded,
     NatsError,
@@ -56,6 +57,7 @@ class Connection(Links):
         self._line_bytes = options.max_control_line - _subject.NUMBERS_BYTES
         self._dropped = Tally()
         self._left: set[Session] = set()  # the links that close() has to end
+        self._never_left: set[int] = set()  # id() of the frames that no link had taken when it was closed
         self._closing = False  # a thread is at it
         _connections.add(self)
         at_exit(_flush_at_exit)
@@ -210,6 +212,13 @@ class Connection(Links):
     def withdraw(self, frame: bytes) -> bool:
         """Take a frame back; True if it surely never left."""
         return self._outbox.withdraw(frame)
+
+    def closed_under(self, frame: bytes) -> NatsError:
+        """closed_error() for who waits for the answer to this frame, which is empty if there is none (any more)."""
+        error = self.closed_error()
+        if isinstance(error, ConnectionClosed):
+            error.sent = bool(frame) and id(frame) not in self._never_left
+        return error
 
     def loss_of(self, frame: bytes, mark: int) -> LinkLoss | None:
         """The loss that already took this frame, if its link was lost while it was being queued."""
@@ -394,7 +403,7 @@ class Connection(Links):
         """End the links, everybody who waits, and the threads. May be done again, if it was cut short."""
         error, reason = self.closed_error(), self._close_reason
         for link in links:
-            link.outbox.close()
+            self._never_left.update(map(id, link.outbox.close()))
             link.end(error)
         for mux in self.dispatcher.muxes():
             mux.connection_closed(error)
@@ -429,7 +438,7 @@ class Connection(Links):
                 self._status = Status.CLOSED  # behind _left: who finds it closed finds what is to be ended
             links, handover = self._take_links_locked()
             unsent = sum(link.outbox.waiting_messages for link in links) or self._outbox.waiting_messages
-            self._outbox.close()
+            self._never_left.update(map(id, self._outbox.close()))
             self._count_out_locked([link for link in links if link.outbox is not self._outbox])  # which stays in place
             if self._attempt is not None and self._attempt.pending:
                 self._attempt.pending = False

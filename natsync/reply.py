@@ -40,6 +40,7 @@ class Asking(Waiter):
         self.signal = Signal()
         self.error: Exception | None = None
         self.late = 0
+        self._connection: Connection | None = None
         self.frame = b""
         self.mark: int | None = None  # the frame's position in the outbox, once it is there
 
@@ -51,6 +52,7 @@ class Asking(Waiter):
         Raises:
             RequestTimeout: there was no room by the deadline.
         """
+        self._connection = connection
         self.frame = connection.encode(self.subject, inbox, block, payload)
         try:
             self.mark = connection.put(self.frame, deadline)
@@ -76,7 +78,7 @@ class Asking(Waiter):
         self.fail(error)
 
     def connection_closed(self, reason: Exception) -> None:
-        self.fail(reason)
+        self.fail(reason if self._connection is None else self._connection.closed_under(self.frame))
 
     def fail(self, error: Exception) -> None:
         self.error = self.error or error
