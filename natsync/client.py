@@ -513,7 +513,7 @@ class Client:
                 data, given = passage.send(data), passage.headers
             make = stream_maker(watch, passage)
             core = self._connection()
-            core.ensure_open(Deadline(scope.deadline))
+            core.ensure_open(Deadline(scope.deadline), scope)
             assert self._calls is not None
             stream = make(self._calls, self, subject, data, given, scope, idle_timeout, window, retry)
         except BaseException as error:
@@ -604,7 +604,7 @@ class Client:
     ) -> None:
         scope.check()
         core = self._connection()
-        core.ensure_open(Deadline(scope.deadline))
+        core.ensure_open(Deadline(scope.deadline), scope)
         assert self._calls is not None
         process(self._calls, subject, data, headers, processor, scope, idle_timeout, STREAM_WINDOW, attempt)
 

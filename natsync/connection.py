@@ -18,6 +18,7 @@ from typing import Any
 from natsync import protocol, timers
 from natsync import subject as _subject
 from natsync.concurrency import Deadline, Tally, after_fork_in_child, at_exit, fork_generation
+from natsync.context import Context, wait_under
 from natsync.dispatcher import CALLBACK_WORKERS
 from natsync.errors import (
     ConnectionClosed,
@@ -125,12 +126,13 @@ class Connection(Links):
         except OutboxClosed:
             return False
 
-    def put(self, frame: bytes, deadline: Deadline | None = None) -> int:
+    def put(self, frame: bytes, deadline: Deadline | None = None, ctx: Context | None = None) -> int:
         """Queue a frame for the present or next link; returns its position. Waits while the writer is far behind.
 
         Raises:
             ReconnectBufferFull, ConnectionClosed: nothing was queued.
             TimedOut: no room by the deadline.
+            Cancelled, DeadlineExceeded: no room before ctx ended.
         """
         position = 0
         if self._status is Status.CONNECTED:
@@ -138,12 +140,12 @@ class Connection(Links):
                 position = self._outbox.try_put(frame, here=True)  # as try_put() would, in one call less
             except OutboxClosed:
                 pass
-        return position or self._put_slowly(frame, deadline or Deadline())
+        return position or self._put_slowly(frame, deadline or Deadline(), ctx)
 
-    def _put_slowly(self, frame: bytes, deadline: Deadline) -> int:
+    def _put_slowly(self, frame: bytes, deadline: Deadline, ctx: Context | None) -> int:
         """put() where there is no room at once, or no link."""
         while not (position := self.try_put(frame)):
-            self.wait_room(deadline)
+            wait_under(ctx, self.wake_publishers, lambda over: self.wait_room(deadline, over))
         return position
 
     def try_put(self, frame: bytes, *, messages: int = 1, force: bool = False) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 
 from natsync import hooks, protocol
 from natsync.concurrency import Deadline, SafeCondition, SafeEvent, Signal, fork_generation, run_safely, run_soon
+from natsync.context import Context, wait_under
 from natsync.dispatcher import CALLBACK_WORKERS, Dispatcher
 from natsync.errors import (
     ConnectError,
@@ -134,23 +135,39 @@ class Links:
         session = self._session
         return None if session is None else session.server
 
-    def ensure_open(self, deadline: Deadline | None = None) -> None:
+    def ensure_open(self, deadline: Deadline | None = None, ctx: Context | None = None) -> None:
         """Return once there is a connection, or at least one being made again; the first use makes it.
 
         Raises:
             NoServersError: the servers were all tried once, and none could be reached.
             ConnectionClosed: it was closed.
             TimedOut: the deadline came first.
+            Cancelled, DeadlineExceeded: the end of ctx came first.
         """
         if self._status is Status.CONNECTED or self._status is Status.RECONNECTING:
             return
-        with self._lock:
-            attempt = self._begin_locked()
-            while attempt is not None and attempt.pending:
-                if not self._changed.wait(None if deadline is None else deadline.remaining()) and attempt.pending:
-                    raise TimedOut("no connection yet: the servers are still being tried")
+        attempt = wait_under(
+            ctx, self._wake_openers_soon, lambda over: self._await_attempt(deadline or Deadline(), over)
+        )
         if attempt is not None and attempt.failure is not None:
             raise attempt.failure()
+
+    def _await_attempt(self, deadline: Deadline, over: Callable[[], bool]) -> _Attempt | None:
+        with self._lock:
+            attempt = self._begin_locked()
+            while attempt is not None and attempt.pending and not over():
+                if not self._changed.wait(deadline.remaining()) and attempt.pending:
+                    raise TimedOut("no connection yet: the servers are still being tried")
+        return attempt
+
+    def _wake_openers_soon(self) -> None:
+        """Not here: who ends a context may hold any lock."""
+
+        def wake() -> None:
+            with self._lock:
+                self._changed.notify_all()
+
+        run_soon(wake, "waking those who wait for a connection")
 
     def _begin_locked(self) -> _Attempt | None:
         """Start the supervisor if need be; the attempt to wait for, None if there is no need to wait."""

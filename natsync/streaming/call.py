@@ -118,7 +118,7 @@ class Call(Waiter):
                 block = None  # a server without headers: the stream is plain, and its cancel unheard
             to = _subject.publish_subject(self.subject)
             self._frame = self._connection.encode(to, self.inbox, block, payload)
-            self._mark = self._connection.put(self._frame, Deadline(ctx.deadline))
+            self._mark = self._connection.put(self._frame, Deadline(ctx.deadline), ctx)
             loss = self._connection.loss_of(self._frame, self._mark)
             if loss is not None:
                 self.link_lost(loss)
