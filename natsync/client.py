@@ -24,7 +24,7 @@ from natsync.hooks import Exchange, Watch, fire
 from natsync.message import MISSING, Message, Payload, payload_of
 from natsync.middleware import chain_of
 from natsync.mux import Waiter
-from natsync.options import ConnectOptions, Server, Servers, connect_settings
+from natsync.options import LEAST_CONTROL_LINE, ConnectOptions, Server, Servers, connect_settings
 from natsync.replies import Replies, Sentinel, check_many
 from natsync.reply import request as _request
 from natsync.retry import Retrying, RetryPolicy, bucket_for, check_policy, run
@@ -55,15 +55,20 @@ CONNECT_ID_HEADER = "Connect-ID"
 CLIENT_OFFLINE = "client.offline"
 #: Control lines of messages without reply subject and headers, kept ready for publish(), by subject and size.
 _lines: dict[tuple[str, int], bytes] = {}
-#: How many there are at most: a megabyte, unless subjects are very long.
+#: How many there are at most: a megabyte, unless subjects are long. All are short enough for every server.
 _MOST_LINES = 4096
 
 
-def _pub_line(subject: str, size: int) -> bytes:
+def _pub_line(subject: str, size: int, core: Connection) -> bytes:
     """One that is not there yet. Raises as publish() does."""
+    to = _subject.publish_subject(subject)
+    line = b"PUB %b %d\r\n" % (to, size)
+    if len(line) > LEAST_CONTROL_LINE:  # perhaps for one connection and not for another: it is not kept
+        core.check_line(to, None)
+        return line
     if len(_lines) >= _MOST_LINES:
         _lines.clear()
-    line = _lines[subject, size] = b"PUB %b %d\r\n" % (_subject.publish_subject(subject), size)
+    _lines[subject, size] = line
     return line
 
 
@@ -226,7 +231,7 @@ class Client:
         if bare and type(payload) is bytes and type(subject) is str and at_home[0] and current() is None:
             core, size = self._core, len(payload)
             if core is not None and size <= core.bare_bytes:
-                line = _lines.get((subject, size)) or _pub_line(subject, size)
+                line = _lines.get((subject, size)) or _pub_line(subject, size, core)
                 if core.publish_bare(line, payload):
                     return
         to = _subject.publish_subject(subject)
@@ -266,7 +271,8 @@ class Client:
             HandlerError: the responder's handler failed; the text is its error.
             Cancelled, DeadlineExceeded: ctx ended first.
             InvalidArgument, TypeError, MaxPayloadExceeded: the request cannot be sent.
-            NoServersError, ConnectionClosed: there is no connection.
+            NoServersError: there is no connection.
+            ConnectionClosed: the client was closed; .sent tells whether the request may have run.
         """
         check_timeout(timeout)
         check_policy(retry)
@@ -406,8 +412,7 @@ class Client:
             InvalidArgument, TypeError: an argument cannot be used.
             NoServersError, ConnectionClosed: there is no connection.
         """
-        wanted = _subject.subscribe_subject(subject)
-        group = None if queue is None else _subject.queue_name(queue)
+        wanted, group = _subject.interest(subject, queue, self._options.max_control_line)
         if callback is not None and not callable(callback):
             raise TypeError(f"a callback is a function (message), not {type(callback).__name__}")
         if callback is not None and self._chain is not None:
@@ -517,7 +522,7 @@ class Client:
                 data, given = passage.send(data), passage.headers
             make = stream_maker(watch, passage)
             core = self._connection()
-            core.ensure_open(Deadline(scope.deadline))
+            core.ensure_open(Deadline(scope.deadline), scope)
             assert self._calls is not None
             stream = make(self._calls, self, subject, data, given, scope, idle_timeout, window, retry)
         except BaseException as error:
@@ -608,7 +613,7 @@ class Client:
     ) -> None:
         scope.check()
         core = self._connection()
-        core.ensure_open(Deadline(scope.deadline))
+        core.ensure_open(Deadline(scope.deadline), scope)
         assert self._calls is not None
         process(self._calls, subject, data, headers, processor, scope, idle_timeout, STREAM_WINDOW, attempt)
 

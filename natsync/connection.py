@@ -18,8 +18,10 @@ from typing import Any
 from natsync import protocol, timers
 from natsync import subject as _subject
 from natsync.concurrency import Deadline, Tally, after_fork_in_child, at_exit, fork_generation
+from natsync.context import Context, wait_under
 from natsync.dispatcher import CALLBACK_WORKERS
 from natsync.errors import (
+    ConnectionClosed,
     DrainTimeout,
     MaxPayloadExceeded,
     NatsError,
@@ -53,8 +55,10 @@ class Connection(Links):
     def __init__(self, servers: list[Server], options: ConnectOptions, workers: int = CALLBACK_WORKERS) -> None:
         super().__init__(servers, options, workers)
         self.mux = self.add_mux(Mux(f"{options.inbox_prefix}.{_subject.unique()}"))
+        self._line_bytes = options.max_control_line - _subject.NUMBERS_BYTES
         self._dropped = Tally()
         self._left: set[Session] = set()  # the links that close() has to end
+        self._never_left: set[int] = set()  # id() of the frames that no link had taken when it was closed
         self._closing = False  # a thread is at it
         _connections.add(self)
         at_exit(_flush_at_exit)
@@ -65,13 +69,23 @@ class Connection(Links):
         """The frame of a message.
 
         Raises:
-            MaxPayloadExceeded: the server would not take it.
+            InvalidArgument, MaxPayloadExceeded: the server would not take it.
         """
+        self.check_line(subject, reply)
         limit = self.info.get("max_payload")
         size = len(payload) if block is None else len(payload) + len(block)
         if limit is not None and size > limit:
             raise MaxPayloadExceeded(size, limit)
         return protocol.encode_pub(subject, reply, block, payload)
+
+    def check_line(self, subject: bytes, reply: bytes | None) -> None:
+        """Raise InvalidArgument if a message with these has too long a control line."""
+        if not self.fits(subject, reply):
+            raise _subject.too_long(subject, reply, "reply subject", self.options.max_control_line)
+
+    def fits(self, subject: bytes, reply: bytes | None) -> bool:
+        """Whether the control line of a message with these is short enough for the server."""
+        return len(subject) + (0 if reply is None else len(reply)) <= self._line_bytes
 
     def publish(self, subject: bytes, reply: bytes | None, block: bytes | None, payload: bytes) -> None:
         """Queue a message. Raises as encode() and put() do, and as ensure_open()."""
@@ -112,12 +126,13 @@ class Connection(Links):
         except OutboxClosed:
             return False
 
-    def put(self, frame: bytes, deadline: Deadline | None = None) -> int:
+    def put(self, frame: bytes, deadline: Deadline | None = None, ctx: Context | None = None) -> int:
         """Queue a frame for the present or next link; returns its position. Waits while the writer is far behind.
 
         Raises:
             ReconnectBufferFull, ConnectionClosed: nothing was queued.
             TimedOut: no room by the deadline.
+            Cancelled, DeadlineExceeded: no room before ctx ended.
         """
         position = 0
         if self._status is Status.CONNECTED:
@@ -125,12 +140,12 @@ class Connection(Links):
                 position = self._outbox.try_put(frame, here=True)  # as try_put() would, in one call less
             except OutboxClosed:
                 pass
-        return position or self._put_slowly(frame, deadline or Deadline())
+        return position or self._put_slowly(frame, deadline or Deadline(), ctx)
 
-    def _put_slowly(self, frame: bytes, deadline: Deadline) -> int:
+    def _put_slowly(self, frame: bytes, deadline: Deadline, ctx: Context | None) -> int:
         """put() where there is no room at once, or no link."""
         while not (position := self.try_put(frame)):
-            self.wait_room(deadline)
+            wait_under(ctx, self.wake_publishers, lambda over: self.wait_room(deadline, over))
         return position
 
     def try_put(self, frame: bytes, *, messages: int = 1, force: bool = False) -> int:
@@ -199,6 +214,13 @@ class Connection(Links):
     def withdraw(self, frame: bytes) -> bool:
         """Take a frame back; True if it surely never left."""
         return self._outbox.withdraw(frame)
+
+    def closed_under(self, frame: bytes) -> NatsError:
+        """closed_error() for who waits for the answer to this frame, which is empty if there is none (any more)."""
+        error = self.closed_error()
+        if isinstance(error, ConnectionClosed):
+            error.sent = bool(frame) and id(frame) not in self._never_left
+        return error
 
     def loss_of(self, frame: bytes, mark: int) -> LinkLoss | None:
         """The loss that already took this frame, if its link was lost while it was being queued."""
@@ -279,6 +301,11 @@ class Connection(Links):
                 tell = mux.publish_denied if about.what == "publish" else mux.reply_denied
                 tell(about.subject, error)
         for core in cores:
+            self.unsubscribe(core, error)
+
+    def line_refused(self, error: NatsError) -> None:
+        core = self.dispatcher.longest()
+        if core is not None:
             self.unsubscribe(core, error)
 
     # -- ending ---------------------------------------------------------------------------------------------------
@@ -388,7 +415,7 @@ class Connection(Links):
         """End the links, everybody who waits, and the threads. May be done again, if it was cut short."""
         error, reason = self.closed_error(), self._close_reason
         for link in links:
-            link.outbox.close()
+            self._never_left.update(map(id, link.outbox.close()))
             link.end(error)
         for mux in self.dispatcher.muxes():
             mux.connection_closed(error)
@@ -423,7 +450,7 @@ class Connection(Links):
                 self._status = Status.CLOSED  # behind _left: who finds it closed finds what is to be ended
             links, handover = self._take_links_locked()
             unsent = sum(link.outbox.waiting_messages for link in links) or self._outbox.waiting_messages
-            self._outbox.close()
+            self._never_left.update(map(id, self._outbox.close()))
             self._count_out_locked([link for link in links if link.outbox is not self._outbox])  # which stays in place
             if self._attempt is not None and self._attempt.pending:
                 self._attempt.pending = False

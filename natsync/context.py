@@ -25,7 +25,7 @@ from natsync.concurrency import (
     run_safely,
     run_soon,
 )
-from natsync.errors import Cancelled, DeadlineExceeded
+from natsync.errors import Cancelled, DeadlineExceeded, TimedOut
 from natsync.headers import HeaderInput, Headers
 
 T = TypeVar("T")
@@ -352,6 +352,30 @@ class Context:
             if self._parent._error is None:  # otherwise its own end has seen to those above
                 self._parent._keep_or_let_go()
         return list(callbacks.values()), children
+
+
+def wait_under(ctx: Context | None, wake: Callable[[], object], wait: Callable[[Callable[[], bool]], T]) -> T:
+    """wait(over) of some other thing than the context's end, which ends it too: wake() has it ask over() again.
+
+    over() takes no lock. wake() is brief and non-blocking: it runs in whichever thread ends the context.
+
+    Raises:
+        What ctx.check() raises, if the context has ended; else what wait() raises.
+    """
+    if ctx is None:
+        return wait(lambda: False)
+    remove: Callable[[], None] | None = None
+    try:
+        remove = ctx.on_end(wake)
+        result = wait(ctx.done.is_set)
+    except TimedOut:
+        ctx.check()  # its deadline may be what the wait had for its own
+        raise
+    finally:
+        if remove is not None:
+            remove()
+    ctx.check()
+    return result
 
 
 def current() -> Context | None:

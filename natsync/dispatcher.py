@@ -122,6 +122,13 @@ class Dispatcher:
         unconfirmed = [core for core in self.subscriptions() if core.position > confirmed]
         return unconfirmed[-1] if unconfirmed else None
 
+    def longest(self) -> SubscriptionCore | None:
+        """The subscription whose SUB is the longest; None if an inbox's is as long."""
+        cores = [core for core in self.subscriptions() if not core.draining]
+        core = max(cores, key=lambda core: len(self.sub(core)), default=None)
+        inboxes = max((len(encode_sub(mux.wildcard, None, sid)) for sid, mux in self._muxes.items()), default=0)
+        return core if core is not None and len(self.sub(core)) > inboxes else None
+
     def is_shared(self, sid: bytes) -> bool:
         """Whether a subscription is a member of a queue group."""
         core = self._subscriptions.get(sid)

@@ -4,7 +4,8 @@
     ├─ ConnectError                also ConnectionError and pynats2.NATSConnectionError
     │   ├─ NoServersError          .causes: server -> exception
     │   └─ ConnectionLost          .sent
-    ├─ AuthorizationError · PermissionDenied · ConnectionClosed · ReconnectBufferFull · MaxPayloadExceeded
+    ├─ ConnectionClosed            .sent
+    ├─ AuthorizationError · PermissionDenied · ReconnectBufferFull · MaxPayloadExceeded
     ├─ NoRespondersError · SlowConsumerError · ForkError · PoolClosed · ProtocolError
     ├─ InvalidArgument             also ValueError: refused before anything was sent
     │   └─ InvalidURL              also pynats2.NATSInvalidUrlError, NATSInvalidSchemeError
@@ -95,7 +96,11 @@ class PermissionDenied(NatsError):
 
 
 class ConnectionClosed(NatsError):
-    """The client, pool or subscriber was closed; nothing was sent."""
+    """The client, pool or subscriber was closed; .sent is True for a request under way that may have run."""
+
+    def __init__(self, message: str = "", *, sent: bool = False) -> None:
+        self.sent = sent
+        super().__init__(message)
 
 
 class ReconnectBufferFull(NatsError):

@@ -17,6 +17,7 @@ from typing import Any
 
 from natsync import hooks, protocol
 from natsync.concurrency import Deadline, SafeCondition, SafeEvent, Signal, fork_generation, run_safely, run_soon
+from natsync.context import Context, wait_under
 from natsync.dispatcher import CALLBACK_WORKERS, Dispatcher
 from natsync.errors import (
     ConnectError,
@@ -31,7 +32,7 @@ from natsync.handover import Handover
 from natsync.mux import LinkLoss
 from natsync.options import WRITE_TIMEOUT, ConnectOptions, Server
 from natsync.outbox import Outbox
-from natsync.server_errors import Denial, ServerError, advice, classify, denial, server_error
+from natsync.server_errors import Denial, ServerError, advice, classify, denial, is_line_too_long, server_error
 from natsync.server_info import reliable
 from natsync.servers import ServerList
 from natsync.session import PongCallback, Session
@@ -97,6 +98,8 @@ class Links:
         self._loss: LinkLoss | None = None
         self._news: deque[Callable[[], None]] = deque()  # of links; put there as the state changes
         self._telling = False  # a thread tells them
+        self._line_in_doubt = False  # a server refused a line as too long, and it may be one that each link repeats
+        self._proving: Session | None = None  # the link whose server is to confirm what it was told first, therefore
         self._settling = Settling(self._ping)
         self._on_closing: list[tuple[Callable[[Deadline], None], Callable[[Deadline], None]]] = []
         self._on_closed: list[Callable[[Exception | None], None]] = []
@@ -132,7 +135,7 @@ class Links:
         session = self._session
         return None if session is None else session.server
 
-    def ensure_open(self, deadline: Deadline | None = None) -> None:
+    def ensure_open(self, deadline: Deadline | None = None, ctx: Context | None = None) -> None:
         """Return once there is a connection, or at least one being made again; the first use makes it.
 
         Raises:
@@ -140,16 +143,32 @@ class Links:
             ConnectError: this is the thread that tries them.
             ConnectionClosed: it was closed.
             TimedOut: the deadline came first.
+            Cancelled, DeadlineExceeded: the end of ctx came first.
         """
         if self._status is Status.CONNECTED or self._status is Status.RECONNECTING:
             return
-        with self._lock:
-            attempt = self._begin_locked()
-            while attempt is not None and attempt.pending:
-                if not self._changed.wait(None if deadline is None else deadline.remaining()) and attempt.pending:
-                    raise TimedOut("no connection yet: the servers are still being tried")
+        attempt = wait_under(
+            ctx, self._wake_openers_soon, lambda over: self._await_attempt(deadline or Deadline(), over)
+        )
         if attempt is not None and attempt.failure is not None:
             raise attempt.failure()
+
+    def _await_attempt(self, deadline: Deadline, over: Callable[[], bool]) -> _Attempt | None:
+        with self._lock:
+            attempt = self._begin_locked()
+            while attempt is not None and attempt.pending and not over():
+                if not self._changed.wait(deadline.remaining()) and attempt.pending:
+                    raise TimedOut("no connection yet: the servers are still being tried")
+        return attempt
+
+    def _wake_openers_soon(self) -> None:
+        """Not here: who ends a context may hold any lock."""
+
+        def wake() -> None:
+            with self._lock:
+                self._changed.notify_all()
+
+        run_soon(wake, "waking those who wait for a connection")
 
     def _begin_locked(self) -> _Attempt | None:
         """Start the supervisor if need be; the attempt to wait for, None if there is no need to wait."""
@@ -303,6 +322,16 @@ class Links:
             error = server_error(str(session.server), text)
             assert isinstance(error, PermissionDenied)
             self.denied(session, about, error)
+        elif is_line_too_long(text):
+            # The server says no more. A message is not sent again, but SUBs are, with each link: so the next one has
+            # them confirmed before it sends anything else, and if that is refused, it was a SUB.
+            self._line_in_doubt = True
+            if session is self._proving:
+                self.line_refused(server_error(str(session.server), text))
+
+    def line_refused(self, error: NatsError) -> None:
+        """A subscription's line is too long for the server, and would end each link that follows."""
+        raise NotImplementedError
 
     def denied(self, session: Session, about: Denial | None, error: PermissionDenied) -> None:
         """A permission, or a limit of subscriptions, is in somebody's way."""
@@ -427,7 +456,15 @@ class Links:
         except RuntimeError as error:
             self._outbox.detach()
             return error
-        self._outbox.attach(self.dispatcher.resubscription(self._outbox.position), session.send_now)
+        first = self.dispatcher.resubscription(self._outbox.position)
+        if self._line_in_doubt:
+            self._outbox.hold()
+            self._outbox.attach(first, session.send_now)
+            self._proving = session
+            session.ping_first(lambda position: self._line_proved(session, position))
+            self._outbox.release()
+        else:
+            self._outbox.attach(first, session.send_now)
         self._session = session
         self.info = session.info  # its reader may have brought another one by now
         self._status = Status.CONNECTED
@@ -438,6 +475,10 @@ class Links:
         self._changed.notify_all()
         self.event("reconnected" if self._sessions > 1 else "connected", {"server": str(session.server)})
         return None
+
+    def _line_proved(self, session: Session, position: int | None) -> None:
+        if position is not None and session is self._proving:
+            self._line_in_doubt, self._proving = False, None
 
     def _drop_larger(self, max_payload: int) -> None:
         """Messages that wait and that the new server would not take are dropped, and those whose they are told."""

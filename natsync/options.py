@@ -53,6 +53,13 @@ HEARTBEAT = 5.0
 LEAST_HEARTBEAT = 0.1
 #: Bytes kept for the next link while there is none. Default of nats.go (DefaultReconnectBufSize).
 RECONNECT_BUFFER_BYTES = 8 << 20
+#: Bytes of a control line's arguments that the server takes. Default of nats-server (max_control_line); INFO does not
+#: tell it.
+MAX_CONTROL_LINE = 4096
+#: The least of it: that of the oldest servers. Lines that are no longer need no look at the option.
+LEAST_CONTROL_LINE = 512
+#: The part of a line that inbox_prefix may take: some lines have two inboxes.
+INBOX_PART = 4
 
 
 @dataclass(frozen=True)
@@ -150,6 +157,9 @@ class ConnectOptions:
         no_echo: whether the server should withhold this connection's own messages from its subscriptions.
         inbox_prefix: first tokens of every inbox subject.
         max_message_bytes: largest message taken from the server.
+        max_control_line: bytes that a subject, with its reply subject or queue group, may take in what is sent, the
+            numbers behind it included; longer ones are an InvalidArgument, where the server would end the link. For
+            servers configured otherwise: they do not tell.
         sentinels: what ends a plain stream.
         framed: whether streams with peers that are natsync too have credit, numbers and resumption; False speaks
             plain mode with everybody.
@@ -188,6 +198,7 @@ class ConnectOptions:
     no_echo: bool = False
     inbox_prefix: str = "_INBOX"
     max_message_bytes: int = 64 << 20
+    max_control_line: int = MAX_CONTROL_LINE
     sentinels: Sentinels = Sentinels()
     framed: bool = True
     resume_grace: float = RESUME_GRACE
@@ -215,9 +226,12 @@ class ConnectOptions:
         _check_whole("max_reconnects", self.max_reconnects, -1)
         _check_whole("reconnect_buffer_bytes", self.reconnect_buffer_bytes, 0)
         _check_whole("max_message_bytes", self.max_message_bytes, 1)
+        _check_whole("max_control_line", self.max_control_line, LEAST_CONTROL_LINE)
         if not 0 <= self.reconnect_jitter <= 1:
             raise InvalidArgument(f"reconnect_jitter={self.reconnect_jitter!r}: from 0 to 1")
-        _subject.publish_subject(self.inbox_prefix)
+        if len(_subject.publish_subject(self.inbox_prefix)) > self.max_control_line // INBOX_PART:
+            most = self.max_control_line // INBOX_PART
+            raise InvalidArgument(f"inbox_prefix: at most {most} bytes, a quarter of max_control_line")
         for name in ("name", "tls_hostname"):
             if not isinstance(getattr(self, name), str | None):
                 raise TypeError(f"{name} is a str or None, not {type(getattr(self, name)).__name__}")

@@ -105,7 +105,7 @@ class Replies:
         self._many = many = _Many(_subject.publish_subject(subject))
         self._ctx.check()
         start = self._deadline.or_sooner(self._ctx.remaining())
-        open_for(connection, many.subject, start)
+        open_for(connection, many.subject, start, ctx)
         connection.mux.check_allowed()
         self._token, self._inbox = connection.mux.address()
         self._stop_watching: Callable[[], None] = lambda: None
@@ -113,7 +113,7 @@ class Replies:
         try:
             connection.mux.register(self._token, many)
             self._stop_watching = self._ctx.on_end(many.signal.set)
-            many.send(connection, self._inbox, block, payload, start)
+            many.send(connection, self._inbox, block, payload, start, ctx)
         except BaseException:
             self._stop_listening()
             raise

@@ -12,7 +12,7 @@ from natsync import subject as _subject
 from natsync.concurrency import Deadline, Signal
 from natsync.connection import Connection
 from natsync.context import Context
-from natsync.errors import ConnectionLost, HandlerError, NoRespondersError, RequestTimeout, TimedOut
+from natsync.errors import ConnectionLost, DeadlineExceeded, HandlerError, NoRespondersError, RequestTimeout, TimedOut
 from natsync.headers import Headers
 from natsync.message import Item, Message
 from natsync.mux import LinkLoss, Waiter
@@ -40,20 +40,31 @@ class Asking(Waiter):
         self.signal = Signal()
         self.error: Exception | None = None
         self.late = 0
+        self._connection: Connection | None = None
         self.frame = b""
         self.mark: int | None = None  # the frame's position in the outbox, once it is there
 
     def send(
-        self, connection: Connection, inbox: bytes, block: bytes | None, payload: bytes, deadline: Deadline
+        self,
+        connection: Connection,
+        inbox: bytes,
+        block: bytes | None,
+        payload: bytes,
+        deadline: Deadline,
+        ctx: Context | None,
     ) -> None:
         """Publish the request; blocks only while there is no room for it.
 
         Raises:
             RequestTimeout: there was no room by the deadline.
+            Cancelled, DeadlineExceeded: ctx ended before there was room.
         """
+        self._connection = connection
         self.frame = connection.encode(self.subject, inbox, block, payload)
         try:
-            self.mark = connection.put(self.frame, deadline)
+            self.mark = connection.put(self.frame, deadline, ctx)
+        except DeadlineExceeded:
+            raise
         except TimedOut as error:
             raise _not_sent(self.subject, error) from error
         loss = connection.loss_of(self.frame, self.mark)
@@ -76,7 +87,7 @@ class Asking(Waiter):
         self.fail(error)
 
     def connection_closed(self, reason: Exception) -> None:
-        self.fail(reason)
+        self.fail(reason if self._connection is None else self._connection.closed_under(self.frame))
 
     def fail(self, error: Exception) -> None:
         self.error = self.error or error
@@ -114,7 +125,7 @@ def request(
         deadline = deadline.or_sooner(ctx.remaining())
     to = _subject.publish_subject(subject)
     waiter = _Reply(to)
-    open_for(connection, to, deadline)
+    open_for(connection, to, deadline, ctx)
     connection.mux.check_allowed()
     token, inbox = connection.mux.address()
     remove: Callable[[], None] | None = None
@@ -122,7 +133,7 @@ def request(
         connection.mux.register(token, waiter)
         if ctx is not None:
             remove = ctx.on_end(waiter.signal.set)
-        waiter.send(connection, inbox, block, payload, deadline)
+        waiter.send(connection, inbox, block, payload, deadline, ctx)
         answered = waiter.signal.wait(deadline)
         if waiter.item is None:
             _give_up(connection, waiter, subject, timeout, ctx, answered)
@@ -136,10 +147,15 @@ def request(
     return _reply(connection, inbox, waiter.item, subject)
 
 
-def open_for(connection: Connection, subject: bytes, deadline: Deadline) -> None:
-    """Have the connection open for a request on the subject; raises RequestTimeout at the deadline."""
+def open_for(connection: Connection, subject: bytes, deadline: Deadline, ctx: Context | None) -> None:
+    """Have the connection open for a request on the subject; raises RequestTimeout at the deadline.
+
+    As soon as ctx ends, raises what ctx.check() does.
+    """
     try:
-        connection.ensure_open(deadline)
+        connection.ensure_open(deadline, ctx)
+    except DeadlineExceeded:
+        raise
     except TimedOut as error:
         raise _not_sent(subject, error) from error
 

@@ -57,6 +57,10 @@ _HEADERS_ADVICE = "headers are switched off at the server; remove no_header_supp
 _PROTOCOL_ADVICE = "the server is too old for this client, or another service answers there"
 _PORT_ADVICE = "that is not the port for clients; use the one after 'Listening for client connections' in its log"
 
+_CONTROL_LINE = _Row(
+    "maximum control line", ServerError.PROTOCOL, "a subject was longer than the server's max_control_line allows"
+)
+
 #: The first row whose text the server's begins with.
 _TABLE = (
     _Row("permissions violation for publish", ServerError.PERMISSION, _REPLY_ADVICE),
@@ -92,9 +96,7 @@ _TABLE = (
     _Row("attempted to connect to", ServerError.CONFIGURATION, _PORT_ADVICE),
     _Row("certificate not pinned", ServerError.CONFIGURATION, "the server pins the certificates of its clients"),
     _Row("maximum payload", ServerError.PROTOCOL, "a message was larger than the server's max_payload"),
-    _Row(
-        "maximum control line", ServerError.PROTOCOL, "a subject was longer than the server's max_control_line allows"
-    ),
+    _CONTROL_LINE,
     _Row("unknown protocol operation", ServerError.PROTOCOL),
     _Row("parser error", ServerError.PROTOCOL),
     _Row("bad message header", ServerError.PROTOCOL),
@@ -144,6 +146,11 @@ def classify(text: str) -> ServerError:
 def advice(text: str) -> str:
     """What may be done about the -ERR with this text; empty if there is no advice."""
     return _row(text).advice
+
+
+def is_line_too_long(text: str) -> bool:
+    """Whether the -ERR with this text says that a control line was too long; it does not say which."""
+    return _row(text) is _CONTROL_LINE
 
 
 def server_error(server_text: str, text: str) -> NatsError:

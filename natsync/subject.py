@@ -14,6 +14,10 @@ from natsync.errors import InvalidArgument
 
 _FORBIDDEN = re.compile(r"[\x00-\x20\x7f]")  # white space and control characters would forge protocol lines
 _CACHED = 1024
+#: Bytes of a control line beside subject, reply subject and queue group: spaces, and a sid or two sizes.
+NUMBERS_BYTES = 24
+#: Characters of a subject that is too long to be quoted whole.
+_QUOTED = 60
 
 
 def publish_subject(subject: str) -> bytes:
@@ -44,6 +48,30 @@ def queue_name(queue: str) -> bytes:
         TypeError: it is not a str.
     """
     return _queue(_text(queue, "queue group"))
+
+
+def interest(subject: str, queue: str | None, max_control_line: int) -> tuple[bytes, bytes | None]:
+    """Subject and queue group of a subscription as bytes, checked, together too.
+
+    Raises:
+        InvalidArgument: one cannot be subscribed to, or both are too long for a control line of so many bytes.
+        TypeError: one is not a str.
+    """
+    wanted, group = subscribe_subject(subject), None if queue is None else queue_name(queue)
+    if len(wanted) + len(group or b"") > max_control_line - NUMBERS_BYTES:
+        raise too_long(wanted, group, "queue group", max_control_line)
+    return wanted, group
+
+
+def too_long(subject: bytes, other: bytes | None, what: str, max_control_line: int) -> InvalidArgument:
+    """The error for a subject that, with the other word if there is one, is too long for a control line."""
+    size = len(subject) + len(other or b"")
+    shown = decode(subject) if len(subject) <= _QUOTED else decode(subject[:_QUOTED]) + "..."
+    both = "" if other is None else f" with its {what}"
+    return InvalidArgument(
+        f"subject {shown!r}{both} is {size} bytes long; max_control_line={max_control_line} leaves room for "
+        f"{max_control_line - NUMBERS_BYTES}"
+    )
 
 
 def _text(text: str, what: str) -> str:

@@ -542,6 +542,80 @@ def test_close_wakes_a_waiting_request(nats_server: NatsServer, raw: RawClient) 
             reply.result(PATIENCE)
 
 
+#: Each waits for an answer until the client is closed.
+ASKING: dict[str, Callable[[natsync.Client], object]] = {
+    "request": lambda client: client.request("c.silent", timeout=30),
+    "request with Retry": lambda client: client.request("c.silent", timeout=30, retry=natsync.Retry(idempotent=True)),
+    "request_many": lambda client: next(client.request_many("c.silent", timeout=30)),
+    "stream": lambda client: client.stream("c.silent").next(30),
+}
+
+
+@pytest.mark.parametrize("ask", ASKING.values(), ids=ASKING)
+def test_what_is_under_way_at_close_is_told_that_it_may_have_run(
+    nats_server: NatsServer, raw: RawClient, ask: Callable[[natsync.Client], object]
+) -> None:
+    raw.subscribe("c.silent")
+    client = natsync.connect(nats_server.url)
+    with ThreadPoolExecutor() as pool:
+        reply = pool.submit(ask, client)
+        raw.next()
+        client.close()
+        with pytest.raises(natsync.ConnectionClosed) as raised:
+            reply.result(PATIENCE)
+    assert raised.value.sent is True
+    with pytest.raises(natsync.ConnectionClosed) as raised:
+        ask(client)
+    assert raised.value.sent is False
+
+
+@pytest.mark.parametrize("ask", ASKING.values(), ids=ASKING)
+def test_what_waits_for_a_link_at_close_is_told_that_it_was_not_sent(
+    make_nats_server: Make, ask: Callable[[natsync.Client], object]
+) -> None:
+    server = make_nats_server()
+    client = natsync.connect(server.url)
+    server.kill()
+    eventually(lambda: client.status == "reconnecting")
+    with ThreadPoolExecutor() as pool:
+        reply = pool.submit(ask, client)
+        eventually(lambda: client.stats()["out_pending_bytes"] > 0)
+        client.close()
+        with pytest.raises(natsync.ConnectionClosed) as raised:
+            reply.result(PATIENCE)
+    assert raised.value.sent is False
+
+
+def is_behind(client: natsync.Client) -> bool:
+    """Whether the link takes nothing any more, and 2 MiB wait for it, which is less than publishers wait for."""
+    while client.stats()["out_pending_bytes"] < 2 << 20:
+        client.publish("c.flood", bytes(60_000))
+    taken = client.stats()["out_bytes"]
+    time.sleep(0.05)
+    return client.stats()["out_pending_bytes"] >= 2 << 20 and client.stats()["out_bytes"] == taken  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("ask", ASKING.values(), ids=ASKING)
+def test_what_waits_behind_a_link_that_takes_nothing_at_close_is_told_that_it_was_not_sent(
+    make_nats_server: Make, ask: Callable[[natsync.Client], object]
+) -> None:
+    server = make_nats_server()
+    client = natsync.connect(server.url)
+    server.pause()
+    try:
+        eventually(lambda: is_behind(client), PATIENCE)
+        before = client.stats()["out_messages"]
+        with ThreadPoolExecutor() as pool:
+            reply = pool.submit(ask, client)
+            eventually(lambda: client.stats()["out_messages"] > before)
+            client.close(0.1)
+            with pytest.raises(natsync.ConnectionClosed) as raised:
+                reply.result(PATIENCE)
+        assert raised.value.sent is False
+    finally:
+        server.resume()
+
+
 def test_close_does_not_wait_longer_than_its_timeout(make_nats_server: Make, caplog: pytest.LogCaptureFixture) -> None:
     server = make_nats_server()
     client = natsync.connect(server.url)

@@ -257,7 +257,13 @@ def test_pings_and_the_write_limit_can_be_switched_off(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "least"),
-    [("max_pings_outstanding", 1), ("max_reconnects", -1), ("reconnect_buffer_bytes", 0), ("max_message_bytes", 1)],
+    [
+        ("max_pings_outstanding", 1),
+        ("max_reconnects", -1),
+        ("reconnect_buffer_bytes", 0),
+        ("max_message_bytes", 1),
+        ("max_control_line", 512),
+    ],
 )
 def test_a_number_has_a_least_value(name: str, least: int) -> None:
     assert getattr(connect_options({name: least}), name) == least
@@ -278,6 +284,13 @@ def test_jitter_is_a_part_of_one(value: float) -> None:
 def test_an_inbox_prefix_must_be_a_subject(value: str) -> None:
     with pytest.raises(InvalidArgument):
         connect_options({"inbox_prefix": value})
+
+
+def test_an_inbox_prefix_leaves_room_in_a_control_line() -> None:
+    assert connect_options({"inbox_prefix": "x" * 1024}).inbox_prefix == "x" * 1024
+    for options in ({"inbox_prefix": "x" * 1025}, {"inbox_prefix": "x" * 129, "max_control_line": 512}):
+        with pytest.raises(InvalidArgument, match=r"inbox_prefix: at most (1024|128) bytes"):
+            connect_options(options)
 
 
 @pytest.mark.parametrize("value", [True, False, None, ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)])

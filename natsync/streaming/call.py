@@ -118,7 +118,7 @@ class Call(Waiter):
                 block = None  # a server without headers: the stream is plain, and its cancel unheard
             to = _subject.publish_subject(self.subject)
             self._frame = self._connection.encode(to, self.inbox, block, payload)
-            self._mark = self._connection.put(self._frame, Deadline(ctx.deadline))
+            self._mark = self._connection.put(self._frame, Deadline(ctx.deadline), ctx)
             loss = self._connection.loss_of(self._frame, self._mark)
             if loss is not None:
                 self.link_lost(loss)
@@ -292,7 +292,7 @@ class Call(Waiter):
             self._part("the requester closes", behind=self)
 
     def connection_closed(self, reason: Exception) -> None:
-        self.fail(reason, tell=False)
+        self.fail(self._connection.closed_under(self._frame), tell=False)
 
     # -- the consumer ----------------------------------------------------------------------------------------------
 
@@ -449,7 +449,11 @@ class Call(Waiter):
         if isinstance(receiver, PlainReceiver):
             if receiver.control is not None:
                 self._calls.tell(receiver.control, self.inbox, frames.encode_cancel(why, code))
-        elif self._mark is not None and not self._connection.withdraw(self._frame):
+        elif self._mark is None:
+            return
+        elif self._connection.withdraw(self._frame):
+            self._mark, self._frame = None, b""  # it surely never left
+        else:
             known = {} if self._offered is None else self._offered.known
             self._calls.part(self.token, self.inbox, known, why, code, behind)
 

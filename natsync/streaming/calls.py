@@ -117,8 +117,13 @@ class Calls(Waiter):
         connection.when_closing(self._closing, self._leave)
 
     def tell(self, control: bytes, inbox: bytes, payload: bytes) -> bool:
-        """Send a control message to a responder, with the stream's inbox for an answer; False if there is no link."""
-        return self.connection.put_now(encode_pub(control, inbox, None, payload), here=True)
+        """Send a control message to a responder, with the stream's inbox for an answer.
+
+        False if there is no link, or if the subject, which is the responder's choice, is too long for the server.
+        """
+        return self.connection.fits(control, inbox) and self.connection.put_now(
+            encode_pub(control, inbox, None, payload), here=True
+        )
 
     def turn_away(self, inbox: bytes, reply: bytes) -> None:
         """Tell a responder that another one was first."""

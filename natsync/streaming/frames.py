@@ -22,6 +22,8 @@ _SEQ_LINE = b"\r\nNatsync-Seq:"
 #: How a request's reply subject begins where it crosses from one account to another.
 IMPORTED = b"_R_."
 NO_RESPONDERS_STATUS = 503
+#: The highest number of a stream, and of what it sends.
+MOST = 10**15 - 1
 
 #: The token in front of the last one in a plain stream's control subject: <inbox prefix>.<unique>.nsy0.<number>
 PLAIN_MARK = b".nsy0."

@@ -143,9 +143,12 @@ class Framing:
             # Nothing but what a requester says is answered: two responders must not come to answer each other.
             if reply is None or block is not None or payload[:1] not in _ANSWERED:
                 continue
+            stream = b"%b.%b" % (self.control.inbox, token)
+            if not self._connection.fits(reply, b"%b.%b.0" % (stream, Op.ERROR)):
+                continue
             status = Status(Code.UNAVAILABLE, reason=terms.LOST)
             text = "the responder does not know this stream (any more)"
-            self._connection.put_now(self.encode_gone(reply, b"%b.%b" % (self.control.inbox, token), text, status))
+            self._connection.put_now(self.encode_gone(reply, stream, text, status))
 
     @staticmethod
     def encode_gone(reply: bytes, stream: bytes, text: str, status: Status) -> bytes:

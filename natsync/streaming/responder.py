@@ -27,6 +27,7 @@ from natsync.protocol import Batch, encode_pub
 from natsync.reply import ERROR_CODE_HEADER, ERROR_HEADER, TOO_MANY_REQUESTS
 from natsync.streaming import frames, handlers, terms
 from natsync.streaming.framed_sender import FramedSender
+from natsync.streaming.frames import Op
 from natsync.streaming.framing import Framing
 from natsync.streaming.handlers import Handler, HandlerContext, Runner
 from natsync.streaming.passing import Passing, PassingFramedSender, PassingPlainSender
@@ -110,6 +111,8 @@ class Responder:
         self._plain = connection.add_mux(Mux(frames.control_inbox(prefix, unique, frames.PLAIN_MARK)))
         self._framed = connection.add_mux(DeepMux(frames.control_inbox(prefix, unique, frames.FRAMED_MARK)))
         self._framing = Framing(connection, self._framed)
+        # What stands behind the requester's subject in the line of each chunk, at the longest.
+        self._address = b"%b.%d.%b.%d" % (self._framed.inbox, frames.MOST, Op.DATA, frames.MOST)
         self._chain = chain_of(connection.options.middleware)
         self._classes: tuple[type[FramedSender], type[PlainSender]] = (FramedSender, PlainSender)
         if self._chain is not None:
@@ -237,9 +240,10 @@ class Responder:
         """A request/reply handler will not be given this request: say so, instead of nothing. Never waits."""
         if reason is None:
             reason = _SHUTTING_DOWN if work.overdue else f"too many requests wait on {work.subject!r}"
-        if request.reply is None:
+        as_stream = terms.STREAM_HEADER in request.headers
+        if request.reply is None or not self._can_answer("stream" if as_stream else "request", request.reply):
             return
-        if terms.STREAM_HEADER in request.headers:
+        if as_stream:
             opening = terms.decode_opening(request.headers)
             core = self._sender(request, self._context(request, opening, work), opening, work)
             self._refuse(core, request, work, reason)
@@ -260,13 +264,21 @@ class Responder:
         )
 
     def _wants_answer(self, kind: Kind, request: Message, work: Work) -> bool:
-        if request.reply is not None:
+        if request.reply is not None and self._can_answer(kind, request.reply):
             return True
         work.count("dropped")
         level, work.warned = logging.DEBUG if work.warned else logging.WARNING, True
-        log.log(level, "request on %r without a reply subject: ignored, nobody waits for an answer", request.subject)
-        self._tell_refused(kind, request, work, "no reply subject")
+        if request.reply is None:
+            text, reason = "without a reply subject: ignored, nobody waits for an answer", "no reply subject"
+        else:
+            text, reason = "whose reply subject is too long to be answered: ignored", "the reply subject is too long"
+        log.log(level, "request on %r %s", request.subject, text)
+        self._tell_refused(kind, request, work, reason)
         return False
+
+    def _can_answer(self, kind: Kind, reply: str) -> bool:
+        """Whether the answer's control lines are short enough; at a longer one the server would end the link of all."""
+        return self.connection.fits(_subject.encode(reply), self._address if kind == "stream" else None)
 
     # -- hooks -----------------------------------------------------------------------------------------------------
 

@@ -253,9 +253,7 @@ class Subscriber:
 
     def _record(self, subject: str, queue: str | None, register: Callable[[], Handle]) -> None:
         """Keep a registration for open(), or make it now if the subscriber is open."""
-        _subject.subscribe_subject(subject)
-        if queue is not None:
-            _subject.queue_name(queue)
+        _subject.interest(subject, queue, self._options.max_control_line)
         with self._lock:
             self._check_usable_locked()
             responder = self._responder
@@ -269,7 +267,7 @@ class Subscriber:
         self, subject: str, runner: Sending, queue: str | None, ctx: Context | None, max_streams: int | None
     ) -> Handle:
         check_limit("max_streams", max_streams)
-        _subject.subscribe_subject(subject)
+        _subject.interest(subject, queue, self._options.max_control_line)
         self.open()
         return self._register_stream(subject, runner, queue, ctx, max_streams)
 
@@ -317,8 +315,7 @@ class Subscriber:
     ) -> Handle:
         """Subscribe, and return when the server knows."""
         work.ctx.check()
-        name = None if queue is None else _subject.queue_name(queue)
-        wanted = _subject.subscribe_subject(subject)
+        wanted, name = _subject.interest(subject, queue, self._options.max_control_line)
         responder = self._opened()
         connection = responder.connection
         pool = connection.dispatcher.workers
