@@ -319,9 +319,9 @@ def test_batch_stream_a_batch_leaves_in_one_write(
     writes: list[bytes] = []
     send = natsync.transport.Transport.send  # type: ignore[attr-defined]
 
-    def recording(transport: object, data: bytes) -> None:
+    def recording(transport: object, data: bytes, *progress: object) -> None:
         writes.append(data)
-        send(transport, data)
+        send(transport, data, *progress)
 
     chunks = [b"chunk-%d-of-the-batch" % n for n in range(200)]
     subscriber.batch_stream_subscribe("parity.batch.write", lambda request, index: (chunks, False))
