@@ -334,6 +334,8 @@ class _Background:
         """
         if not (self._due or (self._unsaid and not self._saying)) or sys.is_finalizing():
             return True  # at the end none starts; before Python 3.12, start() would wait for ever
+        if self._lock.locked():  # perhaps by this very thread, if this is called by a finalizer
+            return True  # whoever has it looks again behind it
         with self._lock:
             if self._threads == CALLBACK_THREADS:
                 return True
@@ -366,12 +368,13 @@ class _Background:
                 logs = not self._due and bool(self._unsaid) and not self._saying
                 if not (self._due or logs):
                     self._threads -= 1
-                    return
+                    break
                 function, what = (self.say, "logging") if logs else self._due.popleft()
                 self._saying = self._saying or logs
             run_safely(function, what)
             if logs:
                 self._saying = False
+        self.look()
 
 
 _background = _Background()

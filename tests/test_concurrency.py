@@ -8,6 +8,7 @@ import math
 import signal
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -489,3 +490,40 @@ os.waitpid(child, 0)
 def test_locks_that_were_held_at_the_fork_do_not_block_the_child() -> None:
     done = run_python(FORK_WHILE_LOCKED)
     assert done.stdout.split() == ["True", "True"], done.stderr
+
+
+class LockWithAFinalizer:
+    """A lock under which a finalizer runs, now and then: what is called just before it is given back."""
+
+    def __init__(self, finalizer: Callable[[], object]) -> None:
+        self._lock = threading.Lock()
+        self._finalizer = finalizer
+
+    def locked(self) -> bool:
+        return self._lock.locked()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._finalizer()
+        self._lock.release()
+
+
+def test_a_finalizer_may_ask_for_a_callback_whatever_its_thread_is_at() -> None:
+    """Collected in the code that hands callbacks to threads, an object must not wait for the lock of that code."""
+    ran, background = list[str](), concurrency._Background()
+    rounds = iter(range(6))
+
+    def finalizer() -> None:
+        number = next(rounds, None)
+        if number is not None:
+            background.run(lambda: ran.append(f"asked for by finalizer {number}"), "a callback")
+
+    background._lock = LockWithAFinalizer(finalizer)  # type: ignore[assignment]
+    asking = threading.Thread(target=lambda: background.run(lambda: ran.append("a"), "a callback"), daemon=True)
+    asking.start()
+    asking.join(5)
+    assert not asking.is_alive()
+    eventually(lambda: sorted(ran) == ["a", *(f"asked for by finalizer {number}" for number in range(6))])
+    eventually(lambda: background._threads == 0)
