@@ -137,6 +137,18 @@ def test_what_was_yielded_before_an_error_arrives_before_it(
     assert closed == [True]
 
 
+def test_a_dict_is_neither_an_answer_nor_a_chunk(
+    client: natsync.Client, serve: Callable[[Chunks], natsync.Subscriber]
+) -> None:
+    """Iterated, it would be its keys."""
+    for chunks, text in ((lambda: {"a": "1"}, "returned dict"), (lambda: [{"a": "1"}], "not dict")):
+        subscriber = serve(chunks)  # type: ignore[arg-type]
+        with pytest.raises(natsync.HandlerError, match=rf"{text}.*json\.dumps"):
+            list(client.stream("gen.x", timeout=PATIENCE))
+        for handle in subscriber.handles:
+            handle.stop(PATIENCE)
+
+
 def test_large_chunks_in_between_keep_their_place(
     client: natsync.Client, serve: Callable[[Chunks], natsync.Subscriber]
 ) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 from natsync.concurrency import Deadline, check_timeout
@@ -197,8 +197,9 @@ def _send_all(result: Any, core: SenderCore, given: ResponseSender | None = None
         core.send(to_bytes(result), _NO_DEADLINE)
         core.end()
         return
-    if not isinstance(result, Iterable):
-        raise TypeError(f"the handler returned {type(result).__name__}, not an iterator of chunks")
+    if not isinstance(result, Iterable) or isinstance(result, Mapping):  # of one, only the keys would be sent
+        kind = type(result).__name__
+        raise TypeError(f"the handler returned {kind}, not an iterator of chunks; for JSON, yield json.dumps(value)")
     iterator, sender = iter(result), given or ResponseSender(core)  # held until the end: a dropped one ends the stream
     try:
         send = sender.send
@@ -207,6 +208,13 @@ def _send_all(result: Any, core: SenderCore, given: ResponseSender | None = None
                 send(chunk)
             except StreamClosed:
                 break  # no error of the handler
+            except TypeError:
+                if isinstance(chunk, bytes | bytearray | memoryview | str):
+                    raise  # of a middleware's
+                kind = type(chunk).__name__
+                raise TypeError(
+                    f"a chunk is bytes-like or str, not {kind}; for JSON, yield json.dumps(value)"
+                ) from None
     finally:
         close = getattr(iterator, "close", None)
         if callable(close):
