@@ -462,7 +462,6 @@ class Links:
             self._outbox.attach(first, session.send_now)
             self._proving = session
             session.ping_first(lambda position: self._line_proved(session, position))
-            self._outbox.release()
         else:
             self._outbox.attach(first, session.send_now)
         self._session = session
@@ -477,8 +476,11 @@ class Links:
         return None
 
     def _line_proved(self, session: Session, position: int | None) -> None:
-        if position is not None and session is self._proving:
+        if position is None:
+            return  # the link is lost, and the next one takes over what waits
+        if session is self._proving:
             self._line_in_doubt, self._proving = False, None
+        session.outbox.release()
 
     def _drop_larger(self, max_payload: int) -> None:
         """Messages that wait and that the new server would not take are dropped, and those whose they are told."""

@@ -46,7 +46,7 @@ RUNNERS = ("/_pytest/", "/pluggy/")
 #: Locks that are signals: taken to wait, given back by another thread.
 SIGNALS = {"Signal._lock", "concurrency.turn"}
 #: Locks that are held over a wait on purpose: they admit one waiter at a time, and nobody else wants them.
-TURNSTILES = {"Call._taking", "Replies._taking"}
+TURNSTILES = {"Call._taking", "Replies._taking", "Stream._turn"}
 #: Modules that interrupt natsync everywhere, thousands of times. They are left out: a lock of C is taken and entered in
 #: one step, which an interrupt cannot divide; one of Python's may stay taken.
 INTERRUPTED = {"test_interrupts"}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 import natsync
 from natsync.options import LEAST_CONTROL_LINE, MAX_CONTROL_LINE
 from natsync.subject import NUMBERS_BYTES
-from natsync.testing import NatsServer, eventually
+from natsync.testing import NatsServer, ScriptedPeer, eventually
 from rawclient import PATIENCE, RawClient
 
 #: The longest subject that is published to without a reply subject, or subscribed to without a queue group.
@@ -246,6 +248,42 @@ def test_a_subscription_that_is_too_long_for_the_server_ends_and_not_each_link_t
         assert kept.next(PATIENCE).data == b"x"
         client.flush()
         assert (client.stats()["reconnects"], client.stats()["subscriptions"]) == (lost, 1)
+
+
+def test_nothing_waits_to_be_lost_behind_a_subscription_that_is_to_be_proved() -> None:
+    before_the_pong: list[bytes] = []
+    proved = threading.Event()
+
+    def script(link: Any) -> None:
+        if link.index == 1:
+            return  # a walk that fails, so that something can gather
+        link.handshake()
+        if link.index == 0:
+            while b"SUB " + b"b" * 600 not in link.recv_line():
+                pass
+            link.send(b"-ERR 'maximum control line exceeded'\r\n")
+            return
+        while not (line := link.recv_line()).startswith(b"PING"):
+            before_the_pong.append(line)
+        link.sock.settimeout(0.3)
+        with contextlib.suppress(TimeoutError):
+            before_the_pong.append(link.recv_exactly(1))
+        link.sock.settimeout(None)
+        link.send(b"PONG\r\n")
+        proved.set()
+        while link.recv_line():
+            pass
+
+    with ScriptedPeer(script, check=False) as peer:
+        client = natsync.Client(peer.url, reconnect_wait=0.3, reconnect_jitter=0).open()
+        client.subscribe("b" * 600)
+        eventually(lambda: client.status == "reconnecting")
+        for _ in range(50):
+            client.publish("n", b"x")
+        assert proved.wait(PATIENCE)
+        assert all(line.startswith(b"SUB ") for line in before_the_pong)
+        eventually(lambda: client.stats()["out_messages"] == 50)
+        client.close(0)
 
 
 def test_a_message_that_is_too_long_for_the_server_ends_no_subscription(

@@ -612,6 +612,17 @@ def test_a_stream_closed_between_two_tries_was_cancelled(client: natsync.Client,
     assert isinstance(log.one("stream_done").values[4], natsync.StreamCancelled)
 
 
+def test_a_stream_dropped_between_two_tries_was_cancelled(client: natsync.Client, log: Log) -> None:
+    stream = client.stream("hk.nobody", retry=natsync.Retry(initial=PATIENCE, maximum=PATIENCE, jitter=False))
+    with pytest.raises(natsync.TimedOut):
+        stream.next(0.1)
+    log.told.clear()  # whose errors hold the stream
+    del stream
+    gc.collect()
+    eventually(lambda: len(log.of("stream_done")) == 1)
+    assert isinstance(log.one("stream_done").values[4], natsync.StreamCancelled)
+
+
 # -- stream_request() --------------------------------------------------------------------------------------------------
 
 

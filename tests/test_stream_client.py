@@ -1027,6 +1027,41 @@ def test_each_wait_for_a_retry_may_be_in_another_thread(client: natsync.Client) 
     assert isinstance(outcome, natsync.NoRespondersError)
 
 
+def test_threads_that_read_one_stream_share_its_attempts(client: natsync.Client) -> None:
+    before = client.stats()["out_messages"]
+    retry = natsync.Retry(attempts=4, initial=0.1, maximum=0.1, jitter=False)
+    stream = client.stream("sc.nobody", retry=retry)
+    with ThreadPoolExecutor() as pool:
+        readers = [pool.submit(stream.next, PATIENCE) for _ in range(4)]
+        assert [type(reader.exception(PATIENCE)) for reader in readers] == [natsync.NoRespondersError] * 4
+    assert client.stats()["out_messages"] == before + 4
+
+
+def test_a_thread_that_waits_behind_another_keeps_its_timeout(client: natsync.Client) -> None:
+    stream = client.stream("sc.nobody", retry=natsync.Retry(initial=PATIENCE, maximum=PATIENCE, jitter=False))
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(stream.next)
+        eventually(between_two_tries)
+        with pytest.raises(natsync.TimedOut, match="another thread"):
+            stream.next(0.05)
+        stream.close()
+        assert isinstance(first.exception(PATIENCE), natsync.StreamCancelled)
+
+
+def test_a_stream_dropped_between_two_tries_is_freed_at_once(client: natsync.Client) -> None:
+    over = threading.Event()
+    stream = client.stream("sc.nobody", retry=natsync.Retry(initial=PATIENCE, maximum=PATIENCE, jitter=False))
+    stream.when_finished(over.set)
+    with pytest.raises(natsync.TimedOut):
+        stream.next(0.1)
+    gc.disable()
+    try:
+        del stream
+        assert over.wait(PATIENCE)
+    finally:
+        gc.enable()
+
+
 def test_an_interrupt_between_two_tries_leaves_the_stream_as_it_was(
     client: natsync.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:

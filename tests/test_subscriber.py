@@ -905,6 +905,19 @@ def test_a_request_whose_deadline_has_passed_before_its_turn_is_not_handled(
     assert asked.began == [b"first"]
 
 
+def test_a_request_for_a_stream_whose_deadline_has_passed_before_its_turn_is_not_handled(
+    queue: tuple[Queue, natsync.Subscriber], client: natsync.Client
+) -> None:
+    asked, subscriber = queue
+    with natsync.Context() as patient:
+        asked.ask(b"first", ctx=patient.with_timeout(1.0))
+        assert asked.handling.acquire(timeout=PATIENCE)
+        with pytest.raises(natsync.DeadlineExceeded):
+            list(client.stream("u.queue", b"late", timeout=0.3))
+        eventually(lambda: subscriber.stats()["dropped"] == 1)
+    assert asked.began == [b"first"]
+
+
 def test_plain_messages_that_wait_when_the_time_to_drain_is_over_are_dropped_and_told_of(
     client: natsync.Client, nats_server: NatsServer
 ) -> None:

@@ -165,6 +165,10 @@ class Responder:
             return
         ctx = self._context(request, opening, work)
         core = self._sender(request, ctx, opening, work)
+        if ctx.cancelled:  # it has waited for too long, or was on its way at the end; the sender knows and has told
+            work.count("dropped")
+            self._refuse(core, request, work, ctx.reason or _SHUTTING_DOWN)
+            return
         if work.full:  # only the reader's thread adds to them
             work.count("dropped")
             self._refuse(core, request, work, f"too many streams on {work.subject!r}: all {work.limit} are in use")

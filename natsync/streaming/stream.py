@@ -5,6 +5,7 @@ A stream that is dropped cancels its call; nothing but the user holds the Stream
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -115,6 +116,7 @@ class Stream(Closable[bytes]):
         self._tries = 0
         self._series: Series | None = None  # of the attempts that have failed since the last chunk
         self._due: float | None = None  # when the next one is to be made, in time.monotonic(); None while one is
+        self._turn = threading.Lock()  # of who waits for a chunk or an attempt, while there may be another attempt
         self._earlier = dict.fromkeys(_COUNTED, 0.0)  # what was counted by attempts that broke off
         self._call = self._open(0, 0)
 
@@ -155,12 +157,20 @@ class Stream(Closable[bytes]):
 
     def _with_retry(self, deadline: Deadline) -> bytes:
         """The next chunk; if the stream breaks off and the policy lets it, of another attempt."""
-        while True:
+        if not self._turn.acquire(timeout=deadline.wait_time()):
+            raise TimedOut(f"no chunk of {self.subject!r} in time: another thread is waiting for it")
+        try:
+            return self._in_turn(deadline)
+        finally:
+            self._turn.release()
+
+    def _in_turn(self, deadline: Deadline) -> bytes:
+        while self._retry is not None:
             self._wait_for_try(deadline)
             try:
                 if self._due is not None:
-                    self._due = None
                     self._again()
+                    self._due = None  # behind it: a Ctrl-C in there costs no attempt
                 chunk = self._call.next_chunk(deadline)
             except Exception as error:
                 if type(error) is TimedOut:  # the wait has ended, not the stream
@@ -171,6 +181,7 @@ class Stream(Closable[bytes]):
                 if not getattr(self._retry, "resumable", False):
                     self._settle()
                 return chunk
+        return self._call.next_chunk(deadline)
 
     def _wait_for_try(self, deadline: Deadline) -> None:
         """Return when an attempt is under way, or another due.
@@ -206,6 +217,7 @@ class Stream(Closable[bytes]):
             else:
                 self._due = time.monotonic() + pause
                 self._retrying(number, pause, error)
+                error.__traceback__ = None  # of frames that hold this stream, which the call holds with its error
                 return
         ended = self._ctx.error() if self._ctx.cancelled else None  # before it ends with the stream
         self._settle()

@@ -78,8 +78,10 @@ class WatchedStream(Stream):
         call = getattr(self, "_call", None)
         if call is not None and not self._watch.told("stream_done"):
             watch, earlier, connection = self._watch, self._earlier, self._calls.connection
+            # Between two attempts the outcome is that of the last one, and not the stream's.
+            error = None if self._due is None else StreamCancelled("dropped by the requester")
             self._at_end.append(
-                lambda: _on_worker(connection, lambda: _attempts_done(watch, earlier, call, call.outcome))
+                lambda: _on_worker(connection, lambda: _attempts_done(watch, earlier, call, error or call.outcome))
             )
         super().__del__()
 
