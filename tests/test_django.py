@@ -6,6 +6,7 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from queue import SimpleQueue
 from typing import Any
 
 import django
@@ -145,6 +146,16 @@ def test_a_registry_serves_what_it_recorded(server: NatsServer) -> None:
         client = contrib.get_client()
         assert list(client.stream("count", "3", timeout=PATIENCE)) == [b"0", b"1", b"2"]
         assert client.request("double", "ab", timeout=PATIENCE).text() == "abab"
+
+
+def test_a_registry_records_plain_messages_as_well(server: NatsServer) -> None:
+    registry = contrib.Registry()
+    got: SimpleQueue[bytes] = SimpleQueue()
+    registry.subscribe("news")(lambda message: got.put(message.data))
+    with registry.make_subscriber(queue="ours") as subscriber:
+        assert [(one.subject, one.queue) for one in subscriber.handles] == [("news", None)]
+        contrib.client.publish("news", b"1")
+        assert got.get(timeout=PATIENCE) == b"1"
 
 
 def test_a_registry_keeps_the_limits_of_a_registration(server: NatsServer) -> None:

@@ -32,7 +32,6 @@ class Registry:
 
     def __init__(self) -> None:
         self._recorded: list[Callable[[natsync.Subscriber], object]] = []
-        self._live: list[Callable[[natsync.Subscriber], object]] = []  # for a subscriber that is open
         self.subjects: list[str] = []
 
     def stream(self, subject: str, *, queue: str | None = None, max_streams: int | None = None) -> Callable[[F], F]:
@@ -43,7 +42,7 @@ class Registry:
         def decorate(function: F) -> F:
             handlers.stream_runner(function)
             more: dict[str, Any] = {"queue": queue, "max_streams": max_streams}
-            self._record(self._recorded, subject, queue, lambda to: to.stream(subject, **more)(function))
+            self._record(subject, queue, lambda to: to.stream(subject, **more)(function))
             return function
 
         return decorate
@@ -64,7 +63,7 @@ class Registry:
             handlers.single_runner(function)
             handlers.arguments(function, (2,), "(ctx, request)")
             more: dict[str, Any] = {"queue": queue, "max_workers": max_workers, "pending_messages": pending_messages}
-            self._record(self._recorded, subject, queue, lambda to: to.handler(subject, **more)(function))
+            self._record(subject, queue, lambda to: to.handler(subject, **more)(function))
             return function
 
         return decorate
@@ -81,23 +80,17 @@ class Registry:
         def decorate(function: F) -> F:
             handlers.arguments(function, (1,), "(message)")
             more: dict[str, Any] = {"queue": queue, "concurrency": concurrency, "overflow": overflow}
-            self._record(self._live, subject, queue, lambda to: to.subscribe(subject, function, **more))
+            self._record(subject, queue, lambda to: to.subscribe(subject, **more)(function))
             return function
 
         return decorate
 
-    def _record(
-        self,
-        where: list[Callable[[natsync.Subscriber], object]],
-        subject: str,
-        queue: str | None,
-        register: Callable[[natsync.Subscriber], object],
-    ) -> None:
+    def _record(self, subject: str, queue: str | None, register: Callable[[natsync.Subscriber], object]) -> None:
         _subject.subscribe_subject(subject)
         if queue is not None:
             _subject.queue_name(queue)
         self.subjects.append(subject)
-        where.append(register)
+        self._recorded.append(register)
 
     def make_subscriber(
         self, *, queue: str | None = None, hooks: Sequence[natsync.Hooks] = (), **options: Any
@@ -105,7 +98,7 @@ class Registry:
         """A natsync.Subscriber with the settings of NATSYNC and all that is recorded, not open yet; close it.
 
         Around each of its handlers, the whole run of a generator included, database connections are looked after
-        (natsync.contrib.django.database). Once it is open, call open_rest() for what subscribe() recorded.
+        (natsync.contrib.django.database).
 
         Args:
             queue: the queue group of streams and request handlers that name none; None = none.
@@ -123,11 +116,6 @@ class Registry:
         for register in self._recorded:
             register(made)
         return made
-
-    def open_rest(self, subscriber: natsync.Subscriber) -> None:
-        """Have an open subscriber take what cannot be recorded: plain messages."""
-        for register in self._live:
-            register(subscriber)
 
     def __repr__(self) -> str:
         return f"<Registry: {len(self.subjects)} handlers>"
