@@ -100,17 +100,19 @@ class Subscriber:
     def default_options(self, **options: Any) -> None:
         """Give connection options for what this subscriber was made without; what it was made with stays.
 
-        For programs that run other people's subscribers, such as `natsync serve`. Before the first use only.
+        For programs that run other people's subscribers, such as `natsync serve`. Before the first use; later it
+        takes only what would not count anyway.
 
         Raises:
-            RuntimeError: it is open, or was.
+            RuntimeError: it is open, or was, and was made without one of these.
             TypeError, InvalidArgument: an option cannot be used.
         """
         connect_options(options)
         with self._lock:
-            if self._responder is not None or self._closed:
+            filled = self._options.filled(options)
+            if filled != self._options and (self._responder is not None or self._closed):
                 raise RuntimeError("default_options() comes before open()")
-            self._options = self._options.filled(options)
+            self._options = filled
 
     # -- registering ---------------------------------------------------------------------------------------------
 
