@@ -195,6 +195,14 @@ def test_the_decorators_of_a_registry_take_what_those_of_a_subscriber_take() -> 
         assert of_registry == of_subscriber
 
 
+@pytest.mark.parametrize("form", ["stream", "handler", "subscribe"])
+def test_a_decorator_of_a_registry_without_parentheses_is_refused(form: str) -> None:
+    with pytest.raises(TypeError, match=rf'write @subscriber\.{form}\("subject"\)'):
+        getattr(contrib.Registry(), form)(lambda ctx, request: None)
+    with pytest.raises(natsync.InvalidArgument, match="subject"):
+        getattr(contrib.Registry(), form)("a b")
+
+
 @pytest.mark.parametrize("value", [0, -1, True, "1", 1.5])
 @pytest.mark.parametrize("name", ["max_streams", "max_workers", "pending_messages"])
 def test_a_limit_that_cannot_be_is_refused_where_it_stands(name: str, value: Any) -> None:

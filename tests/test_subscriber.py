@@ -300,6 +300,19 @@ def test_a_bad_subject_is_refused_before_anything_is_sent(form: str, subject: st
         subscriber.close()
 
 
+@pytest.mark.parametrize("form", ["stream", "handler", "subscribe"])
+def test_a_decorator_without_parentheses_is_refused(form: str) -> None:
+    decorator = getattr(natsync.Subscriber(), form)
+    with pytest.raises(TypeError, match=rf'write @subscriber\.{form}\("subject"\)'):
+
+        @decorator
+        def function(*arguments: object) -> None: ...
+
+    for subject, error in ((None, TypeError), (b"u.x", TypeError), ("a b", natsync.InvalidArgument)):
+        with pytest.raises(error, match="subject"):
+            decorator(subject)
+
+
 def test_a_bad_queue_name_is_refused(natsync_subscriber: natsync.Subscriber) -> None:
     for queue in ("", "a b", "q\r\n"):
         with pytest.raises(natsync.InvalidArgument):

@@ -216,6 +216,7 @@ class Subscriber:
         "drop_new" or "drop_old"; every loss is counted. default_queue does not count here: without queue= each
         subscriber gets every message. Raises as stream_subscribe() does.
         """
+        self._check_place("subscribe", subject, queue)
         limits: dict[str, Any] = {"concurrency": concurrency, "overflow": overflow}
         if handler is not None:
             handlers.arguments(handler, (1,), "(message)")
@@ -242,7 +243,7 @@ class Subscriber:
 
         The function is checked here and returned unchanged. Raises as stream_subscribe() does.
         """
-
+        self._check_place("stream", subject, queue)
         check_limit("max_streams", max_streams)
 
         def decorate(function: F) -> F:
@@ -269,6 +270,7 @@ class Subscriber:
         an error of code 429, which Retry repeats. So is one that still waits when its deadline has passed, or the time
         for shutting down is over: its handler is not begun.
         """
+        self._check_place("handler", subject, queue)
         check_limit("max_workers", max_workers)
         check_limit("pending_messages", pending_messages)
         limits = {} if pending_messages is None else {"pending_messages": pending_messages}
@@ -280,6 +282,10 @@ class Subscriber:
             return function
 
         return decorate
+
+    def _check_place(self, form: str, subject: str, queue: str | None) -> None:
+        check_decorator(form, subject)
+        _subject.interest(subject, queue, self._options.max_control_line)
 
     def _record(self, subject: str, queue: str | None, register: Callable[[], object]) -> None:
         """Keep a registration for open(), or make it now if the subscriber is open."""
@@ -628,6 +634,12 @@ def check_limit(name: str, value: int | None) -> None:
     """Raises InvalidArgument unless it is None or a number from 1 up."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         raise InvalidArgument(f"{name}={value!r}: a whole number from 1 up")
+
+
+def check_decorator(form: str, subject: object) -> None:
+    """Raises TypeError if the decorator was given a function: without parentheses, it would register nothing."""
+    if callable(subject):
+        raise TypeError(f'@subscriber.{form} lacks its subject: write @subscriber.{form}("subject")')
 
 
 _subscribers: weakref.WeakSet[Subscriber] = weakref.WeakSet()

@@ -15,7 +15,7 @@ from natsync import subject as _subject
 from natsync.contrib.django.conf import configured
 from natsync.contrib.django.database import AfterHandler, BeforeHandler
 from natsync.streaming import handlers
-from natsync.streaming.subscriber import check_limit
+from natsync.streaming.subscriber import check_decorator, check_limit
 from natsync.subscription import PENDING_BYTES, PENDING_MESSAGES, Overflow, check_limits
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -37,12 +37,13 @@ class Registry:
     def stream(self, subject: str, *, queue: str | None = None, max_streams: int | None = None) -> Callable[[F], F]:
         """Answer requests on the subject with streams: of a generator function (ctx, request), or one that is
         given (ctx, request, sender). See natsync.Subscriber.stream()."""
+        _check_place("stream", subject, queue)
         check_limit("max_streams", max_streams)
 
         def decorate(function: F) -> F:
             handlers.stream_runner(function)
             more: dict[str, Any] = {"queue": queue, "max_streams": max_streams}
-            self._record(subject, queue, lambda to: to.stream(subject, **more)(function))
+            self._record(subject, lambda to: to.stream(subject, **more)(function))
             return function
 
         return decorate
@@ -56,6 +57,7 @@ class Registry:
         pending_messages: int | None = None,
     ) -> Callable[[F], F]:
         """Answer requests on the subject with what function(ctx, request) returns. See natsync.Subscriber.handler()."""
+        _check_place("handler", subject, queue)
         check_limit("max_workers", max_workers)
         check_limit("pending_messages", pending_messages)
 
@@ -63,7 +65,7 @@ class Registry:
             handlers.single_runner(function)
             handlers.arguments(function, (2,), "(ctx, request)")
             more: dict[str, Any] = {"queue": queue, "max_workers": max_workers, "pending_messages": pending_messages}
-            self._record(subject, queue, lambda to: to.handler(subject, **more)(function))
+            self._record(subject, lambda to: to.handler(subject, **more)(function))
             return function
 
         return decorate
@@ -75,20 +77,18 @@ class Registry:
 
         The worker's default queue group does not count here: without queue= each worker process gets every message.
         """
+        _check_place("subscribe", subject, queue)
         check_limits(None, PENDING_MESSAGES, PENDING_BYTES, overflow, concurrency)
 
         def decorate(function: F) -> F:
             handlers.arguments(function, (1,), "(message)")
             more: dict[str, Any] = {"queue": queue, "concurrency": concurrency, "overflow": overflow}
-            self._record(subject, queue, lambda to: to.subscribe(subject, **more)(function))
+            self._record(subject, lambda to: to.subscribe(subject, **more)(function))
             return function
 
         return decorate
 
-    def _record(self, subject: str, queue: str | None, register: Callable[[natsync.Subscriber], object]) -> None:
-        _subject.subscribe_subject(subject)
-        if queue is not None:
-            _subject.queue_name(queue)
+    def _record(self, subject: str, register: Callable[[natsync.Subscriber], object]) -> None:
         self.subjects.append(subject)
         self._recorded.append(register)
 
@@ -119,6 +119,13 @@ class Registry:
 
     def __repr__(self) -> str:
         return f"<Registry: {len(self.subjects)} handlers>"
+
+
+def _check_place(form: str, subject: str, queue: str | None) -> None:
+    check_decorator(form, subject)
+    _subject.subscribe_subject(subject)
+    if queue is not None:
+        _subject.queue_name(queue)
 
 
 #: The registry that the worker serves: what handlers.py modules import.
