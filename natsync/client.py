@@ -405,8 +405,9 @@ class Client:
 
         Messages come in order; with a callback and concurrency above 1 several run at once and order is lost. A slow
         taker never slows the connection: when pending_messages or pending_bytes wait, overflow decides which message
-        is lost ("drop_new", "drop_old"), or that next() raises SlowConsumerError ("error"). max_messages unsubscribes
-        after that many. Does not wait for the server; flush() does. A connection with callbacks lives until close().
+        is lost ("drop_new", "drop_old"), or that next() raises SlowConsumerError ("error", not with a callback).
+        max_messages unsubscribes after that many. Does not wait for the server; flush() does. A connection with
+        callbacks lives until close().
 
         Raises:
             InvalidArgument, TypeError: an argument cannot be used.

@@ -323,6 +323,7 @@ def test_times_that_make_no_sense_in_a_sender_and_a_subscriber(
         ({"concurrency": 1.5}, TypeError),
         ({"overflow": "block"}, natsync.InvalidArgument),
         ({"overflow": None}, natsync.InvalidArgument),
+        ({"overflow": "error", "callback": print}, natsync.InvalidArgument),
         ({"callback": 5}, TypeError),
     ],
     ids=repr,

@@ -203,6 +203,11 @@ def test_a_decorator_of_a_registry_without_parentheses_is_refused(form: str) -> 
         getattr(contrib.Registry(), form)("a b")
 
 
+def test_an_overflow_that_has_nobody_to_raise_to_is_refused_by_a_registry() -> None:
+    with pytest.raises(natsync.InvalidArgument, match="overflow='error'"):
+        contrib.Registry().subscribe("x", overflow="error")
+
+
 @pytest.mark.parametrize("value", [0, -1, True, "1", 1.5])
 @pytest.mark.parametrize("name", ["max_streams", "max_workers", "pending_messages"])
 def test_a_limit_that_cannot_be_is_refused_where_it_stands(name: str, value: Any) -> None:

@@ -313,6 +313,15 @@ def test_a_decorator_without_parentheses_is_refused(form: str) -> None:
             decorator(subject)
 
 
+def test_an_overflow_that_has_nobody_to_raise_to_is_refused() -> None:
+    with RecordingServer() as server:
+        subscriber = natsync.Subscriber(server.url)
+        for handler in (None, lambda message: None):
+            with pytest.raises(natsync.InvalidArgument, match="overflow='error'"):
+                subscriber.subscribe("u.x", handler, overflow="error")  # type: ignore[arg-type]
+        assert server.accepted == 0
+
+
 def test_a_bad_queue_name_is_refused(natsync_subscriber: natsync.Subscriber) -> None:
     for queue in ("", "a b", "q\r\n"):
         with pytest.raises(natsync.InvalidArgument):

@@ -217,12 +217,12 @@ class Subscriber:
         subscriber gets every message. Raises as stream_subscribe() does.
         """
         self._check_place("subscribe", subject, queue)
+        check_limits(None, PENDING_MESSAGES, PENDING_BYTES, overflow, concurrency, called=True)
         limits: dict[str, Any] = {"concurrency": concurrency, "overflow": overflow}
         if handler is not None:
             handlers.arguments(handler, (1,), "(message)")
             self.open()
             return self._register_plain(subject, handler, queue, ctx, limits)
-        check_limits(None, PENDING_MESSAGES, PENDING_BYTES, overflow, concurrency)
         if ctx is not None:
             ctx.check()
 

@@ -78,7 +78,7 @@ class Registry:
         The worker's default queue group does not count here: without queue= each worker process gets every message.
         """
         _check_place("subscribe", subject, queue)
-        check_limits(None, PENDING_MESSAGES, PENDING_BYTES, overflow, concurrency)
+        check_limits(None, PENDING_MESSAGES, PENDING_BYTES, overflow, concurrency, called=True)
 
         def decorate(function: F) -> F:
             handlers.arguments(function, (1,), "(message)")
