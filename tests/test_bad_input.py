@@ -423,7 +423,7 @@ def test_a_url_that_names_no_nats_server(make: Callable[[Any], object], url: str
 @every_maker
 @pytest.mark.parametrize("servers", [5, [5], [None], b"nats://127.0.0.1", [b"nats://127.0.0.1"]], ids=repr)
 def test_servers_that_are_no_text(make: Callable[[Any], object], servers: Any) -> None:
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="servers"):
         make(servers)
 
 
@@ -459,6 +459,12 @@ def test_a_bad_url_is_not_shown_because_it_may_hold_a_password() -> None:
         ({"max_reconnects": 1.5}, TypeError),
         ({"reconnect_wait": -1}, natsync.InvalidArgument),
         ({"reconnect_jitter": 2}, natsync.InvalidArgument),
+        ({"reconnect_jitter": float("nan")}, natsync.InvalidArgument),
+        ({"reconnect_jitter": "a"}, TypeError),
+        ({"reconnect_jitter": None}, TypeError),
+        ({"reconnect_jitter": True}, TypeError),
+        ({"inbox_prefix": 5}, TypeError),
+        ({"inbox_prefix": "a b"}, natsync.InvalidArgument),
         ({"reconnect_buffer_bytes": -1}, natsync.InvalidArgument),
         ({"max_message_bytes": 0}, natsync.InvalidArgument),
         ({"tls": "yes"}, TypeError),

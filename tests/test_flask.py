@@ -229,6 +229,17 @@ def test_a_configuration_that_cannot_be_used_is_told_when_the_application_is_mad
     assert "s3cret" not in str(caught.value)
 
 
+def test_a_switch_from_the_environment_is_read_as_json_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASK_NATSYNC_RECONNECT", "false")
+    app = flask.Flask("one")
+    app.config.from_prefixed_env()
+    assert NatSync(app).client._options.reconnect is False
+    app = flask.Flask("other")
+    app.config["NATSYNC_RECONNECT"] = "false"
+    with pytest.raises(TypeError, match="reconnect is True or False, not str"):
+        NatSync(app)
+
+
 def test_an_application_is_given_once(app: flask.Flask) -> None:
     with pytest.raises(RuntimeError, match="already"):
         nats.init_app(app)
