@@ -337,6 +337,17 @@ def test_limits_of_a_subscription_that_make_no_sense(
 
 
 @pytest.mark.parametrize(
+    "callback",
+    [lambda: None, lambda ctx, message: None, lambda message, *, wanted: None],
+    ids=["nothing", "two", "keyword"],
+)
+def test_a_callback_that_cannot_be_called_with_a_message(witness: Witness, callback: Callable[..., object]) -> None:
+    with pytest.raises(TypeError, match=r"\(message\)"):
+        witness.client.subscribe("b.x", callback)
+    witness.assert_nothing_sent()
+
+
+@pytest.mark.parametrize(
     ("window", "error"),
     [(0, natsync.InvalidArgument), (-5, natsync.InvalidArgument), ("8", TypeError), (True, TypeError)],
 )
