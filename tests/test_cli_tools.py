@@ -315,6 +315,45 @@ def test_stream_into_a_file(url: str, subscriber: natsync.Subscriber, tmp_path: 
     assert (tmp_path / "out").read_bytes() == b'{"a":1}\xff'  # what came before the error
 
 
+def test_a_stream_of_which_nothing_comes_leaves_the_file_as_it_was(
+    url: str, subscriber: natsync.Subscriber, tmp_path: Path
+) -> None:
+    @subscriber.stream("tools.refusing")
+    def handler(ctx: natsync.Context, request: natsync.Message) -> Iterator[bytes]:
+        if request.data:
+            return
+        raise natsync.HandlerError("not today")
+        yield
+
+    (tmp_path / "keep").write_bytes(b"kept")
+    for subject in ("tools.nobody", "tools.refusing"):
+        for name in ("keep", "new"):
+            assert run(*NATSYNC, "stream", subject, "-o", name, url=url, cwd=tmp_path).process.returncode == 1
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"keep": b"kept"}
+    for name in ("keep", "new"):  # an answer without chunks is an answer
+        result = run(*NATSYNC, "stream", "tools.refusing", "end", "-o", name, url=url, cwd=tmp_path)
+        assert (result.process.returncode, result.err) == (0, [f"wrote 0 chunks (0 B) to {name}"])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"keep": b"", "new": b""}
+
+
+def test_a_shorter_stream_leaves_nothing_of_the_file_before(
+    url: str, subscriber: natsync.Subscriber, tmp_path: Path
+) -> None:
+    subscriber.stream("tools.short")(lambda ctx, request: [b"1", b"2"])
+    (tmp_path / "out").write_bytes(b"what was there before")
+    run(*NATSYNC, "stream", "tools.short", "--raw", "-o", "out", url=url, cwd=tmp_path)
+    assert (tmp_path / "out").read_bytes() == b"12"
+    result = run(*NATSYNC, "stream", "tools.short", "-o", os.devnull, url=url, cwd=tmp_path)
+    assert result.process.returncode == 0
+
+
+def test_output_to_a_dash_is_standard_output(url: str, subscriber: natsync.Subscriber, tmp_path: Path) -> None:
+    subscriber.stream("tools.dash")(lambda ctx, request: [b"1", b"2"])
+    result = run(*NATSYNC, "stream", "tools.dash", "-o", "-", url=url, cwd=tmp_path)
+    assert (result.process.returncode, result.out, result.err) == (0, ["1", "2"], [])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_file_that_cannot_be_written_is_told_before_anything_is_sent(
     url: str, natsync_client: natsync.Client
 ) -> None:
