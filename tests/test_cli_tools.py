@@ -289,6 +289,33 @@ def test_request_takes_several_replies(url: str, natsync_client: natsync.Client)
         assert result.err == ["natsync: 2 of 3 replies from 'tools.many' within 0.5 s"]
 
 
+def test_several_replies_that_are_errors_are_told_as_a_single_one_is(
+    url: str, subscriber: natsync.Subscriber, natsync_client: natsync.Client
+) -> None:
+    @subscriber.handler("tools.boom")
+    def boom(ctx: natsync.Context, request: natsync.Message) -> None:
+        raise natsync.HandlerError("boom", code=409)
+
+    several = ("--replies", "0", "--timeout", "500ms")
+    single, both = (run(*NATSYNC, "request", "tools.boom", *more, url=url) for more in ((), several))
+    assert (single.process.returncode, single.out, single.err) == (1, [], ["natsync: boom"])
+    assert (both.process.returncode, both.out, both.err) == (1, [], ["natsync: boom"])
+
+    with natsync_client.subscribe("tools.boom", lambda message: message.respond(b"well")):
+        natsync_client.flush()
+        for replies in ("0", "2"):
+            result = run(*NATSYNC, "request", "tools.boom", "--replies", replies, "--timeout", "2", url=url)
+            assert (result.process.returncode, result.out, result.err) == (1, ["well"], ["natsync: boom"])
+
+
+@pytest.mark.parametrize("replies", ["0", "2"])
+def test_several_replies_from_nobody_are_told_as_one_is(url: str, replies: str) -> None:
+    single = run(*NATSYNC, "request", "tools.nobody", url=url)
+    several = run(*NATSYNC, "request", "tools.nobody", "--replies", replies, url=url)
+    assert (single.process.returncode, single.out) == (several.process.returncode, several.out) == (1, [])
+    assert single.err == several.err == ["natsync: no responders for 'tools.nobody': nothing subscribes to it now"]
+
+
 def test_pub_repeats_a_message(url: str, natsync_client: natsync.Client) -> None:
     with natsync_client.subscribe("tools.repeated") as subscription:
         natsync_client.flush()
