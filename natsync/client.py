@@ -30,6 +30,7 @@ from natsync.reply import request as _request
 from natsync.retry import Retrying, RetryPolicy, bucket_for, check_policy, run
 from natsync.streaming import terms
 from natsync.streaming.calls import Calls
+from natsync.streaming.handlers import arguments
 from natsync.streaming.passing import PassingSubscription, passing_callback, passing_processor, stream_maker
 from natsync.streaming.stream import Stream, process
 from natsync.streaming.watched import WatchedProcessor, open_stream, stream_done, watched_callback
@@ -405,16 +406,17 @@ class Client:
 
         Messages come in order; with a callback and concurrency above 1 several run at once and order is lost. A slow
         taker never slows the connection: when pending_messages or pending_bytes wait, overflow decides which message
-        is lost ("drop_new", "drop_old"), or that next() raises SlowConsumerError ("error"). max_messages unsubscribes
-        after that many. Does not wait for the server; flush() does. A connection with callbacks lives until close().
+        is lost ("drop_new", "drop_old"), or that next() raises SlowConsumerError ("error", not with a callback).
+        max_messages unsubscribes after that many. Does not wait for the server; flush() does. A connection with
+        callbacks lives until close().
 
         Raises:
             InvalidArgument, TypeError: an argument cannot be used.
             NoServersError, ConnectionClosed: there is no connection.
         """
         wanted, group = _subject.interest(subject, queue, self._options.max_control_line)
-        if callback is not None and not callable(callback):
-            raise TypeError(f"a callback is a function (message), not {type(callback).__name__}")
+        if callback is not None:
+            arguments(callback, (1,), "(message)")
         if callback is not None and self._chain is not None:
             callback = passing_callback(self._chain, subject, callback)
         if callback is not None and self._hooks is not None:

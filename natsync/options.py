@@ -33,6 +33,9 @@ CREDS_MARK = "-----BEGIN NATS"
 #: The options that say who connects, of which only one may be given; a password goes with its user.
 CREDENTIALS = ("user", "token", "credentials", "nkey_seed")
 
+#: The options that are True or False.
+SWITCHES = ("tls_first", "reconnect", "retry_on_failed_connect", "randomize", "discover", "no_echo", "framed")
+
 #: The port of a URL that names none. IANA's port for NATS.
 DEFAULT_PORT = 4222
 DEFAULT_URL = "nats://127.0.0.1:4222"
@@ -218,8 +221,9 @@ class ConnectOptions:
                 raise InvalidArgument(f"{name}={getattr(self, name)}: a number of seconds")
         if self.heartbeat < LEAST_HEARTBEAT:
             raise InvalidArgument(f"heartbeat={self.heartbeat}: at least {LEAST_HEARTBEAT} s")
-        if not isinstance(self.framed, bool):
-            raise TypeError(f"framed is True or False, not {type(self.framed).__name__}")
+        for name in SWITCHES:  # "false", of a configuration in the environment, would be true
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} is True or False, not {type(getattr(self, name)).__name__}")
         if not self.connect_timeout:
             raise InvalidArgument("connect_timeout must be more than 0 s")
         _check_whole("max_pings_outstanding", self.max_pings_outstanding, 1)
@@ -227,9 +231,11 @@ class ConnectOptions:
         _check_whole("reconnect_buffer_bytes", self.reconnect_buffer_bytes, 0)
         _check_whole("max_message_bytes", self.max_message_bytes, 1)
         _check_whole("max_control_line", self.max_control_line, LEAST_CONTROL_LINE)
+        if isinstance(self.reconnect_jitter, bool) or not isinstance(self.reconnect_jitter, int | float):
+            raise TypeError(f"reconnect_jitter is a number from 0 to 1, not {type(self.reconnect_jitter).__name__}")
         if not 0 <= self.reconnect_jitter <= 1:
             raise InvalidArgument(f"reconnect_jitter={self.reconnect_jitter!r}: from 0 to 1")
-        if len(_subject.publish_subject(self.inbox_prefix)) > self.max_control_line // INBOX_PART:
+        if len(_prefix(self.inbox_prefix)) > self.max_control_line // INBOX_PART:
             most = self.max_control_line // INBOX_PART
             raise InvalidArgument(f"inbox_prefix: at most {most} bytes, a quarter of max_control_line")
         for name in ("name", "tls_hostname"):
@@ -243,8 +249,6 @@ class ConnectOptions:
         object.__setattr__(self, "middleware", _middleware.checked(self.middleware))
         if not isinstance(self.tls, ssl.SSLContext | bool | None):
             raise TypeError(f"tls is an ssl.SSLContext, True, False or None, not {type(self.tls).__name__}")
-        if not isinstance(self.tls_first, bool):
-            raise TypeError(f"tls_first is True or False, not {type(self.tls_first).__name__}")
         if self.tls_first and self.tls is False:
             raise InvalidArgument("tls_first=True and tls=False contradict each other")
         self._check_credentials()
@@ -278,6 +282,15 @@ class ConnectOptions:
             check_seed(self.nkey_seed)
         if isinstance(self.credentials, str) and CREDS_MARK in self.credentials:
             parse_creds(self.credentials)
+
+
+def _prefix(prefix: str) -> bytes:
+    if not isinstance(prefix, str):
+        raise TypeError(f"inbox_prefix is a str, not {type(prefix).__name__}")
+    try:
+        return _subject.publish_subject(prefix)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"inbox_prefix: {error}") from None
 
 
 def _check_whole(name: str, value: int, least: int) -> None:
@@ -320,13 +333,16 @@ def parse_servers(servers: Servers) -> list[Server]:
 
     Raises:
         InvalidURL: a URL is empty, has an unknown scheme, an impossible port, or parts that NATS has no use for.
-        TypeError: a URL is not a str.
+        TypeError: they are something else, or a URL is not a str.
     """
     if servers is None:
         servers = os.environ.get("NATS_URL") or DEFAULT_URL
+    if isinstance(servers, bytes) or not isinstance(servers, Iterable):
+        raise TypeError(f"servers is a URL as a str, an iterable of them or None, not {type(servers).__name__}")
     texts = [servers] if isinstance(servers, str) else list(servers)
-    if any(not isinstance(text, str) for text in texts):
-        raise TypeError("server URLs are str")
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"servers: a URL is a str, not {type(text).__name__}")
     urls = [url.strip() for text in texts for url in text.split(",") if url.strip()]
     if not urls:
         raise InvalidURL("no server URL given")

@@ -66,7 +66,8 @@ class SubscriptionCore:
         concurrency: int = 1,
         pool: WorkerPool | None = None,
     ) -> None:
-        check_limits(max_messages, pending_messages, pending_bytes, overflow, concurrency)
+        called = callback is not None
+        check_limits(max_messages, pending_messages, pending_bytes, overflow, concurrency, called=called)
         self.sid = b""  # given by the dispatcher
         self.position = 0  # of its SUB in the present link's outbox
         self.subject = subject
@@ -440,8 +441,19 @@ def _release(link: Link, core: SubscriptionCore) -> None:
 
 
 def check_limits(
-    max_messages: int | None, pending_messages: int, pending_bytes: int, overflow: str, concurrency: int
+    max_messages: int | None,
+    pending_messages: int,
+    pending_bytes: int,
+    overflow: str,
+    concurrency: int,
+    *,
+    called: bool = False,
 ) -> None:
+    """called: whether there is a callback.
+
+    Raises:
+        InvalidArgument, TypeError: one cannot be used, or not together with a callback.
+    """
     for name, value in (
         ("max_messages", max_messages if max_messages is not None else 1), ("pending_messages", pending_messages),
         ("pending_bytes", pending_bytes), ("concurrency", concurrency),
@@ -452,3 +464,5 @@ def check_limits(
             raise InvalidArgument(f"{name}={value}: at least 1")
     if overflow not in ("drop_new", "drop_old", "error"):
         raise InvalidArgument(f"overflow={overflow!r}: 'drop_new', 'drop_old' or 'error'")
+    if called and overflow == "error":  # it would just end, with nobody to raise to
+        raise InvalidArgument("overflow='error' is for next() and iteration; with a callback 'drop_new' or 'drop_old'")

@@ -323,6 +323,7 @@ def test_times_that_make_no_sense_in_a_sender_and_a_subscriber(
         ({"concurrency": 1.5}, TypeError),
         ({"overflow": "block"}, natsync.InvalidArgument),
         ({"overflow": None}, natsync.InvalidArgument),
+        ({"overflow": "error", "callback": print}, natsync.InvalidArgument),
         ({"callback": 5}, TypeError),
     ],
     ids=repr,
@@ -332,6 +333,17 @@ def test_limits_of_a_subscription_that_make_no_sense(
 ) -> None:
     with pytest.raises(error):
         witness.client.subscribe("b.x", **arguments)
+    witness.assert_nothing_sent()
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [lambda: None, lambda ctx, message: None, lambda message, *, wanted: None],
+    ids=["nothing", "two", "keyword"],
+)
+def test_a_callback_that_cannot_be_called_with_a_message(witness: Witness, callback: Callable[..., object]) -> None:
+    with pytest.raises(TypeError, match=r"\(message\)"):
+        witness.client.subscribe("b.x", callback)
     witness.assert_nothing_sent()
 
 
@@ -422,7 +434,7 @@ def test_a_url_that_names_no_nats_server(make: Callable[[Any], object], url: str
 @every_maker
 @pytest.mark.parametrize("servers", [5, [5], [None], b"nats://127.0.0.1", [b"nats://127.0.0.1"]], ids=repr)
 def test_servers_that_are_no_text(make: Callable[[Any], object], servers: Any) -> None:
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="servers"):
         make(servers)
 
 
@@ -458,6 +470,12 @@ def test_a_bad_url_is_not_shown_because_it_may_hold_a_password() -> None:
         ({"max_reconnects": 1.5}, TypeError),
         ({"reconnect_wait": -1}, natsync.InvalidArgument),
         ({"reconnect_jitter": 2}, natsync.InvalidArgument),
+        ({"reconnect_jitter": float("nan")}, natsync.InvalidArgument),
+        ({"reconnect_jitter": "a"}, TypeError),
+        ({"reconnect_jitter": None}, TypeError),
+        ({"reconnect_jitter": True}, TypeError),
+        ({"inbox_prefix": 5}, TypeError),
+        ({"inbox_prefix": "a b"}, natsync.InvalidArgument),
         ({"reconnect_buffer_bytes": -1}, natsync.InvalidArgument),
         ({"max_message_bytes": 0}, natsync.InvalidArgument),
         ({"tls": "yes"}, TypeError),

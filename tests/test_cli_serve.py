@@ -286,6 +286,55 @@ def test_serve_signs_in_as_its_options_say_where_the_module_leaves_it_open(
     assert not any("S3CRET" in line for line in command.err)
 
 
+OPEN = """
+import natsync
+
+subscriber = natsync.Subscriber({options})
+subscriber.batch_stream_subscribe("{prefix}.batch", lambda request, index: ([b"1"], False), queue={queue!r})
+"""
+
+
+def write_open(directory: Path, name: str, *, queue: str | None, options: str = "") -> None:
+    """A module that opens its Subscriber when it is imported."""
+    text = OPEN.format(prefix=f"serve.{directory.name}.{name}", queue=queue, options=options)
+    (directory / f"{name}.py").write_text(text)
+
+
+def test_an_open_subscriber_is_refused_where_the_queue_group_comes_too_late(url: str, tmp_path: Path) -> None:
+    write_open(tmp_path, "early", queue=None)
+    for workers in ((), ("--workers", "2")):
+        result = run(*NATSYNC, "serve", "early", *workers, url=url, cwd=tmp_path)
+        assert result.process.returncode == 1
+        (line,) = {line for line in result.err if "too early" in line}
+        assert line.startswith(
+            "natsync: 'early' was open before it was served, too early for the queue group of 'serve."
+        )
+        assert "decorators stream(), handler() and subscribe()" in line
+
+
+def test_an_open_subscriber_is_refused_where_the_credentials_come_too_late(make_nats_server, tmp_path: Path) -> None:
+    server = make_nats_server(config=USERS + "\nno_auth_user: ada")
+    write_open(tmp_path, "early", queue="q")
+    options = ("--user", "ada", "--password", "S3CRET")
+    result = run(*NATSYNC, "serve", "early", *options, url=server.url, cwd=tmp_path)
+    assert result.process.returncode == 1
+    assert "too early for the connection options" in result.err[-1]
+    assert "S3CRET" not in result.err[-1]
+
+
+@pytest.mark.parametrize("queue", ["q", None])
+def test_an_open_subscriber_for_which_nothing_comes_too_late_is_served(
+    url: str, natsync_client: natsync.Client, tmp_path: Path, queue: str | None
+) -> None:
+    write_open(tmp_path, "early", queue=queue, options="token='own'")
+    options = () if queue else ("--queue", "")
+    with child(*NATSYNC, "serve", "early", *options, url=url, cwd=tmp_path, env={"NATS_TOKEN": "another"}) as command:
+        command.wait_for_err("early.batch" if queue is None else "early.batch in queue group q")
+        assert list(natsync_client.stream(f"serve.{tmp_path.name}.early.batch", timeout=PATIENCE)) == [b"1"]
+        command.send(signal.SIGTERM)
+        assert command.wait() == 0
+
+
 def test_what_the_module_says_of_its_connection_stays(make_nats_server, tmp_path: Path) -> None:
     server = make_nats_server(config=USERS)
     prefix = write(tmp_path, "one")

@@ -289,6 +289,33 @@ def test_request_takes_several_replies(url: str, natsync_client: natsync.Client)
         assert result.err == ["natsync: 2 of 3 replies from 'tools.many' within 0.5 s"]
 
 
+def test_several_replies_that_are_errors_are_told_as_a_single_one_is(
+    url: str, subscriber: natsync.Subscriber, natsync_client: natsync.Client
+) -> None:
+    @subscriber.handler("tools.boom")
+    def boom(ctx: natsync.Context, request: natsync.Message) -> None:
+        raise natsync.HandlerError("boom", code=409)
+
+    several = ("--replies", "0", "--timeout", "500ms")
+    single, both = (run(*NATSYNC, "request", "tools.boom", *more, url=url) for more in ((), several))
+    assert (single.process.returncode, single.out, single.err) == (1, [], ["natsync: boom"])
+    assert (both.process.returncode, both.out, both.err) == (1, [], ["natsync: boom"])
+
+    with natsync_client.subscribe("tools.boom", lambda message: message.respond(b"well")):
+        natsync_client.flush()
+        for replies in ("0", "2"):
+            result = run(*NATSYNC, "request", "tools.boom", "--replies", replies, "--timeout", "2", url=url)
+            assert (result.process.returncode, result.out, result.err) == (1, ["well"], ["natsync: boom"])
+
+
+@pytest.mark.parametrize("replies", ["0", "2"])
+def test_several_replies_from_nobody_are_told_as_one_is(url: str, replies: str) -> None:
+    single = run(*NATSYNC, "request", "tools.nobody", url=url)
+    several = run(*NATSYNC, "request", "tools.nobody", "--replies", replies, url=url)
+    assert (single.process.returncode, single.out) == (several.process.returncode, several.out) == (1, [])
+    assert single.err == several.err == ["natsync: no responders for 'tools.nobody': nothing subscribes to it now"]
+
+
 def test_pub_repeats_a_message(url: str, natsync_client: natsync.Client) -> None:
     with natsync_client.subscribe("tools.repeated") as subscription:
         natsync_client.flush()
@@ -313,6 +340,45 @@ def test_stream_into_a_file(url: str, subscriber: natsync.Subscriber, tmp_path: 
     result = run(*NATSYNC, "stream", "tools.file", "fail", "-o", "out", "--raw", url=url, cwd=tmp_path)
     assert (result.process.returncode, result.err) == (1, ["natsync: the well ran dry"])
     assert (tmp_path / "out").read_bytes() == b'{"a":1}\xff'  # what came before the error
+
+
+def test_a_stream_of_which_nothing_comes_leaves_the_file_as_it_was(
+    url: str, subscriber: natsync.Subscriber, tmp_path: Path
+) -> None:
+    @subscriber.stream("tools.refusing")
+    def handler(ctx: natsync.Context, request: natsync.Message) -> Iterator[bytes]:
+        if request.data:
+            return
+        raise natsync.HandlerError("not today")
+        yield
+
+    (tmp_path / "keep").write_bytes(b"kept")
+    for subject in ("tools.nobody", "tools.refusing"):
+        for name in ("keep", "new"):
+            assert run(*NATSYNC, "stream", subject, "-o", name, url=url, cwd=tmp_path).process.returncode == 1
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"keep": b"kept"}
+    for name in ("keep", "new"):  # an answer without chunks is an answer
+        result = run(*NATSYNC, "stream", "tools.refusing", "end", "-o", name, url=url, cwd=tmp_path)
+        assert (result.process.returncode, result.err) == (0, [f"wrote 0 chunks (0 B) to {name}"])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"keep": b"", "new": b""}
+
+
+def test_a_shorter_stream_leaves_nothing_of_the_file_before(
+    url: str, subscriber: natsync.Subscriber, tmp_path: Path
+) -> None:
+    subscriber.stream("tools.short")(lambda ctx, request: [b"1", b"2"])
+    (tmp_path / "out").write_bytes(b"what was there before")
+    run(*NATSYNC, "stream", "tools.short", "--raw", "-o", "out", url=url, cwd=tmp_path)
+    assert (tmp_path / "out").read_bytes() == b"12"
+    result = run(*NATSYNC, "stream", "tools.short", "-o", os.devnull, url=url, cwd=tmp_path)
+    assert result.process.returncode == 0
+
+
+def test_output_to_a_dash_is_standard_output(url: str, subscriber: natsync.Subscriber, tmp_path: Path) -> None:
+    subscriber.stream("tools.dash")(lambda ctx, request: [b"1", b"2"])
+    result = run(*NATSYNC, "stream", "tools.dash", "-o", "-", url=url, cwd=tmp_path)
+    assert (result.process.returncode, result.out, result.err) == (0, ["1", "2"], [])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_that_cannot_be_written_is_told_before_anything_is_sent(

@@ -6,6 +6,7 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from queue import SimpleQueue
 from typing import Any
 
 import django
@@ -147,6 +148,16 @@ def test_a_registry_serves_what_it_recorded(server: NatsServer) -> None:
         assert client.request("double", "ab", timeout=PATIENCE).text() == "abab"
 
 
+def test_a_registry_records_plain_messages_as_well(server: NatsServer) -> None:
+    registry = contrib.Registry()
+    got: SimpleQueue[bytes] = SimpleQueue()
+    registry.subscribe("news")(lambda message: got.put(message.data))
+    with registry.make_subscriber(queue="ours") as subscriber:
+        assert [(one.subject, one.queue) for one in subscriber.handles] == [("news", None)]
+        contrib.client.publish("news", b"1")
+        assert got.get(timeout=PATIENCE) == b"1"
+
+
 def test_a_registry_keeps_the_limits_of_a_registration(server: NatsServer) -> None:
     registry = contrib.Registry()
     entered, leave = threading.Semaphore(0), threading.Event()
@@ -182,6 +193,19 @@ def test_the_decorators_of_a_registry_take_what_those_of_a_subscriber_take() -> 
             inspect.signature(getattr(cls, name)).parameters for cls in (contrib.Registry, natsync.Subscriber)
         )
         assert of_registry == of_subscriber
+
+
+@pytest.mark.parametrize("form", ["stream", "handler", "subscribe"])
+def test_a_decorator_of_a_registry_without_parentheses_is_refused(form: str) -> None:
+    with pytest.raises(TypeError, match=rf'write @subscriber\.{form}\("subject"\)'):
+        getattr(contrib.Registry(), form)(lambda ctx, request: None)
+    with pytest.raises(natsync.InvalidArgument, match="subject"):
+        getattr(contrib.Registry(), form)("a b")
+
+
+def test_an_overflow_that_has_nobody_to_raise_to_is_refused_by_a_registry() -> None:
+    with pytest.raises(natsync.InvalidArgument, match="overflow='error'"):
+        contrib.Registry().subscribe("x", overflow="error")
 
 
 @pytest.mark.parametrize("value", [0, -1, True, "1", 1.5])

@@ -215,7 +215,7 @@ def test_options_of_the_client_come_from_the_configuration(nats_server: NatsServ
     [
         ({"NATSYNC_HEARTBEATS": 3}, "NATSYNC_HEARTBEATS"),
         ({"NATSYNC_HEARTBEAT": -1}, "heartbeat"),
-        ({"NATSYNC_URL": "http://x"}, "scheme"),
+        ({"NATSYNC_URL": "http://x:s3cret@x"}, "NATSYNC_URL: .*scheme"),
         ({"NATSYNC_USER": "joe", "NATSYNC_TOKEN": "s3cret-token"}, "user and token"),
     ],
 )
@@ -227,6 +227,31 @@ def test_a_configuration_that_cannot_be_used_is_told_when_the_application_is_mad
     with pytest.raises(natsync.InvalidArgument, match=word) as caught:
         NatSync(app)
     assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("key", "value"), [("NATSYNC_URL", 5), ("NATSYNC_JSON_ERRORS", "false")])
+def test_a_key_of_the_extensions_own_is_named_where_its_value_is_of_the_wrong_type(key: str, value: object) -> None:
+    app = flask.Flask("one")
+    app.config[key] = value
+    with pytest.raises(TypeError, match=key):
+        NatSync(app)
+
+
+def test_a_nats_url_of_the_environment_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NATS_URL", "http://x")
+    with pytest.raises(natsync.InvalidURL, match="variable NATS_URL: "):
+        NatSync(flask.Flask("one"))
+
+
+def test_a_switch_from_the_environment_is_read_as_json_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASK_NATSYNC_RECONNECT", "false")
+    app = flask.Flask("one")
+    app.config.from_prefixed_env()
+    assert NatSync(app).client._options.reconnect is False
+    app = flask.Flask("other")
+    app.config["NATSYNC_RECONNECT"] = "false"
+    with pytest.raises(TypeError, match="reconnect is True or False, not str"):
+        NatSync(app)
 
 
 def test_an_application_is_given_once(app: flask.Flask) -> None:

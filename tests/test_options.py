@@ -6,6 +6,7 @@ import itertools
 import ssl
 import sys
 import textwrap
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from natsync.errors import InvalidArgument, InvalidURL
 from natsync.options import (
     DEFAULT_PORT,
     LEAST_HEARTBEAT,
+    SWITCHES,
     ConnectOptions,
     Sentinels,
     Server,
@@ -244,10 +246,15 @@ def test_streams_are_framed_unless_it_is_switched_off() -> None:
     assert connect_options({"framed": False}).framed is False
 
 
-@pytest.mark.parametrize("value", [1, 0, "no", None])
-def test_framed_is_a_choice(value: Any) -> None:
-    with pytest.raises(TypeError, match="framed"):
-        connect_options({"framed": value})
+def test_all_switches_are_known() -> None:
+    assert {one.name for one in fields(ConnectOptions) if one.type == "bool"} == set(SWITCHES)
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+@pytest.mark.parametrize("value", [1, 0, "no", "false", None])
+def test_a_switch_is_true_or_false(name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"{name} is True or False, not {type(value).__name__}"):
+        connect_options({name: value})
 
 
 @pytest.mark.parametrize("name", ["ping_interval", "write_timeout"])

@@ -116,6 +116,56 @@ def test_decorators_on_an_open_subscriber_are_live_when_they_return(
         assert list(client.stream(subject)) == [b"1"]
 
 
+def test_subscribe_without_a_handler_only_records_until_the_subscriber_is_opened() -> None:
+    def handler(message: natsync.Message) -> None: ...
+
+    with RecordingServer() as server:
+        subscriber = natsync.Subscriber(server.url)
+        assert subscriber.subscribe("u.plain", queue="q")(handler) is handler
+        assert subscriber.status == "new"
+        assert server.accepted == 0
+        with subscriber:
+            assert (b"u.plain", b"q") in {(sub.subject, sub.queue) for sub in server.subs}
+            assert [(one.subject, one.queue, one.kind) for one in subscriber.handles] == [("u.plain", "q", "message")]
+
+
+def test_subscribe_without_a_handler_has_the_function_called_for_every_message(
+    natsync_client: natsync.Client, natsync_subscriber: natsync.Subscriber
+) -> None:
+    got: SimpleQueue[bytes] = SimpleQueue()
+
+    @natsync_subscriber.subscribe("u.plain.before", concurrency=2, overflow="drop_old")
+    def before(message: natsync.Message) -> None:
+        got.put(message.data)
+
+    natsync_subscriber.open()
+
+    @natsync_subscriber.subscribe("u.plain.after")  # live when it returns
+    def after(message: natsync.Message) -> None:
+        got.put(message.data)
+
+    for subject in ("u.plain.before", "u.plain.after"):
+        natsync_client.publish(subject, subject)
+        assert got.get(timeout=PATIENCE) == subject.encode()
+    assert [handle.queue for handle in natsync_subscriber.handles] == [None, None]
+
+
+def test_a_recorded_subscription_ends_with_its_context(
+    natsync_client: natsync.Client, natsync_subscriber: natsync.Subscriber
+) -> None:
+    ctx, over = natsync.Context(), natsync.Context()
+    natsync_subscriber.subscribe("u.plain.kept", ctx=ctx)(lambda message: None)
+    natsync_subscriber.subscribe("u.plain.over", ctx=over)(lambda message: None)
+    over.cancel("before open()")
+    natsync_subscriber.open()
+    (handle,) = natsync_subscriber.handles
+    assert handle.subject == "u.plain.kept"
+    ctx.cancel("enough")
+    assert handle.wait(PATIENCE)
+    with pytest.raises(natsync.Cancelled):
+        natsync_subscriber.subscribe("u.plain.late", ctx=over)
+
+
 def test_stream_subscribe_opens_the_subscriber_and_is_live_when_it_returns(
     client: natsync.Client, natsync_subscriber: natsync.Subscriber
 ) -> None:
@@ -200,6 +250,7 @@ WRONG = [
     ("subscribe", two), ("subscribe", no_arguments), ("subscribe", 5),
     ("stream", one), ("stream", four), ("stream", None),
     ("handler", one), ("handler", three), ("handler", None),
+    ("recording", two), ("recording", None),
 ]  # fmt: skip
 
 
@@ -207,9 +258,10 @@ WRONG = [
 def test_a_handler_of_the_wrong_form_is_refused_at_registration(form: str, function: object) -> None:
     with RecordingServer() as server:
         subscriber = natsync.Subscriber(server.url)
-        register = getattr(subscriber, form)
+        register = getattr(subscriber, "subscribe" if form == "recording" else form)
+        decorates = form in ("stream", "handler", "recording")
         with pytest.raises(TypeError, match=r"\(.*(message|request).*\)"):
-            register("u.x")(function) if form in ("stream", "handler") else register("u.x", function)
+            register("u.x")(function) if decorates else register("u.x", function)
         assert server.accepted == 0
         assert subscriber.handles == []
 
@@ -246,6 +298,28 @@ def test_a_bad_subject_is_refused_before_anything_is_sent(form: str, subject: st
             register(subject)(handler) if form in ("stream", "handler") else register(subject, handler)
         assert not [sub for sub in server.subs if not sub.subject.startswith(b"_INBOX.")]
         subscriber.close()
+
+
+@pytest.mark.parametrize("form", ["stream", "handler", "subscribe"])
+def test_a_decorator_without_parentheses_is_refused(form: str) -> None:
+    decorator = getattr(natsync.Subscriber(), form)
+    with pytest.raises(TypeError, match=rf'write @subscriber\.{form}\("subject"\)'):
+
+        @decorator
+        def function(*arguments: object) -> None: ...
+
+    for subject, error in ((None, TypeError), (b"u.x", TypeError), ("a b", natsync.InvalidArgument)):
+        with pytest.raises(error, match="subject"):
+            decorator(subject)
+
+
+def test_an_overflow_that_has_nobody_to_raise_to_is_refused() -> None:
+    with RecordingServer() as server:
+        subscriber = natsync.Subscriber(server.url)
+        for handler in (None, lambda message: None):
+            with pytest.raises(natsync.InvalidArgument, match="overflow='error'"):
+                subscriber.subscribe("u.x", handler, overflow="error")  # type: ignore[arg-type]
+        assert server.accepted == 0
 
 
 def test_a_bad_queue_name_is_refused(natsync_subscriber: natsync.Subscriber) -> None:
@@ -1190,4 +1264,5 @@ def test_default_options_are_for_what_a_subscriber_leaves_open(nats_server: Nats
     with subscriber:
         assert any(thread.name.startswith("natsync-filled-") for thread in threading.enumerate())
         with pytest.raises(RuntimeError, match="before open"):
-            subscriber.default_options(name="late")
+            subscriber.default_options(ping_interval=7)
+        subscriber.default_options(name="late")  # would not count anyway

@@ -3,7 +3,6 @@
 import time
 
 import natsync
-from natsync.headers import HeaderInput
 
 #: Seconds without a further answer after which there are taken to be no more. Default of nats.go's RequestMany.
 STALL = 0.3
@@ -15,22 +14,17 @@ def ask_all(
     payload: bytes = b"",
     *,
     timeout: float,
-    stall: float | None = STALL,
-    most: int | None = None,
-    headers: HeaderInput = None,
+    stall: float = STALL,
 ) -> list[tuple[natsync.Message, float]]:
     """Publish a question, and return what comes within timeout seconds, each answer with its seconds from the question.
 
-    Blocks until timeout, until `most` answers have come, or until none came for stall seconds after the first
-    (None = wait for timeout). Returns at once, with what has come, if the link breaks, or nothing subscribes to the
-    subject.
+    Blocks until timeout, or until none came for stall seconds after the first. Returns at once, with what has come,
+    if the link breaks, or nothing subscribes to the subject.
     """
     answers: list[tuple[natsync.Message, float]] = []
     began = time.monotonic()
     try:
-        for message in client.request_many(
-            subject, payload, headers=headers, timeout=timeout, stall=stall, max_messages=most
-        ):
+        for message in client.request_many(subject, payload, timeout=timeout, stall=stall):
             answers.append((message, time.monotonic() - began))
     except (natsync.NoRespondersError, natsync.ConnectionLost, natsync.RequestTimeout):
         pass

@@ -8,10 +8,11 @@ import click
 
 import natsync
 from natsync.cli.connection import connected, connection_options
-from natsync.cli.gather import ask_all
+from natsync.cli.failures import one_line
 from natsync.cli.output import PayloadPrinter
 from natsync.cli.parameters import duration, group_headers, header, read_payload, timeout_option
 from natsync.message import Message
+from natsync.reply import raise_service_error
 
 #: Seconds to wait for a reply. Default of the nats command (--timeout).
 REPLY_TIMEOUT = 5.0
@@ -47,20 +48,31 @@ def request(
 ) -> None:
     """Send PAYLOAD to SUBJECT and print the reply.
 
-    PAYLOAD `-` is read from standard input.
+    PAYLOAD `-` is read from standard input. A reply that is an error goes to standard error, and the exit status is 1.
     """
     printer = PayloadPrinter(raw=raw, pretty=pretty)
     data = read_payload(payload)
+    fields = group_headers(headers)
     with connected() as client:
         if replies == 1:
-            printer.write(client.request(subject, data, timeout=timeout, headers=group_headers(headers)).data)
+            printer.write(client.request(subject, data, timeout=timeout, headers=fields).data)
             return
-        fields = group_headers(headers)
-        answers = ask_all(client, subject, data, timeout=timeout, stall=None, most=replies or None, headers=fields)
-    for message, _ in answers:
-        printer.write(message.data)
-    if len(answers) < max(replies, 1):
-        raise natsync.TimedOut(f"{len(answers)} of {max(replies, 1)} replies from {subject!r} within {timeout:g} s")
+        came = failed = 0
+        most = replies or None
+        with client.request_many(subject, data, timeout=timeout, headers=fields, max_messages=most) as answers:
+            for message in answers:
+                came += 1
+                try:
+                    raise_service_error(message)
+                except natsync.HandlerError as error:  # the others may have answered well
+                    failed += 1
+                    click.echo(f"natsync: {one_line(error)}", err=True)
+                else:
+                    printer.write(message.data)
+    if came < max(replies, 1):
+        raise natsync.TimedOut(f"{came} of {max(replies, 1)} replies from {subject!r} within {timeout:g} s")
+    if failed:
+        click.get_current_context().exit(1)
 
 
 @click.command()

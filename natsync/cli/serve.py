@@ -6,6 +6,7 @@ import os
 import sys
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 import click
 
@@ -76,8 +77,7 @@ def serve(
         subscriber = load_subscriber(target)
         if subscriber not in subscribers:
             subscriber.default_queue = (target.partition(":")[0] if queue is None else queue) or None
-            if subscriber.status == "new":  # a module may have opened its own
-                subscriber.default_options(**given)
+            _take_options(subscriber, target, given)
             subscribers[subscriber] = target
 
     def announce() -> None:
@@ -90,6 +90,30 @@ def serve(
             parent.tell_ready()
 
     serve_all(list(subscribers), shutdown_timeout, announce)
+
+
+def _take_options(subscriber: natsync.Subscriber, target: str, given: dict[str, Any]) -> None:
+    """Give the subscriber the connection options; its queue group it has.
+
+    One that its module has opened is served only where neither comes too late: requests that every process runs, or
+    a connection that is another user's, are noticed late.
+
+    Raises:
+        click.ClickException: one does.
+    """
+    lonely = [one.subject for one in subscriber.handles if one.kind != "message" and one.queue is None]
+    try:
+        subscriber.default_options(**given)
+    except RuntimeError:
+        late = "the connection options"
+    else:
+        if subscriber.default_queue is None or not lonely:
+            return
+        late = f"the queue group of {', '.join(map(repr, lonely))} (queue=, or --queue '' for none)"
+    raise click.ClickException(
+        f"{target!r} was open before it was served, too early for {late}: its module may only record, by the "
+        "decorators stream(), handler() and subscribe() of a Subscriber that is not open"
+    )
 
 
 def _supervise(arguments: list[str], workers: int, shutdown_timeout: float, reload: bool) -> None:

@@ -1,9 +1,11 @@
 """`natsync stream`: one request, and each chunk of its answer as it comes."""
 
+import os
+import stat
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import IO
 
 import click
@@ -36,7 +38,12 @@ from natsync.cli.parameters import duration, group_headers, header, read_payload
 )
 @click.option("--raw", is_flag=True, help="No newline after a chunk.")
 @click.option("--json", "pretty", is_flag=True, help="Indent chunks that are JSON.")
-@click.option("-o", "--output", type=click.Path(dir_okay=False), help="File to write the chunks to, as they come.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, allow_dash=True),
+    help="File to write the chunks to, as they come; - is standard output.",
+)
 @click.option(
     "--progress/--no-progress",
     default=None,
@@ -57,8 +64,10 @@ def stream(
     """Send PAYLOAD to SUBJECT and print the chunks of the answer, one a line.
 
     PAYLOAD `-` is read from standard input. Ctrl-C, or a reader that leaves the pipe, cancels the stream. What has come
-    by then stays in the file of --output.
+    by then stays in the file of --output, which is as it was before if nothing has.
     """
+    if output == "-":
+        output = None
     data = read_payload(payload)
     if progress is None:
         progress = sys.stderr.isatty() and (output is not None or not sys.stdout.isatty())
@@ -71,17 +80,41 @@ def stream(
             client.stream(subject, data, timeout=timeout, idle_timeout=idle_timeout, headers=group_headers(headers))
         )
         for chunk in chunks:
+            if file is not None and not meter.chunks:
+                _empty(file)
             printer.write(chunk)
             meter.count(chunk)
+        if file is not None and not meter.chunks:
+            _empty(file)
     if output is not None:
         click.echo(f"wrote {counted(meter.chunks, 'chunk')} ({in_bytes(meter.bytes)}) to {output}", err=True)
 
 
 @contextmanager
 def _opened(path: str) -> Iterator[IO[bytes]]:
-    """The file of --output, which is written as chunks come: a failed stream leaves what came before."""
-    with open(path, "wb") as file:
-        yield file
+    """The file of --output, which is written as chunks come: a failed stream leaves what came before.
+
+    It is opened at once, so that one that cannot be written is told before anything is sent; and keeps what is in it
+    until _empty(), so that a request that nobody answers costs no file.
+    """
+    is_new = not os.path.lexists(path)
+    with open(path, "wb", opener=_keeping) as file:
+        try:
+            yield file
+        except BaseException:
+            if is_new and not os.fstat(file.fileno()).st_size:
+                with suppress(OSError):
+                    os.unlink(path)
+            raise
+
+
+def _keeping(path: str, flags: int) -> int:
+    return os.open(path, flags & ~os.O_TRUNC, 0o666)
+
+
+def _empty(file: IO[bytes]) -> None:
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # a pipe or device has no length
+        file.truncate(0)
 
 
 class Meter:

@@ -32,9 +32,9 @@ from natsync.contrib.body import Body, ChunkSource
 from natsync.contrib.failures import error_data, http_headers, http_status
 from natsync.contrib.presence import client_gone
 from natsync.contrib.sse import Event
-from natsync.errors import InvalidArgument, NatsError
+from natsync.errors import InvalidArgument, InvalidURL, NatsError
 from natsync.message import Payload
-from natsync.options import ConnectOptions
+from natsync.options import ConnectOptions, parse_servers
 from natsync.streaming.stream import Stream
 
 __all__ = ["Event", "NatSync", "error_response", "sse_response", "stream_response"]
@@ -68,18 +68,21 @@ class NatSync:
         """Read the application's configuration, make its client, register error handler, commands and teardown.
 
         Raises:
-            InvalidArgument, InvalidURL, TypeError: the configuration cannot be used; the text names the key, never its
-                value.
+            InvalidArgument, InvalidURL, TypeError: the configuration cannot be used; the text names the key, or the
+                option that it is for, and shows no credentials.
             RuntimeError: the application has been given to a NatSync already.
         """
         if EXTENSION in app.extensions:
             raise RuntimeError(f"{app.name!r} has this extension already: init_app() once for each application")
+        json_errors = app.config.get(PREFIX + "JSON_ERRORS", True)
+        if not isinstance(json_errors, bool):
+            raise TypeError(f"{PREFIX}JSON_ERRORS is True or False, not {type(json_errors).__name__}")
         options = {**self._options, **_configured(app.config)}
-        app.extensions[EXTENSION] = Client(app.config.get(PREFIX + "URL"), **options)
+        app.extensions[EXTENSION] = Client(_servers(app.config), **options)
         self._apps.add(app)
         app.cli.add_command(commands)
         app.teardown_request(_close_streams)
-        if app.config.get(PREFIX + "JSON_ERRORS", True):
+        if json_errors:
             app.register_error_handler(NatsError, _answer_error)
 
     @property
@@ -196,6 +199,17 @@ def _response(stream: ChunkSource, body: Body, mimetype: str, headers: Mapping[s
 
 
 # -- inside ------------------------------------------------------------------------------------------------------------
+
+
+def _servers(config: Mapping[str, Any]) -> Any:
+    """The servers that an application's configuration names, None where it leaves that to the environment."""
+    servers = config.get(PREFIX + "URL")
+    try:
+        parse_servers(servers)
+    except (InvalidURL, TypeError) as error:
+        where = "the environment variable NATS_URL" if servers is None else f"{PREFIX}URL"
+        raise type(error)(f"{where}: {error}") from None
+    return servers
 
 
 def _configured(config: Mapping[str, Any]) -> dict[str, Any]:

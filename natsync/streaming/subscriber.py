@@ -13,7 +13,7 @@ import time
 import weakref
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from natsync import subject as _subject
 from natsync.concurrency import Deadline, SafeEvent, after_fork_in_child, check_timeout, fork_generation
@@ -50,8 +50,8 @@ class Subscriber:
     """The responding side: register handlers, then serve.
 
     The constructor opens nothing; `with`, open() or serve_forever() do. Decorators on a subscriber that is not open
-    only record; on an open one they are live at the server when they return, as are stream_subscribe() and its kin,
-    which open it. Safe from any thread.
+    only record; on an open one they are live at the server when they return, as are stream_subscribe() and its kin
+    and subscribe() with a handler, which open it. Safe from any thread.
 
     Args:
         servers: a URL, several, or None for NATS_URL or localhost.
@@ -86,7 +86,7 @@ class Subscriber:
         self.default_queue: str | None = None
         self._lock = threading.Lock()
         self._generation = fork_generation()
-        self._recorded: list[Callable[[], Handle]] = []
+        self._recorded: list[Callable[[], object]] = []
         self._responder: Responder | None = None
         self._serving: Serving | None = None
         self._handles: list[Handle] = []
@@ -100,17 +100,19 @@ class Subscriber:
     def default_options(self, **options: Any) -> None:
         """Give connection options for what this subscriber was made without; what it was made with stays.
 
-        For programs that run other people's subscribers, such as `natsync serve`. Before the first use only.
+        For programs that run other people's subscribers, such as `natsync serve`. Before the first use; later it
+        takes only what would not count anyway.
 
         Raises:
-            RuntimeError: it is open, or was.
+            RuntimeError: it is open, or was, and was made without one of these.
             TypeError, InvalidArgument: an option cannot be used.
         """
         connect_options(options)
         with self._lock:
-            if self._responder is not None or self._closed:
+            filled = self._options.filled(options)
+            if filled != self._options and (self._responder is not None or self._closed):
                 raise RuntimeError("default_options() comes before open()")
-            self._options = self._options.filled(options)
+            self._options = filled
 
     # -- registering ---------------------------------------------------------------------------------------------
 
@@ -171,6 +173,19 @@ class Subscriber:
         """
         return self._stream_now(subject, handlers.legacy_runner(handler, pause), queue, ctx, max_streams)
 
+    @overload
+    def subscribe(
+        self,
+        subject: str,
+        handler: None = None,
+        *,
+        queue: str | None = None,
+        concurrency: int = 1,
+        overflow: Overflow = "drop_new",
+        ctx: Context | None = None,
+    ) -> Callable[[F], F]: ...
+
+    @overload
     def subscribe(
         self,
         subject: str,
@@ -180,39 +195,55 @@ class Subscriber:
         concurrency: int = 1,
         overflow: Overflow = "drop_new",
         ctx: Context | None = None,
-    ) -> Handle:
+    ) -> Handle: ...
+
+    def subscribe(
+        self,
+        subject: str,
+        handler: Callable[[Message], object] | None = None,
+        *,
+        queue: str | None = None,
+        concurrency: int = 1,
+        overflow: Overflow = "drop_new",
+        ctx: Context | None = None,
+    ) -> Handle | Callable[[F], F]:
         """Have handler(message) called for every message; opens the subscriber.
 
+        Without a handler it is a decorator, as stream() is, that only records while the subscriber is not open:
+        @subscriber.subscribe("events.login"). What is recorded with a ctx that has ended by then is left out.
+
         concurrency=1 keeps their order. When pending_messages or pending_bytes wait, overflow decides which is lost:
-        "drop_new" or "drop_old"; every loss is counted. Raises as stream_subscribe() does.
+        "drop_new" or "drop_old"; every loss is counted. default_queue does not count here: without queue= each
+        subscriber gets every message. Raises as stream_subscribe() does.
         """
-        handlers.arguments(handler, (1,), "(message)")
-        work = Work((ctx or Context()).with_cancel(), "message", subject)
-        hooks = self._options.hooks
-        run = handler if self._chain is None else passing_callback(self._chain, subject, handler)
-        if hooks is not None:
-            run = watched_callback(hooks, subject, run)
+        self._check_place("subscribe", subject, queue)
+        check_limits(None, PENDING_MESSAGES, PENDING_BYTES, overflow, concurrency, called=True)
+        limits: dict[str, Any] = {"concurrency": concurrency, "overflow": overflow}
+        if handler is not None:
+            handlers.arguments(handler, (1,), "(message)")
+            self.open()
+            return self._register_plain(subject, handler, queue, ctx, limits)
+        if ctx is not None:
+            ctx.check()
 
-        def take(message: Message) -> None:
-            work.count("received")
-            began = time.perf_counter_ns()
-            try:
-                run(message)
-            except BaseException as error:
-                work.took(began, error)
-                raise
-            work.took(began)
-            work.count("processed")
+        def decorate(function: F) -> F:
+            handlers.arguments(function, (1,), "(message)")
 
-        self.open()
-        return self._register(subject, queue, take, work, concurrency=concurrency, overflow=overflow)
+            def register() -> None:
+                if ctx is None or not ctx.cancelled:
+                    self._register_plain(subject, function, queue, ctx, limits)
+
+            self._record(subject, queue, register)
+            return function
+
+        return decorate
 
     def stream(self, subject: str, *, queue: str | None = None, max_streams: int | None = None) -> Callable[[F], F]:
         """Decorator form of stream_subscribe(): @subscriber.stream("llm.chat", queue="llm").
 
         The function is checked here and returned unchanged. Raises as stream_subscribe() does.
         """
-
+        self._check_place("stream", subject, queue)
         check_limit("max_streams", max_streams)
 
         def decorate(function: F) -> F:
@@ -239,6 +270,7 @@ class Subscriber:
         an error of code 429, which Retry repeats. So is one that still waits when its deadline has passed, or the time
         for shutting down is over: its handler is not begun.
         """
+        self._check_place("handler", subject, queue)
         check_limit("max_workers", max_workers)
         check_limit("pending_messages", pending_messages)
         limits = {} if pending_messages is None else {"pending_messages": pending_messages}
@@ -251,7 +283,11 @@ class Subscriber:
 
         return decorate
 
-    def _record(self, subject: str, queue: str | None, register: Callable[[], Handle]) -> None:
+    def _check_place(self, form: str, subject: str, queue: str | None) -> None:
+        check_decorator(form, subject)
+        _subject.interest(subject, queue, self._options.max_control_line)
+
+    def _record(self, subject: str, queue: str | None, register: Callable[[], object]) -> None:
         """Keep a registration for open(), or make it now if the subscriber is open."""
         _subject.interest(subject, queue, self._options.max_control_line)
         with self._lock:
@@ -297,6 +333,33 @@ class Subscriber:
             responder.answer(message, run, single, work)
 
         return self._register(subject, queue, take, work, intake=RequestIntake, concurrency=workers, **limits)
+
+    def _register_plain(
+        self,
+        subject: str,
+        handler: Callable[[Message], object],
+        queue: str | None,
+        ctx: Context | None,
+        limits: dict[str, Any],
+    ) -> Handle:
+        work = Work((ctx or Context()).with_cancel(), "message", subject)
+        hooks = self._options.hooks
+        run = handler if self._chain is None else passing_callback(self._chain, subject, handler)
+        if hooks is not None:
+            run = watched_callback(hooks, subject, run)
+
+        def take(message: Message) -> None:
+            work.count("received")
+            began = time.perf_counter_ns()
+            try:
+                run(message)
+            except BaseException as error:
+                work.took(began, error)
+                raise
+            work.took(began)
+            work.count("processed")
+
+        return self._register(subject, queue, take, work, **limits)
 
     def _runner(self, run: Sending) -> Runner:
         """What runs a stream's handler: behind the middleware if there is some, and told of to hooks if there are."""
@@ -571,6 +634,12 @@ def check_limit(name: str, value: int | None) -> None:
     """Raises InvalidArgument unless it is None or a number from 1 up."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         raise InvalidArgument(f"{name}={value!r}: a whole number from 1 up")
+
+
+def check_decorator(form: str, subject: object) -> None:
+    """Raises TypeError if the decorator was given a function: without parentheses, it would register nothing."""
+    if callable(subject):
+        raise TypeError(f'@subscriber.{form} lacks its subject: write @subscriber.{form}("subject")')
 
 
 _subscribers: weakref.WeakSet[Subscriber] = weakref.WeakSet()

@@ -15,7 +15,7 @@ from natsync import subject as _subject
 from natsync.contrib.django.conf import configured
 from natsync.contrib.django.database import AfterHandler, BeforeHandler
 from natsync.streaming import handlers
-from natsync.streaming.subscriber import check_limit
+from natsync.streaming.subscriber import check_decorator, check_limit
 from natsync.subscription import PENDING_BYTES, PENDING_MESSAGES, Overflow, check_limits
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -32,18 +32,18 @@ class Registry:
 
     def __init__(self) -> None:
         self._recorded: list[Callable[[natsync.Subscriber], object]] = []
-        self._live: list[Callable[[natsync.Subscriber], object]] = []  # for a subscriber that is open
         self.subjects: list[str] = []
 
     def stream(self, subject: str, *, queue: str | None = None, max_streams: int | None = None) -> Callable[[F], F]:
         """Answer requests on the subject with streams: of a generator function (ctx, request), or one that is
         given (ctx, request, sender). See natsync.Subscriber.stream()."""
+        _check_place("stream", subject, queue)
         check_limit("max_streams", max_streams)
 
         def decorate(function: F) -> F:
             handlers.stream_runner(function)
             more: dict[str, Any] = {"queue": queue, "max_streams": max_streams}
-            self._record(self._recorded, subject, queue, lambda to: to.stream(subject, **more)(function))
+            self._record(subject, lambda to: to.stream(subject, **more)(function))
             return function
 
         return decorate
@@ -57,6 +57,7 @@ class Registry:
         pending_messages: int | None = None,
     ) -> Callable[[F], F]:
         """Answer requests on the subject with what function(ctx, request) returns. See natsync.Subscriber.handler()."""
+        _check_place("handler", subject, queue)
         check_limit("max_workers", max_workers)
         check_limit("pending_messages", pending_messages)
 
@@ -64,7 +65,7 @@ class Registry:
             handlers.single_runner(function)
             handlers.arguments(function, (2,), "(ctx, request)")
             more: dict[str, Any] = {"queue": queue, "max_workers": max_workers, "pending_messages": pending_messages}
-            self._record(self._recorded, subject, queue, lambda to: to.handler(subject, **more)(function))
+            self._record(subject, lambda to: to.handler(subject, **more)(function))
             return function
 
         return decorate
@@ -76,28 +77,20 @@ class Registry:
 
         The worker's default queue group does not count here: without queue= each worker process gets every message.
         """
-        check_limits(None, PENDING_MESSAGES, PENDING_BYTES, overflow, concurrency)
+        _check_place("subscribe", subject, queue)
+        check_limits(None, PENDING_MESSAGES, PENDING_BYTES, overflow, concurrency, called=True)
 
         def decorate(function: F) -> F:
             handlers.arguments(function, (1,), "(message)")
             more: dict[str, Any] = {"queue": queue, "concurrency": concurrency, "overflow": overflow}
-            self._record(self._live, subject, queue, lambda to: to.subscribe(subject, function, **more))
+            self._record(subject, lambda to: to.subscribe(subject, **more)(function))
             return function
 
         return decorate
 
-    def _record(
-        self,
-        where: list[Callable[[natsync.Subscriber], object]],
-        subject: str,
-        queue: str | None,
-        register: Callable[[natsync.Subscriber], object],
-    ) -> None:
-        _subject.subscribe_subject(subject)
-        if queue is not None:
-            _subject.queue_name(queue)
+    def _record(self, subject: str, register: Callable[[natsync.Subscriber], object]) -> None:
         self.subjects.append(subject)
-        where.append(register)
+        self._recorded.append(register)
 
     def make_subscriber(
         self, *, queue: str | None = None, hooks: Sequence[natsync.Hooks] = (), **options: Any
@@ -105,7 +98,7 @@ class Registry:
         """A natsync.Subscriber with the settings of NATSYNC and all that is recorded, not open yet; close it.
 
         Around each of its handlers, the whole run of a generator included, database connections are looked after
-        (natsync.contrib.django.database). Once it is open, call open_rest() for what subscribe() recorded.
+        (natsync.contrib.django.database).
 
         Args:
             queue: the queue group of streams and request handlers that name none; None = none.
@@ -124,13 +117,15 @@ class Registry:
             register(made)
         return made
 
-    def open_rest(self, subscriber: natsync.Subscriber) -> None:
-        """Have an open subscriber take what cannot be recorded: plain messages."""
-        for register in self._live:
-            register(subscriber)
-
     def __repr__(self) -> str:
         return f"<Registry: {len(self.subjects)} handlers>"
+
+
+def _check_place(form: str, subject: str, queue: str | None) -> None:
+    check_decorator(form, subject)
+    _subject.subscribe_subject(subject)
+    if queue is not None:
+        _subject.queue_name(queue)
 
 
 #: The registry that the worker serves: what handlers.py modules import.

@@ -66,7 +66,6 @@ class NatsServerMixin(unittest.TestCase):
         subscriber = registry.make_subscriber(queue=queue, hooks=self._sharing())
         self.addCleanup(subscriber.close, CLOSE_SECONDS)
         subscriber.open()
-        registry.open_rest(subscriber)
         return subscriber
 
     def _sharing(self) -> list[natsync.Hooks]:

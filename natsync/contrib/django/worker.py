@@ -71,7 +71,6 @@ class Worker:
 
         def begin() -> None:
             subscriber.open()
-            self._registry.open_rest(subscriber)
             self._ready([_line(handle.subject, handle.queue) for handle in subscriber.handles])
 
         try:
