@@ -342,10 +342,12 @@ class Client:
         (message) that returns False to end; the message that ends them is not among them. The time that the caller
         takes for a reply does not count as stall, and what came before the timeout is given out after it too.
         A handler's error is a reply with the headers Nats-Service-Error. At most 65,536 replies or 64 MiB wait.
+        A request that still waits for a link when they end, or are closed or dropped, is taken back.
         Iterating raises:
 
         Raises:
             NoRespondersError: nothing subscribes to the subject.
+            RequestTimeout: there was no link all the while: the request was not sent (.sent is False).
             ConnectionLost: the link broke, so that replies may be missing.
             SlowConsumerError: replies came much faster than they were taken.
             PermissionDenied: the server does not let the request, or the replies, pass.

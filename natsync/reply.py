@@ -174,9 +174,14 @@ def _give_up(
     if ctx is not None and ctx.cancelled:
         ctx.check()
     assert not woken
+    raise no_reply(subject, timeout, sent=sent)
+
+
+def no_reply(subject: str, timeout: float | None, *, sent: bool) -> RequestTimeout:
+    """The error of a wait that was in vain. sent: whether the request may have run; else it was taken back."""
     what = "may have run" if sent else "was not sent: there was no link"
     within = "" if timeout is None else f" within {timeout:.4g} s"
-    raise RequestTimeout(f"no reply on {subject!r}{within}; the request {what}", sent=sent)
+    return RequestTimeout(f"no reply on {subject!r}{within}; the request {what}", sent=sent)
 
 
 def _reply(connection: Connection, inbox: bytes, item: Item, subject: str) -> Message:
