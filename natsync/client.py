@@ -268,7 +268,8 @@ class Client:
             NoRespondersError: nothing subscribes to the subject; nothing ran.
             RequestTimeout: no reply in time; .sent tells whether the responder may have run.
             ConnectionLost: the link broke while the request was under way, so that it may have run.
-            HandlerError: the responder's handler failed; the text is its error.
+            HandlerError: the responder's handler failed; the text is its error. On a stream's subject that is the error
+                which ends a plain stream; its first chunk, or the payload of its END, is a reply as any other.
             Cancelled, DeadlineExceeded: ctx ended first.
             InvalidArgument, TypeError, MaxPayloadExceeded: the request cannot be sent.
             NoServersError: there is no connection.
@@ -341,7 +342,8 @@ class Client:
         such limit), behind max_messages of them, or at the sentinel: a payload (b"" is the usual one), or a function
         (message) that returns False to end; the message that ends them is not among them. The time that the caller
         takes for a reply does not count as stall, and what came before the timeout is given out after it too.
-        A handler's error is a reply with the headers Nats-Service-Error. At most 65,536 replies or 64 MiB wait.
+        A handler's error is a reply with the headers Nats-Service-Error (a plain stream's: its error payload). At most
+        65,536 replies or 64 MiB wait.
         A request that still waits for a link when they end, or are closed or dropped, is taken back.
         Iterating raises:
 

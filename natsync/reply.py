@@ -185,10 +185,13 @@ def no_reply(subject: str, timeout: float | None, *, sent: bool) -> RequestTimeo
 
 
 def _reply(connection: Connection, inbox: bytes, item: Item, subject: str) -> Message:
-    block = item[1]
+    _, block, payload = item
     if is_no_responders(item):
         raise NoRespondersError(subject)
     message = Message.received(inbox, item, connection.publish_answer)
+    prefix = connection.options.sentinels.error_prefix
+    if payload.startswith(prefix):  # of a stream's responder: it takes any request for that of a plain one
+        raise HandlerError(payload[len(prefix) :].decode("utf-8", "replace"), code=service_code(message.headers))
     if block is not None:
         raise_service_error(message)
     return message

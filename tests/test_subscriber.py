@@ -618,6 +618,46 @@ def test_a_plain_message_handler_that_wants_to_exit_does_not_end_the_subscriptio
     eventually(lambda: "as told" in caplog.text)
 
 
+def test_a_request_on_a_stream_subject_gets_its_first_chunk_its_end_or_its_error(
+    client: natsync.Client, subscriber: natsync.Subscriber
+) -> None:
+    @subscriber.stream("u.pieces")
+    def pieces(ctx: natsync.HandlerContext, request: natsync.Message) -> Iterator[bytes]:
+        yield from request.data.split()
+        if request.headers.get("Fails"):
+            raise RuntimeError("database down")
+
+    assert client.request("u.pieces", b"1 2").data == b"1"
+    assert client.request("u.pieces", b"").data == END
+    assert client.request("u.pieces", b"1", headers={"Fails": "yes"}).data == b"1"
+    with pytest.raises(natsync.HandlerError) as caught:
+        client.request("u.pieces", headers={"Fails": "yes"})
+    assert caught.value.message == "database down"
+    found = client.request_many("u.pieces", headers={"Fails": "yes"}, timeout=PATIENCE, max_messages=1)
+    assert [message.data for message in found] == [ERROR + b"database down"]  # an error is one reply among others
+
+
+@pytest.mark.parametrize(
+    "headers", [b"", b"NATS/1.0\r\nNats-Service-Error-Code: 404\r\n\r\n"], ids=["bare", "with a code"]
+)
+def test_a_requests_own_sentinels_say_what_a_streams_error_is(
+    nats_server: NatsServer, raw: RawClient, headers: bytes
+) -> None:
+    raw.subscribe("u.raw")
+    for sentinels in (natsync.Sentinels.EMPTY, natsync.Sentinels(end=b"<eos>", error_prefix=b"<err>")):
+        with natsync.Client(nats_server.url, sentinels=sentinels) as client, ThreadPoolExecutor(1) as pool:
+            for payload in (ERROR + b"no", b"<err>no", b"<err", b"", END):
+                asked = pool.submit(client.request, "u.raw")
+                raw.publish(raw.next().reply, payload, block=headers or None)
+                if payload.startswith(sentinels.error_prefix):
+                    with pytest.raises(natsync.HandlerError) as caught:
+                        asked.result(PATIENCE)
+                    assert caught.value.message == "no"
+                    assert caught.value.code == (404 if headers else natsync.Code.UNKNOWN)
+                else:
+                    assert asked.result(PATIENCE).data == payload
+
+
 def test_a_handler_may_ask_another_handler_of_the_same_subscriber(
     client: natsync.Client, subscriber: natsync.Subscriber
 ) -> None:
