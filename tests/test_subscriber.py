@@ -571,6 +571,17 @@ def test_a_handlers_exception_is_service_error_headers_on_the_wire(
     assert reply.block == (b"NATS/1.0\r\nNats-Service-Error: two lines\r\nNats-Service-Error-Code: 500\r\n\r\n")
 
 
+def test_a_handlers_exception_whose_text_is_a_mere_value_goes_with_its_type(
+    client: natsync.Client, subscriber: natsync.Subscriber
+) -> None:
+    subscriber.handler("u.key")(lambda ctx, request: request.json()["name"])
+    with pytest.raises(natsync.HandlerError) as caught:
+        client.request("u.key", json={})
+    assert caught.value.message == "KeyError: 'name'"
+    (handle,) = subscriber.handles
+    assert eventually(lambda: handle.last_error) == "KeyError: 'name'"
+
+
 def test_a_value_without_a_json_form_is_a_handler_error(client: natsync.Client, subscriber: natsync.Subscriber) -> None:
     subscriber.handler("u.object")(lambda ctx, request: object())
     with pytest.raises(natsync.HandlerError, match="JSON"):
