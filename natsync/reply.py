@@ -208,7 +208,10 @@ def raise_service_error(message: Message) -> None:
     text = message.headers.get(ERROR_HEADER)
     if text is None:
         return
-    raise HandlerError(text, code=service_code(message.headers), details=message.data or None)
+    details = _headers.details_of(message.headers)
+    if details is None:  # a service that is not natsync's may say more in the payload
+        details = message.data or None
+    raise HandlerError(text, code=service_code(message.headers), details=details)
 
 
 def service_code(headers: Headers) -> int | None:

@@ -582,6 +582,59 @@ def test_a_handlers_exception_whose_text_is_a_mere_value_goes_with_its_type(
     assert eventually(lambda: handle.last_error) == "KeyError: 'name'"
 
 
+@pytest.mark.parametrize("details", [{"id": 3, "name": "ü\n"}, ["a"], "text", 0, False], ids=repr)
+def test_the_details_of_a_raised_error_reach_the_client(
+    client: natsync.Client, subscriber: natsync.Subscriber, details: object
+) -> None:
+    @subscriber.handler("u.details")
+    def handler(ctx: natsync.HandlerContext, request: natsync.Message) -> None:
+        raise natsync.HandlerError("no such user", code=natsync.Code.NOT_FOUND, details=details)
+
+    with pytest.raises(natsync.HandlerError) as caught:
+        client.request("u.details")
+    error = caught.value
+    assert (error.message, error.code, error.details) == ("no such user", natsync.Code.NOT_FOUND, details)
+
+
+@pytest.mark.parametrize(
+    ("details", "told"),
+    [("x" * (2 << 20), None), (None, None), ({1, 2}, "{1, 2}")],
+    ids=["too large", "none", "no JSON"],
+)
+def test_an_error_reply_does_not_get_lost_over_its_details(
+    client: natsync.Client, subscriber: natsync.Subscriber, details: object, told: object
+) -> None:
+    @subscriber.handler("u.details")
+    def handler(ctx: natsync.HandlerContext, request: natsync.Message) -> None:
+        raise natsync.HandlerError("too much to tell", details=details)
+
+    with pytest.raises(natsync.HandlerError, match="too much to tell") as caught:
+        client.request("u.details")
+    assert caught.value.details == told
+
+
+@pytest.mark.parametrize(
+    ("header", "payload", "details"),
+    [
+        (b"", b"", None),
+        (b"", b"more", b"more"),
+        (b"Natsync-Details: [1]\r\n", b"more", [1]),
+        (b"Natsync-Details: no {json\r\n", b"", "no {json"),
+    ],
+    ids=["none", "payload", "header", "no JSON"],
+)
+def test_the_details_of_an_error_reply_are_its_header_or_its_payload(
+    client: natsync.Client, raw: RawClient, header: bytes, payload: bytes, details: object
+) -> None:
+    raw.subscribe("u.raw")
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(client.request, "u.raw")
+        raw.publish(raw.next().reply, payload, block=b"NATS/1.0\r\nNats-Service-Error: no\r\n" + header + b"\r\n")
+        with pytest.raises(natsync.HandlerError) as caught:
+            asked.result(PATIENCE)
+    assert caught.value.details == details
+
+
 def test_a_value_without_a_json_form_is_a_handler_error(client: natsync.Client, subscriber: natsync.Subscriber) -> None:
     subscriber.handler("u.object")(lambda ctx, request: object())
     with pytest.raises(natsync.HandlerError, match="JSON"):
