@@ -262,7 +262,8 @@ class Client:
         """Publish a request and return the first reply.
 
         Blocks up to timeout seconds (None = no limit), a reconnect and all retries included. Safe from any thread,
-        callbacks and handlers included. A later reply is dropped and counted in stats()["late_replies"].
+        callbacks and handlers included. A later reply is dropped and counted in stats()["late_replies"]. The handler is
+        told of the deadline of ctx, not of timeout.
 
         Raises:
             NoRespondersError: nothing subscribes to the subject; nothing ran.
@@ -308,13 +309,19 @@ class Client:
         if self._chain is not None:
             passage = self._chain.requester("request", subject, headers)
             data, headers = passage.send(data), passage.headers
-        block = _request_block(headers, ctx)
         if retry is None:
+            block = _request_block(headers, ctx)
             reply = _request(self._connection(), subject, data, block, timeout, ctx)
         else:
+            given = Headers(headers)  # a value that is an iterator can be read but once
+
+            def once(left: float | None) -> Message:
+                block = _request_block(given, ctx)  # anew each time, for there is less time left
+                return _request(self._connection(), subject, data, block, left, ctx)
+
             with (ctx or Context()).with_timeout(timeout) as scope:
                 reply = run(
-                    lambda attempt: _request(self._connection(), subject, data, block, scope.remaining(), ctx),
+                    lambda attempt: once(scope.remaining()),
                     retry,
                     scope,
                     bucket=bucket_for(retry, subject),
@@ -344,7 +351,8 @@ class Client:
         takes for a reply does not count as stall, and what came before the timeout is given out after it too.
         A handler's error is a reply with the headers Nats-Service-Error (a plain stream's: its error payload). At most
         65,536 replies or 64 MiB wait.
-        A request that still waits for a link when they end, or are closed or dropped, is taken back.
+        A request that still waits for a link when they end, or are closed or dropped, is taken back. Handlers are told
+        of the deadline of ctx, not of timeout.
         Iterating raises:
 
         Raises:

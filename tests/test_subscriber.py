@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import natsync
+from natsync.headers import decode
 from natsync.streaming import subscriber as subscriber_module
 from natsync.testing import NatsServer, ScriptedPeer, eventually
 from processes import Child, child
@@ -739,6 +740,33 @@ def test_a_handler_may_ask_another_handler_of_the_same_subscriber(
     subscriber.stream("u.inner.stream")(lambda ctx, request: [b"a", b"b"])
     assert client.request("u.outer", b"ab").data == b"abab!"
     assert list(client.stream("u.outer.stream", timeout=PATIENCE)) == [b"11", b"a", b"b"]
+
+
+def test_each_try_tells_how_much_time_there_is_left(client: natsync.Client, raw: RawClient) -> None:
+    raw.subscribe("u.raw")
+    told: list[int] = []
+
+    def ask() -> bytes:
+        with natsync.Context().with_timeout(PATIENCE) as ctx:
+            policy = natsync.Retry(attempts=3, initial=0.001)
+            return client.request("u.raw", headers={"A": iter(["1", "2"])}, retry=policy, ctx=ctx).data
+
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask)
+        for attempt in range(3):
+            request = raw.next()
+            headers = decode(request.block or b"")
+            assert headers.get_all("A") == ["1", "2"]
+            told.append(int(headers["Natsync-Timeout"]))
+            if attempt < 2:
+                threading.Event().wait(0.2)
+                full = b"NATS/1.0\r\nNats-Service-Error: full\r\nNats-Service-Error-Code: 429\r\n\r\n"
+                raw.publish(request.reply, block=full)
+        raw.publish(request.reply, b"fine")
+        assert asked.result(PATIENCE) == b"fine"
+    assert told[0] <= PATIENCE * 1000
+    assert told[0] - told[1] >= 199  # each is rounded up to a millisecond
+    assert told[1] - told[2] >= 199
 
 
 def test_a_nested_request_ends_with_its_handlers_context(
