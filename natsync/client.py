@@ -263,13 +263,15 @@ class Client:
         """Publish a request and return the first reply.
 
         Blocks up to timeout seconds (None = no limit), a reconnect and all retries included. Safe from any thread,
-        callbacks and handlers included. A later reply is dropped and counted in stats()["late_replies"].
+        callbacks and handlers included. A later reply is dropped and counted in stats()["late_replies"]. The handler is
+        told of the deadline of ctx, not of timeout.
 
         Raises:
             NoRespondersError: nothing subscribes to the subject; nothing ran.
             RequestTimeout: no reply in time; .sent tells whether the responder may have run.
             ConnectionLost: the link broke while the request was under way, so that it may have run.
-            HandlerError: the responder's handler failed; the text is its error.
+            HandlerError: the responder's handler failed; the text is its error. On a stream's subject that is the error
+                which ends a plain stream; its first chunk, or the payload of its END, is a reply as any other.
             Cancelled, DeadlineExceeded: ctx ended first.
             InvalidArgument, TypeError, MaxPayloadExceeded: the request cannot be sent.
             NoServersError: there is no connection.
@@ -308,13 +310,19 @@ class Client:
         if self._chain is not None:
             passage = self._chain.requester("request", subject, headers)
             data, headers = passage.send(data), passage.headers
-        block = _request_block(headers, ctx)
         if retry is None:
+            block = _request_block(headers, ctx)
             reply = _request(self._connection(), subject, data, block, timeout, ctx)
         else:
+            given = Headers(headers)  # a value that is an iterator can be read but once
+
+            def once(left: float | None) -> Message:
+                block = _request_block(given, ctx)  # anew each time, for there is less time left
+                return _request(self._connection(), subject, data, block, left, ctx)
+
             with (ctx or Context()).with_timeout(timeout) as scope:
                 reply = run(
-                    lambda attempt: _request(self._connection(), subject, data, block, scope.remaining(), ctx),
+                    lambda attempt: once(scope.remaining()),
                     retry,
                     scope,
                     bucket=bucket_for(retry, subject),
@@ -342,11 +350,15 @@ class Client:
         such limit), behind max_messages of them, or at the sentinel: a payload (b"" is the usual one), or a function
         (message) that returns False to end; the message that ends them is not among them. The time that the caller
         takes for a reply does not count as stall, and what came before the timeout is given out after it too.
-        A handler's error is a reply with the headers Nats-Service-Error. At most 65,536 replies or 64 MiB wait.
+        A handler's error is a reply with the headers Nats-Service-Error (a plain stream's: its error payload). At most
+        65,536 replies or 64 MiB wait.
+        A request that still waits for a link when they end, or are closed or dropped, is taken back. Handlers are told
+        of the deadline of ctx, not of timeout.
         Iterating raises:
 
         Raises:
             NoRespondersError: nothing subscribes to the subject.
+            RequestTimeout: there was no link all the while: the request was not sent (.sent is False).
             ConnectionLost: the link broke, so that replies may be missing.
             SlowConsumerError: replies came much faster than they were taken.
             PermissionDenied: the server does not let the request, or the replies, pass.

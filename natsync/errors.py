@@ -26,12 +26,16 @@
 
 Misuse that only the caller can mend is a TypeError (a wrong type), an InvalidArgument or a RuntimeError.
 Status codes of streams are those of gRPC, by number; Code names them.
+
+All of them go from process to process (pickle) and can be copied, with their text and their data.
 """
 
 from __future__ import annotations
 
 import enum
+import pickle
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from natsync import _pynats2
 
@@ -60,6 +64,34 @@ class Code(enum.IntEnum):
 
 class NatsError(_pynats2.NATSError):
     """The root of all natsync errors; `except pynats2.NATSError` catches them too."""
+
+    # What BaseException does here calls the class with args, which are the text: not what every class is made from.
+    # multiprocessing waits for ever for a result that cannot be unpickled.
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _remade, (type(self), self.args), {name: _portable(value) for name, value in self.__dict__.items()}
+
+    def __copy__(self) -> Any:
+        copied = _remade(type(self), self.args)
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+
+def _remade(kind: type[NatsError], args: tuple[Any, ...]) -> NatsError:
+    """An error as it was after its __init__, but for its attributes."""
+    error = kind.__new__(kind, *args)
+    error.args = args
+    return error
+
+
+def _portable(value: Any) -> Any:
+    """What goes to another process for this value: itself, or what can be said of it where that cannot go there."""
+    if isinstance(value, dict):
+        return {key: _portable(one) for key, one in value.items()}
+    try:
+        pickle.loads(pickle.dumps(value))  # an exception of somebody else's may fail only when it is made again
+    except Exception:
+        return ConnectError(repr(value)) if isinstance(value, BaseException) else repr(value)
+    return value
 
 
 class ConnectError(NatsError, _pynats2.NATSConnectionError, ConnectionError):

@@ -5,14 +5,17 @@ Pure values. A header block is `NATS/1.0[ status[ description]]CRLF`, then `Key:
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from natsync.errors import InvalidArgument, ProtocolError
 
 #: A reply with this header says that its handler failed, by the convention of NATS services (ADR-32).
 SERVICE_ERROR = "Nats-Service-Error"
+#: Of an error, a stream's or a reply: the details, as JSON.
+DETAILS = "Natsync-Details"
 
 HeaderInput: TypeAlias = "Mapping[str, str | Iterable[str]] | Headers | None"
 
@@ -135,6 +138,14 @@ def _checked(key: str, value: str) -> tuple[str, str]:
     except UnicodeEncodeError:
         raise InvalidArgument(f"the value of header {key!r} cannot be encoded as UTF-8") from None
     return key, value
+
+
+def details_of(headers: Headers) -> Any:
+    """The details of an error; as text if they are not JSON, None if there are none."""
+    try:
+        return json.loads(headers.get(DETAILS, "null"))
+    except (ValueError, RecursionError):
+        return headers[DETAILS]
 
 
 def status_of(block: bytes) -> int | None:

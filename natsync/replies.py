@@ -22,7 +22,7 @@ from natsync.headers import Headers
 from natsync.hooks import Watch
 from natsync.message import Item, Message, to_bytes
 from natsync.middleware import Passage
-from natsync.reply import ERROR_HEADER, Asking, is_no_responders, open_for
+from natsync.reply import ERROR_HEADER, Asking, is_no_responders, no_reply, open_for
 from natsync.subscription import PENDING_BYTES, PENDING_MESSAGES
 
 #: What ends the replies: a payload, or a function that is shown each reply and returns whether to go on.
@@ -91,6 +91,7 @@ class Replies:
         self.subject = subject
         self._connection = connection
         self._owner = owner  # keeps the client alive as long as somebody reads
+        self._timeout = timeout
         self._deadline = Deadline.after(timeout)
         self._stall = stall or None
         self._most = max_messages
@@ -116,6 +117,7 @@ class Replies:
             many.send(connection, self._inbox, block, payload, start, ctx)
         except BaseException:
             self._stop_listening()
+            self._take_back()
             raise
 
     def __iter__(self) -> Iterator[Message]:
@@ -168,10 +170,16 @@ class Replies:
                 raise many.error
             if not many.signal.wait(limit):
                 self._stop_listening()
-                return many.take()
+                item = many.take()
+                if item is None and self._take_back():
+                    raise no_reply(self.subject, self._timeout, sent=False)
+                return item
 
     def close(self) -> None:
-        """Take no more; a thread that waits for the next reply finds the end. Idempotent, from any thread."""
+        """Take no more; a thread that waits for the next reply finds the end. Idempotent, from any thread.
+
+        A request that still waits for a link is taken back.
+        """
         if self._generation == fork_generation():
             self._finish(None)
             self._many.signal.set()
@@ -191,6 +199,7 @@ class Replies:
     def _finish(self, error: Exception | None) -> None:
         self._over = True
         self._stop_listening()
+        self._take_back()
         mux, many = self._connection.mux, self._many
         mux.late, many.late = mux.late + many.late + len(many.queue), 0
         many.queue.clear()
@@ -201,6 +210,10 @@ class Replies:
     def _stop_listening(self) -> None:
         self._connection.mux.waiters.pop(self._token, None)
         self._stop_watching()
+
+    def _take_back(self) -> bool:
+        """Nobody waits for replies: a request that still waits for a link must not run later. Whether there was one."""
+        return not self._given and self._connection.withdraw(self._many.frame)
 
     def __enter__(self) -> Replies:
         return self
@@ -219,15 +232,17 @@ class Replies:
         mux, stop_watching = self._connection.mux, self._stop_watching
         mux.waiters.pop(token, None)
         watch, workers, at_end = self._watch, self._connection.dispatcher.workers, self._at_end
+        connection, frame = self._connection, self._many.frame
 
         def let_go() -> None:
             stop_watching()
+            connection.withdraw(frame)
             for callback in at_end:
                 callback()
             if watch is not None:
                 workers.submit(lambda: watch.tell_once("request_done", watch.seconds, None))
 
-        self._connection.in_supervisor(let_go)
+        connection.in_supervisor(let_go)
 
     def __repr__(self) -> str:
         return f"<Replies to {self.subject!r}: {'over' if self._over else 'open'}, {self._given} taken>"

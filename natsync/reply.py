@@ -174,16 +174,24 @@ def _give_up(
     if ctx is not None and ctx.cancelled:
         ctx.check()
     assert not woken
+    raise no_reply(subject, timeout, sent=sent)
+
+
+def no_reply(subject: str, timeout: float | None, *, sent: bool) -> RequestTimeout:
+    """The error of a wait that was in vain. sent: whether the request may have run; else it was taken back."""
     what = "may have run" if sent else "was not sent: there was no link"
     within = "" if timeout is None else f" within {timeout:.4g} s"
-    raise RequestTimeout(f"no reply on {subject!r}{within}; the request {what}", sent=sent)
+    return RequestTimeout(f"no reply on {subject!r}{within}; the request {what}", sent=sent)
 
 
 def _reply(connection: Connection, inbox: bytes, item: Item, subject: str) -> Message:
-    block = item[1]
+    _, block, payload = item
     if is_no_responders(item):
         raise NoRespondersError(subject)
     message = Message.received(inbox, item, connection.publish_answer)
+    prefix = connection.options.sentinels.error_prefix
+    if payload.startswith(prefix):  # of a stream's responder: it takes any request for that of a plain one
+        raise HandlerError(payload[len(prefix) :].decode("utf-8", "replace"), code=service_code(message.headers))
     if block is not None:
         raise_service_error(message)
     return message
@@ -200,7 +208,10 @@ def raise_service_error(message: Message) -> None:
     text = message.headers.get(ERROR_HEADER)
     if text is None:
         return
-    raise HandlerError(text, code=service_code(message.headers), details=message.data or None)
+    details = _headers.details_of(message.headers)
+    if details is None:  # a service that is not natsync's may say more in the payload
+        details = message.data or None
+    raise HandlerError(text, code=service_code(message.headers), details=details)
 
 
 def service_code(headers: Headers) -> int | None:

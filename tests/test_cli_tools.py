@@ -67,6 +67,18 @@ def test_check_finds_a_service_missing(url: str) -> None:
     assert result.err == ["natsync: service: no service answers on $SRV.PING.absent"]
 
 
+def test_check_finds_a_failing_stream_unwell(url: str) -> None:
+    with natsync.Subscriber(url) as subscriber:
+
+        @subscriber.stream("tools.fails")
+        def fails(ctx: natsync.HandlerContext, request: natsync.Message) -> list[bytes]:
+            raise RuntimeError("database down")
+
+        result = run(*NATSYNC, "check", "--request", "tools.fails", url=url)
+    assert result.process.returncode == 1
+    assert result.err == ["natsync: request: database down"]
+
+
 def test_check_finds_a_slow_server_slow(url: str) -> None:
     result = run(*NATSYNC, "check", "--max-rtt", "0", url=url)
     assert result.process.returncode == 6

@@ -66,7 +66,7 @@ def test_every_example_has_a_test() -> None:
 def test_request(server: NatsServer) -> None:
     out = run_example("request.py", server)
     assert out[0] == "20 + 22 = 42"
-    assert out[1].startswith("without b: ")
+    assert out[1] == "without b: KeyError: 'b'"
     assert out[2].startswith("elsewhere: no responders")
 
 

@@ -13,7 +13,7 @@ import pytest
 
 import natsync
 from natsync import replies
-from natsync.testing import NatsServer, eventually
+from natsync.testing import FaultProxy, NatsServer, eventually
 from rawclient import PATIENCE
 
 Answer = Callable[[natsync.Message], None]
@@ -256,6 +256,90 @@ def test_what_makes_no_sense_is_refused_at_once(arguments: dict[str, Any], kind:
         client.request_many("many.bad", **arguments)
     with pytest.raises(natsync.InvalidArgument):
         client.request_many("many.*")
+
+
+# -- without a link ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cut_off(make_fault_proxy: Callable[..., FaultProxy]) -> Iterator[tuple[natsync.Client, FaultProxy]]:
+    """A client whose link was lost, and what keeps it from another one until forward()."""
+    proxy = make_fault_proxy()
+    with natsync.connect(proxy.url, discover=False, reconnect_wait=0.05, reconnect_wait_max=0.1) as client:
+        proxy.refuse()
+        proxy.reset()
+        eventually(lambda: client.status == "reconnecting", PATIENCE)
+        yield client, proxy
+
+
+def times_out(client: natsync.Client, subject: str) -> None:
+    found = client.request_many(subject, timeout=0.2)
+    with pytest.raises(natsync.RequestTimeout, match="was not sent: there was no link") as raised:
+        next(found)
+    assert raised.value.sent is False
+    assert list(found) == []
+
+
+def times_out_before_anybody_looks(client: natsync.Client, subject: str) -> None:
+    found = client.request_many(subject, timeout=0.01)
+    threading.Event().wait(0.05)
+    with pytest.raises(natsync.RequestTimeout):
+        next(found)
+
+
+def is_closed(client: natsync.Client, subject: str) -> None:
+    client.request_many(subject, timeout=None).close()
+
+
+def is_closed_meanwhile(client: natsync.Client, subject: str) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        found = client.request_many(subject, timeout=None)
+        waiting = pool.submit(list, found)
+        found.close()
+        assert waiting.result(PATIENCE) == []
+
+
+def is_cancelled(client: natsync.Client, subject: str) -> None:
+    ctx = natsync.Context().with_cancel()
+    found = client.request_many(subject, timeout=None, ctx=ctx)
+    ctx.cancel("enough")
+    with pytest.raises(natsync.Cancelled, match="enough"):
+        next(found)
+
+
+def is_dropped(client: natsync.Client, subject: str) -> None:
+    client.request_many(subject, timeout=None)
+    gc.collect()
+    eventually(lambda: client.stats()["out_pending_bytes"] == 0, PATIENCE)
+
+
+@pytest.mark.parametrize(
+    "ends", [times_out, times_out_before_anybody_looks, is_closed, is_closed_meanwhile, is_cancelled, is_dropped]
+)
+def test_a_request_that_waits_for_a_link_does_not_run_when_nobody_waits_for_replies_any_more(
+    cut_off: tuple[natsync.Client, FaultProxy],
+    responders: natsync.Client,
+    ends: Callable[[natsync.Client, str], None],
+) -> None:
+    client, proxy = cut_off
+    ran: list[natsync.Message] = []
+    answering(responders, "many.unsent", ran.append)
+    ends(client, "many.unsent")
+    assert left(client) == 0
+    client.publish("many.unsent", b"behind it")
+    proxy.forward()
+    eventually(lambda: ran, PATIENCE)
+    assert [message.data for message in ran] == [b"behind it"]
+
+
+def test_a_request_that_waits_for_a_link_is_sent_when_it_comes_in_time(
+    cut_off: tuple[natsync.Client, FaultProxy], responders: natsync.Client
+) -> None:
+    client, proxy = cut_off
+    answering(responders, "many.in_time", sending("1", ""))
+    found = client.request_many("many.in_time", timeout=PATIENCE, sentinel=b"")
+    proxy.forward()
+    assert texts(found) == ["1"]
 
 
 # -- leaving -------------------------------------------------------------------------------------------------------

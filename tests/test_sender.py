@@ -489,14 +489,37 @@ def test_send_error_after_the_end_has_no_effect(opened: Open) -> None:
     assert list(opened.stream) == []
 
 
+class NoSuchUser(KeyError):
+    """With the text of a KeyError."""
+
+
+class NoSuchRoom(KeyError):
+    def __str__(self) -> str:
+        return f"there is no {self.args[0]}"
+
+
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
 @pytest.mark.parametrize(
     ("error", "text"),
     [
         ("plain text", "plain text"),
         (ValueError("bad input"), "bad input"),
-        (KeyError("k"), "'k'"),
+        (RuntimeError("no"), "no"),
+        (IndexError("list index out of range"), "list index out of range"),
+        (KeyError("k"), "KeyError: 'k'"),
+        (KeyError(), "KeyError"),
+        (NoSuchUser("ada"), "NoSuchUser: 'ada'"),
+        (NoSuchRoom("hall"), "there is no hall"),
+        (SystemExit(3), "SystemExit: 3"),
+        (StopIteration(5), "StopIteration: 5"),
         (OSError(), "OSError"),
+        (Unspeakable("x"), "Unspeakable"),
     ],
+    ids=shown,
 )
 def test_send_error_takes_a_text_or_an_exception(opened: Open, error: str | BaseException, text: str) -> None:
     opened.sender.send_error(error)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import natsync
+from natsync.headers import decode
 from natsync.streaming import subscriber as subscriber_module
 from natsync.testing import NatsServer, ScriptedPeer, eventually
 from processes import Child, child
@@ -645,6 +646,70 @@ def test_a_handlers_exception_is_service_error_headers_on_the_wire(
     assert reply.block == (b"NATS/1.0\r\nNats-Service-Error: two lines\r\nNats-Service-Error-Code: 500\r\n\r\n")
 
 
+def test_a_handlers_exception_whose_text_is_a_mere_value_goes_with_its_type(
+    client: natsync.Client, subscriber: natsync.Subscriber
+) -> None:
+    subscriber.handler("u.key")(lambda ctx, request: request.json()["name"])
+    with pytest.raises(natsync.HandlerError) as caught:
+        client.request("u.key", json={})
+    assert caught.value.message == "KeyError: 'name'"
+    (handle,) = subscriber.handles
+    assert eventually(lambda: handle.last_error) == "KeyError: 'name'"
+
+
+@pytest.mark.parametrize("details", [{"id": 3, "name": "ü\n"}, ["a"], "text", 0, False], ids=repr)
+def test_the_details_of_a_raised_error_reach_the_client(
+    client: natsync.Client, subscriber: natsync.Subscriber, details: object
+) -> None:
+    @subscriber.handler("u.details")
+    def handler(ctx: natsync.HandlerContext, request: natsync.Message) -> None:
+        raise natsync.HandlerError("no such user", code=natsync.Code.NOT_FOUND, details=details)
+
+    with pytest.raises(natsync.HandlerError) as caught:
+        client.request("u.details")
+    error = caught.value
+    assert (error.message, error.code, error.details) == ("no such user", natsync.Code.NOT_FOUND, details)
+
+
+@pytest.mark.parametrize(
+    ("details", "told"),
+    [("x" * (2 << 20), None), (None, None), ({1, 2}, "{1, 2}")],
+    ids=["too large", "none", "no JSON"],
+)
+def test_an_error_reply_does_not_get_lost_over_its_details(
+    client: natsync.Client, subscriber: natsync.Subscriber, details: object, told: object
+) -> None:
+    @subscriber.handler("u.details")
+    def handler(ctx: natsync.HandlerContext, request: natsync.Message) -> None:
+        raise natsync.HandlerError("too much to tell", details=details)
+
+    with pytest.raises(natsync.HandlerError, match="too much to tell") as caught:
+        client.request("u.details")
+    assert caught.value.details == told
+
+
+@pytest.mark.parametrize(
+    ("header", "payload", "details"),
+    [
+        (b"", b"", None),
+        (b"", b"more", b"more"),
+        (b"Natsync-Details: [1]\r\n", b"more", [1]),
+        (b"Natsync-Details: no {json\r\n", b"", "no {json"),
+    ],
+    ids=["none", "payload", "header", "no JSON"],
+)
+def test_the_details_of_an_error_reply_are_its_header_or_its_payload(
+    client: natsync.Client, raw: RawClient, header: bytes, payload: bytes, details: object
+) -> None:
+    raw.subscribe("u.raw")
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(client.request, "u.raw")
+        raw.publish(raw.next().reply, payload, block=b"NATS/1.0\r\nNats-Service-Error: no\r\n" + header + b"\r\n")
+        with pytest.raises(natsync.HandlerError) as caught:
+            asked.result(PATIENCE)
+    assert caught.value.details == details
+
+
 def test_a_value_without_a_json_form_is_a_handler_error(client: natsync.Client, subscriber: natsync.Subscriber) -> None:
     subscriber.handler("u.object")(lambda ctx, request: object())
     with pytest.raises(natsync.HandlerError, match="JSON"):
@@ -692,6 +757,46 @@ def test_a_plain_message_handler_that_wants_to_exit_does_not_end_the_subscriptio
     eventually(lambda: "as told" in caplog.text)
 
 
+def test_a_request_on_a_stream_subject_gets_its_first_chunk_its_end_or_its_error(
+    client: natsync.Client, subscriber: natsync.Subscriber
+) -> None:
+    @subscriber.stream("u.pieces")
+    def pieces(ctx: natsync.HandlerContext, request: natsync.Message) -> Iterator[bytes]:
+        yield from request.data.split()
+        if request.headers.get("Fails"):
+            raise RuntimeError("database down")
+
+    assert client.request("u.pieces", b"1 2").data == b"1"
+    assert client.request("u.pieces", b"").data == END
+    assert client.request("u.pieces", b"1", headers={"Fails": "yes"}).data == b"1"
+    with pytest.raises(natsync.HandlerError) as caught:
+        client.request("u.pieces", headers={"Fails": "yes"})
+    assert caught.value.message == "database down"
+    found = client.request_many("u.pieces", headers={"Fails": "yes"}, timeout=PATIENCE, max_messages=1)
+    assert [message.data for message in found] == [ERROR + b"database down"]  # an error is one reply among others
+
+
+@pytest.mark.parametrize(
+    "headers", [b"", b"NATS/1.0\r\nNats-Service-Error-Code: 404\r\n\r\n"], ids=["bare", "with a code"]
+)
+def test_a_requests_own_sentinels_say_what_a_streams_error_is(
+    nats_server: NatsServer, raw: RawClient, headers: bytes
+) -> None:
+    raw.subscribe("u.raw")
+    for sentinels in (natsync.Sentinels.EMPTY, natsync.Sentinels(end=b"<eos>", error_prefix=b"<err>")):
+        with natsync.Client(nats_server.url, sentinels=sentinels) as client, ThreadPoolExecutor(1) as pool:
+            for payload in (ERROR + b"no", b"<err>no", b"<err", b"", END):
+                asked = pool.submit(client.request, "u.raw")
+                raw.publish(raw.next().reply, payload, block=headers or None)
+                if payload.startswith(sentinels.error_prefix):
+                    with pytest.raises(natsync.HandlerError) as caught:
+                        asked.result(PATIENCE)
+                    assert caught.value.message == "no"
+                    assert caught.value.code == (404 if headers else natsync.Code.UNKNOWN)
+                else:
+                    assert asked.result(PATIENCE).data == payload
+
+
 def test_a_handler_may_ask_another_handler_of_the_same_subscriber(
     client: natsync.Client, subscriber: natsync.Subscriber
 ) -> None:
@@ -709,6 +814,33 @@ def test_a_handler_may_ask_another_handler_of_the_same_subscriber(
     subscriber.stream("u.inner.stream")(lambda ctx, request: [b"a", b"b"])
     assert client.request("u.outer", b"ab").data == b"abab!"
     assert list(client.stream("u.outer.stream", timeout=PATIENCE)) == [b"11", b"a", b"b"]
+
+
+def test_each_try_tells_how_much_time_there_is_left(client: natsync.Client, raw: RawClient) -> None:
+    raw.subscribe("u.raw")
+    told: list[int] = []
+
+    def ask() -> bytes:
+        with natsync.Context().with_timeout(PATIENCE) as ctx:
+            policy = natsync.Retry(attempts=3, initial=0.001)
+            return client.request("u.raw", headers={"A": iter(["1", "2"])}, retry=policy, ctx=ctx).data
+
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask)
+        for attempt in range(3):
+            request = raw.next()
+            headers = decode(request.block or b"")
+            assert headers.get_all("A") == ["1", "2"]
+            told.append(int(headers["Natsync-Timeout"]))
+            if attempt < 2:
+                threading.Event().wait(0.2)
+                full = b"NATS/1.0\r\nNats-Service-Error: full\r\nNats-Service-Error-Code: 429\r\n\r\n"
+                raw.publish(request.reply, block=full)
+        raw.publish(request.reply, b"fine")
+        assert asked.result(PATIENCE) == b"fine"
+    assert told[0] <= PATIENCE * 1000
+    assert told[0] - told[1] >= 199  # each is rounded up to a millisecond
+    assert told[1] - told[2] >= 199
 
 
 def test_a_nested_request_ends_with_its_handlers_context(

@@ -7,6 +7,7 @@ thread and never waits; the handlers run on workers.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -17,7 +18,7 @@ from natsync import subject as _subject
 from natsync.concurrency import Deadline, fork_generation
 from natsync.connection import Connection
 from natsync.context import Running
-from natsync.errors import Code, NatsError
+from natsync.errors import Code, MaxPayloadExceeded, NatsError
 from natsync.headers import Headers
 from natsync.hooks import Kind, Watch
 from natsync.message import Item, Message
@@ -334,7 +335,13 @@ def _respond_error(request: Message, error: BaseException) -> None:
     code = getattr(error, "code", None)
     text = terms.header_text(describe(error))
     number = code if isinstance(code, int) else _HANDLER_FAILED
+    headers = Headers({ERROR_HEADER: text, ERROR_CODE_HEADER: str(int(number))})
+    details = getattr(error, "details", None)
     try:
-        request.respond(b"", headers=Headers({ERROR_HEADER: text, ERROR_CODE_HEADER: str(int(number))}))
+        if details is not None:
+            with contextlib.suppress(MaxPayloadExceeded):  # then without them
+                request.respond(b"", headers={**headers, terms.DETAILS_HEADER: terms.as_json(details)})
+                return
+        request.respond(b"", headers=headers)
     except NatsError as failure:
         log.warning("the error of a handler of %r could not be sent: %s", request.subject, failure)

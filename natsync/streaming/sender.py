@@ -510,10 +510,20 @@ def fitting_error(status: Status, text: str, payload: bytes, limit: int) -> tupl
 
 
 def describe(error: BaseException | str) -> str:
-    """The text of an error as the other side reads it; the type's name where there is none to be had."""
+    """The text of an error as the other side reads it; its type's name in front where the text alone says nothing."""
     if isinstance(error, str):
         return error
+    kind = type(error)
     try:
-        return str(error) or type(error).__name__
+        text = str(error)
     except Exception:  # a __str__ that raises must not leave the requester waiting
-        return type(error).__name__
+        return kind.__name__
+    if text and isinstance(error, _BARE) and kind.__str__ in _BARE_TEXTS:
+        return f"{kind.__name__}: {text}"
+    return text or kind.__name__
+
+
+#: Errors whose text is a mere value: a key, an exit status, what a generator returned,
+_BARE = KeyError, SystemExit, StopIteration, StopAsyncIteration
+#: unless a subclass has a text of its own.
+_BARE_TEXTS = KeyError.__str__, BaseException.__str__

@@ -29,8 +29,8 @@ STATUS_HEADER = "Natsync-Status"
 #: Error end: what the library itself found: LOST, DEADLINE or (plain mode) REFUSED; absent if the handler failed.
 REASON_HEADER = "Natsync-Reason"
 LOST, DEADLINE, REFUSED = "lost", "deadline", "refused"
-#: Error end: the details, as JSON.
-DETAILS_HEADER = "Natsync-Details"
+#: Error end, and error replies to requests: the details, as JSON.
+DETAILS_HEADER = _headers.DETAILS
 #: Refusal: seconds after which a retry may succeed.
 RETRY_AFTER_HEADER = "Natsync-Retry-After"
 #: Refusal: the responder is the only one that was asked, being a member of a queue group.
@@ -249,7 +249,7 @@ def encode_status(status: Status, text: str = "") -> Headers:
     if status.reason is not None:
         headers[REASON_HEADER] = status.reason
     if status.details is not None:
-        headers[DETAILS_HEADER] = _as_json(status.details)
+        headers[DETAILS_HEADER] = as_json(status.details)
     if status.retry_after is not None:
         headers[RETRY_AFTER_HEADER] = f"{status.retry_after:g}"
     if status.only:
@@ -277,7 +277,7 @@ def decode_headers(block: bytes | None) -> Headers:
     return headers
 
 
-def _as_json(details: Any) -> str:
+def as_json(details: Any) -> str:
     """Details as JSON; what has no JSON form goes as text: an error must not get lost over its details."""
     try:
         return json.dumps(details, default=str)
@@ -289,17 +289,13 @@ def decode_status(headers: Headers) -> Status:
     """The status of an error end; what is missing or malformed counts as not said."""
     number = headers.get(STATUS_HEADER, "").partition(" ")[0]
     try:
-        details = json.loads(headers.get(DETAILS_HEADER, "null"))
-    except (ValueError, RecursionError):
-        details = headers[DETAILS_HEADER]
-    try:
         retry_after = check_timeout(float(headers[RETRY_AFTER_HEADER]))
     except (KeyError, ValueError):
         retry_after = None
     sent = headers.get(RESUME_HEADER, "")
     return Status(
         code=int(number) if _is_number(number) else None,
-        details=details,
+        details=_headers.details_of(headers),
         reason=headers.get(REASON_HEADER),
         retry_after=retry_after,
         only=ONLY_HEADER in headers,

@@ -131,7 +131,8 @@ class Work:
 
     def _failed_locked(self, error: BaseException | None) -> None:
         if error is not None:
-            self.last_error = f"{type(error).__name__}: {describe(error)}"
+            name, text = type(error).__name__, describe(error)
+            self.last_error = text if text.startswith(f"{name}: ") else f"{name}: {text}"
 
     def __len__(self) -> int:
         return len(self._under_way)

@@ -45,8 +45,12 @@ class ServerStartError(RuntimeError):
 
     def __init__(self, reason: str, log: str) -> None:
         self.log = log
+        self._reason = reason
         tail = "\n".join(log.splitlines()[-LOG_TAIL:]) or "(empty)"
         super().__init__(f"{reason}; its log ends:\n{tail}")
+
+    def __reduce__(self) -> tuple[type[ServerStartError], tuple[str, str]]:
+        return type(self), (self._reason, self.log)
 
 
 class _Held:
