@@ -16,7 +16,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 try:
     import flask
@@ -25,7 +25,8 @@ except ModuleNotFoundError as missing:
         raise
     raise ImportError('natsync.contrib.flask needs Flask: pip install "natsync[flask]"') from None
 
-from natsync.client import Client
+from natsync.client import STREAM_WINDOW, Client
+from natsync.context import Context
 from natsync.contrib import sse
 from natsync.contrib._flask_commands import commands
 from natsync.contrib.body import Body, ChunkSource
@@ -33,9 +34,14 @@ from natsync.contrib.failures import error_data, http_headers, http_status
 from natsync.contrib.presence import client_gone
 from natsync.contrib.sse import Event
 from natsync.errors import InvalidArgument, NatsError
-from natsync.message import Payload
-from natsync.options import ConnectOptions
+from natsync.headers import HeaderInput
+from natsync.message import MISSING, Payload
+from natsync.options import ConnectOptions, Options
+from natsync.retry import RetryPolicy
 from natsync.streaming.stream import Stream
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["Event", "NatSync", "error_response", "sse_response", "stream_response"]
 
@@ -58,7 +64,7 @@ class NatSync:
             which a configuration is no place: hooks, on_event.
     """
 
-    def __init__(self, app: flask.Flask | None = None, **options: Any) -> None:
+    def __init__(self, app: flask.Flask | None = None, **options: Unpack[Options]) -> None:
         self._options = options
         self._apps: weakref.WeakSet[flask.Flask] = weakref.WeakSet()
         if app is not None:
@@ -74,7 +80,7 @@ class NatSync:
         """
         if EXTENSION in app.extensions:
             raise RuntimeError(f"{app.name!r} has this extension already: init_app() once for each application")
-        options = {**self._options, **_configured(app.config)}
+        options: dict[str, Any] = {**self._options, **_configured(app.config)}
         app.extensions[EXTENSION] = Client(app.config.get(PREFIX + "URL"), **options)
         self._apps.add(app)
         app.cli.add_command(commands)
@@ -97,17 +103,39 @@ class NatSync:
             raise RuntimeError(f"no application of {len(apps)} is current; use `with app.app_context():` around this")
         return apps[0].extensions[EXTENSION]  # type: ignore[no-any-return]
 
-    def stream(self, subject: str, payload: Payload = b"", **options: Any) -> Stream:
+    def stream(
+        self,
+        subject: str,
+        payload: Payload = b"",
+        *,
+        json: Any = MISSING,
+        headers: HeaderInput = None,
+        timeout: float | None = None,
+        idle_timeout: float | None = None,
+        window: int = STREAM_WINDOW,
+        retry: RetryPolicy = None,
+        ctx: Context | None = None,
+    ) -> Stream:
         """client.stream() for a view: closed at the end of the request unless a response has taken it over.
 
-        So nothing is left behind where the view raises, even if a debugger keeps its frame. Raises as client.stream()
-        does.
+        So nothing is left behind where the view raises, even if a debugger keeps its frame. Does not wait. Raises
+        as client.stream() does.
 
         Raises:
             RuntimeError: there is no request.
         """
         flask.request.environ  # noqa: B018 (Flask's own error, before anything is sent)
-        stream = self.client.stream(subject, payload, **options)
+        stream = self.client.stream(
+            subject,
+            payload,
+            json=json,
+            headers=headers,
+            timeout=timeout,
+            idle_timeout=idle_timeout,
+            window=window,
+            retry=retry,
+            ctx=ctx,
+        )
         flask.g.setdefault(_STREAMS, []).append(stream)
         return stream
 

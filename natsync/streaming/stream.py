@@ -30,6 +30,7 @@ from natsync.streaming.call import Call, Finished
 from natsync.streaming.calls import Calls
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 _NO_DEADLINE = Deadline()
 _COUNTED = ("chunks", "bytes", "gaps", "resent", "resumes", "blocked")
@@ -49,7 +50,7 @@ class Closable(Generic[T]):
     ) -> None:
         self.close()
 
-    def map(self, function: Callable[[T], Any]) -> MappedStream[Any]:
+    def map(self, function: Callable[[T], U]) -> MappedStream[U]:
         """Like map(function, stream), but the result keeps close() and the context manager."""
         return MappedStream(self, function)
 
