@@ -116,6 +116,17 @@ def forgets() -> str:
     return "done"
 
 
+@views.get("/own-response")
+def own_response() -> flask.Response:
+    stream = nats.stream("fl.count")
+    return flask.Response(stream.map(bytes) if flask.request.args else stream)
+
+
+@views.get("/clients-response")
+def clients_response() -> flask.Response:
+    return flask.Response(nats.client.stream("fl.count").map(lambda chunk: chunk + b"-"))
+
+
 @views.get("/numbered")
 def numbered() -> flask.Response:
     return sse_response(nats.stream("fl.count").map(lambda chunk: Event(chunk, event="token", id=chunk.decode())))
@@ -317,6 +328,18 @@ def test_a_stream_that_no_response_takes_over_is_closed_with_the_request(
     with pytest.raises(natsync.StreamClosed):
         list(kept.pop())
     assert _open_streams(app) == 0
+
+
+@pytest.mark.parametrize("path", ["/api/own-response", "/api/own-response?mapped=1"])
+def test_a_response_of_ones_own_is_told_who_may_take_a_stream_over(browser: Any, path: str) -> None:
+    with pytest.raises(
+        natsync.StreamCancelled, match=r"the request ended; .* sse_response\(\) .*nats\.client\.stream\(\)"
+    ):
+        browser.get(path)
+
+
+def test_a_response_of_ones_own_may_have_a_stream_of_the_client(browser: Any) -> None:
+    assert browser.get("/api/clients-response").data == b"0-1-2-"
 
 
 def test_a_response_that_the_view_does_not_return_is_a_warning_and_cancelled(app: flask.Flask, browser: Any) -> None:

@@ -50,6 +50,10 @@ PREFIX = "NATSYNC_"
 #: Keys behind the prefix that are not options of the client.
 _OWN_KEYS = ("URL", "JSON_ERRORS")
 _STREAMS = "_natsync_streams"
+#: Why a stream of NatSync.stream() is cancelled; also who wrote Response(nats.stream(…)) reads it.
+_REQUEST_ENDED = (
+    "the request ended; give nats.stream() to sse_response() or stream_response(), or use nats.client.stream()"
+)
 
 
 class NatSync:
@@ -116,8 +120,10 @@ class NatSync:
         retry: RetryPolicy = None,
         ctx: Context | None = None,
     ) -> Stream:
-        """client.stream() for a view: closed at the end of the request unless a response has taken it over.
+        """client.stream() for a view: cancelled at the end of the request unless a response has taken it over.
 
+        sse_response() and stream_response() take it over, and nothing else: a response of one's own is iterated when
+        the request has ended, and is for nats.client.stream().
         So nothing is left behind where the view raises, even if a debugger keeps its frame. Does not wait. Raises
         as client.stream() does.
 
@@ -247,9 +253,9 @@ def _take_over(stream: Any) -> None:
 
 
 def _close_streams(error: BaseException | None) -> None:
-    """At the end of a request: close what no response has taken over."""
+    """At the end of a request: cancel what no response has taken over."""
     for stream in flask.g.pop(_STREAMS, []):
-        stream.close()
+        stream.cancel(_REQUEST_ENDED)
 
 
 def _answer_error(error: NatsError) -> flask.Response:
