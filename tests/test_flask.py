@@ -127,6 +127,12 @@ def clients_response() -> flask.Response:
     return flask.Response(nats.client.stream("fl.count").map(lambda chunk: chunk + b"-"))
 
 
+@views.get("/news")
+def news() -> flask.Response:
+    subscription = nats.client.subscribe("fl.news.*")
+    return sse_response(subscription.map(natsync.Message.text) if flask.request.args else subscription)
+
+
 @views.get("/numbered")
 def numbered() -> flask.Response:
     return sse_response(nats.stream("fl.count").map(lambda chunk: Event(chunk, event="token", id=chunk.decode())))
@@ -278,6 +284,23 @@ def test_chunks_come_as_events(browser: Any) -> None:
 def test_what_map_makes_of_a_chunk_may_be_an_event(browser: Any) -> None:
     found = parse(browser.get("/api/numbered").data)
     assert [(event.event, event.id) for event in found[:3]] == [("token", "0"), ("token", "1"), ("token", "2")]
+
+
+@pytest.mark.parametrize("path", ["/api/news", "/api/news?mapped=1"])
+def test_a_live_page_of_a_subject_shows_its_messages_until_the_browser_leaves(
+    app: flask.Flask, browser: Any, path: str
+) -> None:
+    response = browser.get(path, buffered=False)
+    body = response.iter_encoded()
+    assert next(body) == b": stream\n\n"
+    with app.app_context():
+        client = nats.client
+    for text in ("one", "two"):
+        client.publish("fl.news.sport", text)
+    assert [next(body), next(body)] == [b"data: one\n\n", b"data: two\n\n"]
+    assert client.stats()["subscriptions"] == 1
+    response.close()
+    assert client.stats()["subscriptions"] == 0
 
 
 def test_a_failure_is_an_event_because_the_status_has_left(browser: Any) -> None:

@@ -47,6 +47,10 @@ with natsync.testing.NatsServer() as server:
     assert_type(next(texts), str)
     assert_type(texts.map(len).next(1), int)
     client.stream("a").map(str.upper)  #! arg-type
+    assert_type(client.subscribe("a").map(natsync.Message.text).next(1), str)
+    assert_type(list(client.request_many("a").map(lambda reply: len(reply.data))), list[int])
+    with client.subscribe("a") as subscription:
+        assert_type(subscription, natsync.Subscription)
 
 subscriber = natsync.Subscriber()
 

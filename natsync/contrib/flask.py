@@ -157,6 +157,7 @@ def sse_response(
 ) -> flask.Response:
     """Server-sent events: each chunk of the stream (bytes, text, or an Event from stream.map()) is one event.
 
+    A subscription without a callback, or replies, will do as well: of a message it is the data, unless map() says else.
     Returns at once; the chunks are waited for while the server iterates the response, on its thread. The response owns
     the stream: when the browser leaves, the stream is closed, which cancels the handler, within half a second where the
     server shows the client's socket (Werkzeug, gunicorn, uWSGI; waitress with channel_request_lookahead), else at the
