@@ -8,6 +8,7 @@ with natsync.Client("nats://127.0.0.1:4222") as client:
 """
 
 import importlib
+from typing import TYPE_CHECKING
 
 from natsync._version import __version__
 from natsync.client import Client, connect
@@ -120,8 +121,13 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    """natsync.testing and natsync.monitor without an import of their own; the core never loads them."""
-    if name in ("testing", "monitor"):
-        return importlib.import_module(f"natsync.{name}")
-    raise AttributeError(f"module 'natsync' has no attribute {name!r}")
+if TYPE_CHECKING:  # checkers are told of the two; to them a __getattr__ would stand for any name at all
+    from natsync import monitor as monitor
+    from natsync import testing as testing
+else:
+
+    def __getattr__(name: str) -> object:
+        """natsync.testing and natsync.monitor without an import of their own; the core never loads them."""
+        if name in ("testing", "monitor"):
+            return importlib.import_module(f"natsync.{name}")
+        raise AttributeError(f"module 'natsync' has no attribute {name!r}")

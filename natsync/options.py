@@ -9,9 +9,9 @@ import ipaddress
 import itertools
 import os
 import ssl
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, TypedDict
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from natsync import hooks as _hooks
@@ -253,7 +253,7 @@ class ConnectOptions:
             raise InvalidArgument("tls_first=True and tls=False contradict each other")
         self._check_credentials()
 
-    def filled(self, given: dict[str, Any]) -> ConnectOptions:
+    def filled(self, given: Mapping[str, Any]) -> ConnectOptions:
         """These options, with those given where these are at their defaults; credentials only where there are none.
 
         Raises:
@@ -293,6 +293,44 @@ def _prefix(prefix: str) -> bytes:
         raise InvalidArgument(f"inbox_prefix: {error}") from None
 
 
+class Options(TypedDict, total=False):
+    """The fields of ConnectOptions as keyword arguments, for type checkers, as `**options: Unpack[Options]`."""
+
+    name: str | None
+    user: str | Callable[[], str | tuple[str, str]] | None
+    password: Secret | None
+    token: Secret | None
+    credentials: str | os.PathLike[str] | None
+    nkey_seed: Secret | None
+    tls: ssl.SSLContext | bool | None
+    tls_hostname: str | None
+    tls_first: bool
+    connect_timeout: float
+    ping_interval: float | None
+    max_pings_outstanding: int
+    write_timeout: float | None
+    reconnect: bool
+    max_reconnects: int
+    reconnect_wait: float
+    reconnect_wait_max: float
+    reconnect_jitter: float
+    reconnect_buffer_bytes: int
+    retry_on_failed_connect: bool
+    randomize: bool
+    discover: bool
+    no_echo: bool
+    inbox_prefix: str
+    max_message_bytes: int
+    max_control_line: int
+    sentinels: Sentinels
+    framed: bool
+    resume_grace: float
+    heartbeat: float
+    on_event: Callable[[str, dict[str, Any]], object] | None
+    hooks: _hooks.HooksOption
+    middleware: _middleware.MiddlewareOption
+
+
 def _check_whole(name: str, value: int, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} is a whole number, not {type(value).__name__}")
@@ -300,7 +338,7 @@ def _check_whole(name: str, value: int, least: int) -> None:
         raise InvalidArgument(f"{name}={value!r}: at least {least}")
 
 
-def connect_options(given: dict[str, Any]) -> ConnectOptions:
+def connect_options(given: Mapping[str, Any]) -> ConnectOptions:
     """Options from keyword arguments.
 
     Raises:
@@ -314,7 +352,7 @@ def connect_options(given: dict[str, Any]) -> ConnectOptions:
     return ConnectOptions(**given)
 
 
-def connect_settings(servers: Servers, given: dict[str, Any]) -> tuple[list[Server], ConnectOptions]:
+def connect_settings(servers: Servers, given: Mapping[str, Any]) -> tuple[list[Server], ConnectOptions]:
     """Servers, as parse_servers() reads them, and options, as connect_options() does, that go together.
 
     Raises:

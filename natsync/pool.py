@@ -12,9 +12,9 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from natsync.client import REQUEST_SECONDS, Client
+from natsync.client import REQUEST_SECONDS, STREAM_WINDOW, Client
 from natsync.concurrency import Deadline, after_fork_in_child, at_home, check_timeout, fork_generation, run_soon
 from natsync.context import Context, current
 from natsync.errors import (
@@ -27,12 +27,17 @@ from natsync.errors import (
     PoolTimeout,
     PoolUnreachable,
 )
-from natsync.message import Message, Payload
-from natsync.options import Servers, connect_settings
+from natsync.headers import HeaderInput
+from natsync.message import MISSING, Message, Payload
+from natsync.options import Options, Servers, connect_settings
 from natsync.pooling.keeper import Keeper
 from natsync.pooling.store import LOOK_SECONDS, Turn
-from natsync.replies import Replies
+from natsync.replies import Replies, Sentinel
+from natsync.retry import RetryPolicy
 from natsync.streaming.stream import Stream
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 log = logging.getLogger("natsync.pool")
 
@@ -127,7 +132,7 @@ class ConnectionPool:
         max_lifetime: float | None = None,
         max_idle: float | None = MAX_IDLE,
         leak_timeout: float | None = LEAK_TIMEOUT,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
         for name, value, least in (("max_size", max_size, 1), ("min_size", min_size, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -287,36 +292,140 @@ class ConnectionPool:
 
     # -- the client's verbs --------------------------------------------------------------------------------------
 
-    def publish(self, subject: str, payload: Payload = b"", **arguments: Any) -> None:
+    def publish(
+        self,
+        subject: str,
+        payload: Payload = b"",
+        *,
+        json: Any = MISSING,
+        reply: str | None = None,
+        headers: HeaderInput = None,
+    ) -> None:
         """Client.publish() on a borrowed connection. Blocks for one as connection() does; raises what both raise."""
         with self.connection() as client:
-            client.publish(subject, payload, **arguments)
+            client.publish(subject, payload, json=json, reply=reply, headers=headers)
 
-    def request(self, subject: str, payload: Payload = b"", **arguments: Any) -> Message:
+    def request(
+        self,
+        subject: str,
+        payload: Payload = b"",
+        *,
+        json: Any = MISSING,
+        headers: HeaderInput = None,
+        timeout: float | None = REQUEST_SECONDS,
+        retry: RetryPolicy = None,
+        ctx: Context | None = None,
+    ) -> Message:
         """Client.request() on a borrowed connection, which is held until the reply is there.
 
         Blocks for both, within the request's timeout and its ctx, and raises what both raise.
         """
-        with self._within({"timeout": REQUEST_SECONDS, **arguments}) as (client, rest):
-            return client.request(subject, payload, **rest)
+        with self._within(timeout, ctx) as (client, left):
+            return client.request(subject, payload, json=json, headers=headers, timeout=left, retry=retry, ctx=ctx)
 
-    def request_many(self, subject: str, payload: Payload = b"", **arguments: Any) -> Replies:
-        """Client.request_many() on a borrowed connection, which is held until the replies are over."""
-        return self._held(Client.request_many, subject, payload, {"timeout": REQUEST_SECONDS, **arguments})
+    def request_many(
+        self,
+        subject: str,
+        payload: Payload = b"",
+        *,
+        json: Any = MISSING,
+        headers: HeaderInput = None,
+        timeout: float | None = REQUEST_SECONDS,
+        stall: float | None = None,
+        max_messages: int | None = None,
+        sentinel: Sentinel = None,
+        ctx: Context | None = None,
+    ) -> Replies:
+        """Client.request_many() on a borrowed connection, which is held until the replies are over.
 
-    def stream(self, subject: str, payload: Payload = b"", **arguments: Any) -> Stream:
+        Blocks for the connection, within timeout and ctx, and raises what connection() and Client.request_many() raise.
+        """
+        return self._held(
+            lambda client, left: client.request_many(
+                subject,
+                payload,
+                json=json,
+                headers=headers,
+                timeout=left,
+                stall=stall,
+                max_messages=max_messages,
+                sentinel=sentinel,
+                ctx=ctx,
+            ),
+            timeout,
+            ctx,
+        )
+
+    def stream(
+        self,
+        subject: str,
+        payload: Payload = b"",
+        *,
+        json: Any = MISSING,
+        headers: HeaderInput = None,
+        timeout: float | None = None,
+        idle_timeout: float | None = None,
+        window: int = STREAM_WINDOW,
+        retry: RetryPolicy = None,
+        ctx: Context | None = None,
+    ) -> Stream:
         """Client.stream() on a borrowed connection, which is held until the stream is over.
 
         Blocks for the connection, and raises what connection() and Client.stream() raise.
         """
-        return self._held(Client.stream, subject, payload, arguments)
+        return self._held(
+            lambda client, left: client.stream(
+                subject,
+                payload,
+                json=json,
+                headers=headers,
+                timeout=left,
+                idle_timeout=idle_timeout,
+                window=window,
+                retry=retry,
+                ctx=ctx,
+            ),
+            timeout,
+            ctx,
+        )
 
-    def _held(self, verb: Callable[..., A], subject: str, payload: Payload, arguments: dict[str, Any]) -> A:
-        """What the verb returns, on a connection that goes back when that is over."""
+    def stream_request(
+        self,
+        subject: str,
+        payload: Payload,
+        processor: Callable[[Message], object],
+        *,
+        json: Any = MISSING,
+        headers: HeaderInput = None,
+        timeout: float | None = None,
+        idle_timeout: float | None = None,
+        retry: RetryPolicy = None,
+        ctx: Context | None = None,
+        client_id: str | None = None,
+    ) -> None:
+        """Client.stream_request() on a borrowed connection, which is held until it returns.
+
+        Blocks for both, and raises what both raise.
+        """
+        with self._within(timeout, ctx) as (client, left):
+            client.stream_request(
+                subject,
+                payload,
+                processor,
+                json=json,
+                headers=headers,
+                timeout=left,
+                idle_timeout=idle_timeout,
+                retry=retry,
+                ctx=ctx,
+                client_id=client_id,
+            )
+
+    def _held(self, verb: Callable[[Client, float | None], A], timeout: float | None, ctx: Context | None) -> A:
+        """What verb(client, seconds left) returns, on a connection that goes back when that is over."""
         turn = self._turn(lasting=True)
         try:
-            client, rest = self._borrow_within(turn, arguments)
-            answer = verb(client, subject, payload, **rest)
+            answer = verb(*self._borrow_within(turn, timeout, ctx))
             answer.when_finished(lambda: self._leave_soon(turn))
         except BaseException:
             self._leave(turn)
@@ -331,30 +440,19 @@ class ConnectionPool:
         else:
             self._leave(turn)
 
-    def stream_request(
-        self, subject: str, payload: Payload, processor: Callable[[Message], object], **arguments: Any
-    ) -> None:
-        """Client.stream_request() on a borrowed connection, which is held until it returns.
-
-        Blocks for both, and raises what both raise.
-        """
-        with self._within(arguments) as (client, rest):
-            client.stream_request(subject, payload, processor, **rest)
-
     @contextlib.contextmanager
-    def _within(self, arguments: dict[str, Any]) -> Iterator[tuple[Client, dict[str, Any]]]:
+    def _within(self, timeout: float | None, ctx: Context | None) -> Iterator[tuple[Client, float | None]]:
         turn = self._turn(lasting=True)
         try:
-            yield self._borrow_within(turn, arguments)
+            yield self._borrow_within(turn, timeout, ctx)
         finally:
             self._leave(turn)
 
-    def _borrow_within(self, turn: Turn, arguments: dict[str, Any]) -> tuple[Client, dict[str, Any]]:
-        """A client within the verb's own timeout and ctx, and the arguments with the time that is left."""
-        own = Deadline.after(check_timeout(arguments.get("timeout")))
-        limit = own.or_sooner(self._timeout)
-        client = self._borrow(turn, limit.remaining(), arguments.get("ctx") or current())
-        return client, arguments if own.at is None else {**arguments, "timeout": own.remaining()}
+    def _borrow_within(self, turn: Turn, timeout: float | None, ctx: Context | None) -> tuple[Client, float | None]:
+        """A client within the verb's own timeout and ctx, and the seconds that are left of the timeout."""
+        own = Deadline.after(check_timeout(timeout))
+        client = self._borrow(turn, own.or_sooner(self._timeout).remaining(), ctx or current())
+        return client, own.remaining()
 
     # -- life ------------------------------------------------------------------------------------------------------
 

@@ -10,14 +10,14 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from types import TracebackType
 from typing import TypeAlias
 
 from natsync import subject as _subject
-from natsync.concurrency import Deadline, fork_generation
+from natsync.closable import Closable
+from natsync.concurrency import Deadline, check_timeout, fork_generation
 from natsync.connection import Connection
 from natsync.context import Context
-from natsync.errors import ForkError, InvalidArgument, NoRespondersError, SlowConsumerError
+from natsync.errors import ForkError, InvalidArgument, NoRespondersError, SlowConsumerError, StreamEnded, TimedOut
 from natsync.headers import Headers
 from natsync.hooks import Watch
 from natsync.message import Item, Message, to_bytes
@@ -27,6 +27,13 @@ from natsync.subscription import PENDING_BYTES, PENDING_MESSAGES
 
 #: What ends the replies: a payload, or a function that is shown each reply and returns whether to go on.
 Sentinel: TypeAlias = "bytes | str | Callable[[Message], object] | None"
+
+
+_NO_DEADLINE = Deadline()
+
+
+class _NotYet(Exception):
+    """A wait for the next reply is over, and the replies are not."""
 
 
 class _Many(Asking):
@@ -63,10 +70,11 @@ class _Many(Asking):
         return item
 
 
-class Replies:
-    """The replies to one request: iterate, or leave by break or close(), from any thread.
+class Replies(Closable[Message]):
+    """The replies to one request: iterate or call next(); leave by break or close(), from any thread.
 
-    Made by Client.request_many(). One thread iterates at a time. A Replies that is dropped stops listening.
+    Made by Client.request_many(). One thread takes at a time; another one waits for it. A Replies that is dropped
+    stops listening.
 
     Attributes:
         subject: where the request went.
@@ -94,6 +102,7 @@ class Replies:
         self._timeout = timeout
         self._deadline = Deadline.after(timeout)
         self._stall = stall or None
+        self._stalled: Deadline | None = None  # when it is over, from the first wait for a reply on
         self._most = max_messages
         self._goes_on = _going_on(sentinel)
         self._ctx = ctx or Context()
@@ -124,26 +133,47 @@ class Replies:
         return self
 
     def __next__(self) -> Message:
+        message = self._take(_NO_DEADLINE)
+        if message is None:
+            raise StopIteration
+        return message
+
+    def next(self, timeout: float | None = None) -> Message:
+        """The next reply; blocks up to timeout seconds (None = until the replies end, 0 = do not wait).
+
+        Raises:
+            StreamEnded: there are no more.
+            TimedOut: none came in time; more may come.
+            What iterating raises, see Client.request_many().
+        """
+        message = self._take(Deadline.after(check_timeout(timeout)))
+        if message is None:
+            raise StreamEnded(f"the replies to {self.subject!r} are over")
+        return message
+
+    def _take(self, until: Deadline) -> Message | None:
         if self._generation != fork_generation():
             raise ForkError("these replies belong to the parent process")
-        with self._taking:
+        with self._taking:  # no acquire(timeout): a Ctrl-C behind that call would leave it taken
             try:
-                message = self._next()
+                message = self._next(until)
+            except _NotYet:
+                raise TimedOut(f"no reply to {self.subject!r} in time; more may come") from None
             except Exception as error:
                 self._finish(error)
                 raise
             if message is None:
                 self._finish(None)
-                raise StopIteration
             return message
 
-    def _next(self) -> Message | None:
+    def _next(self, until: Deadline) -> Message | None:
         """The next reply; None if there is to be no more."""
         if self._over or (self._most is not None and self._given >= self._most):
             return None
-        item = self._wait()
+        item = self._wait(until)
         if item is None:
             return None
+        self._stalled = None
         message = Message.received(self._inbox, item, self._connection.publish_answer)
         if self._passage is not None:
             self._passage.reply_headers = Headers()
@@ -153,12 +183,13 @@ class Replies:
         self._given += 1
         return message
 
-    def _wait(self) -> Item | None:
+    def _wait(self, until: Deadline) -> Item | None:
         many, limit = self._many, self._deadline
         if limit.expired:
             self._stop_listening()  # what has come by now is the rest
-        if self._given:
-            limit = limit.or_sooner(self._stall)
+        if self._given and self._stall is not None:
+            self._stalled = self._stalled or Deadline.after(self._stall)  # outlasts waits that are shorter
+            limit = limit.or_sooner(self._stalled.remaining())
         while True:
             if self._over:  # looked at first: the end takes the context with it
                 return None
@@ -168,12 +199,16 @@ class Replies:
                 return item
             if many.error is not None:
                 raise many.error
-            if not many.signal.wait(limit):
+            if many.signal.wait(limit.or_sooner(until.remaining())):
+                continue
+            if limit.expired:
                 self._stop_listening()
                 item = many.take()
                 if item is None and self._take_back():
                     raise no_reply(self.subject, self._timeout, sent=False)
                 return item
+            if until.expired and not many.queue:
+                raise _NotYet
 
     def close(self) -> None:
         """Take no more; a thread that waits for the next reply finds the end. Idempotent, from any thread.
@@ -214,14 +249,6 @@ class Replies:
     def _take_back(self) -> bool:
         """Nobody waits for replies: a request that still waits for a link must not run later. Whether there was one."""
         return not self._given and self._connection.withdraw(self._many.frame)
-
-    def __enter__(self) -> Replies:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __del__(self) -> None:
         token = getattr(self, "_token", None)

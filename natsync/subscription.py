@@ -11,10 +11,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from types import TracebackType
 from typing import Literal, Protocol, TypeAlias
 
 from natsync import timers
+from natsync.closable import Closable
 from natsync.concurrency import Deadline, SafeCondition, check_timeout, fork_generation
 from natsync.errors import ConnectionClosed, DrainTimeout, ForkError, InvalidArgument, SlowConsumerError, TimedOut
 from natsync.headers import Headers
@@ -303,7 +303,7 @@ class SubscriptionCore:
         return True
 
 
-class Subscription:
+class Subscription(Closable[Message]):
     """Messages of one subject, in the order in which the server sent them.
 
     Made by Client.subscribe(). Iterate it, call next(), or let its callback be called; each is safe from any thread,
@@ -390,6 +390,10 @@ class Subscription:
         self._link.unsubscribe(self._core)
         self._core.deactivate(forget=True)
 
+    def close(self) -> None:
+        """unsubscribe(), by the name that streams and replies have for it."""
+        self.unsubscribe()
+
     def drain(self, timeout: float | None = 30.0) -> None:
         """Stop taking new messages, then wait until all that had reached the server's side of the link was handled.
 
@@ -414,14 +418,6 @@ class Subscription:
                 undone=[f"{left} messages on {self.subject!r} not handled"],
                 unhandled={self.subject: left},
             )
-
-    def __enter__(self) -> Subscription:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.unsubscribe()
 
     def __del__(self) -> None:
         core = getattr(self, "_core", None)

@@ -133,6 +133,57 @@ def test_a_body_never_hands_out_nothing(client: natsync.Client, holding: Holding
     body.close()
 
 
+def test_a_subscription_is_a_body_whose_chunks_are_the_messages_data(client: natsync.Client) -> None:
+    subscription = client.subscribe("b.news", max_messages=2)
+    client.publish("b.news", "one")
+    client.publish("b.news", b"two")
+    assert list(Body(subscription)) == [b"one", b"two"]
+
+
+@pytest.mark.parametrize("end", ["max_messages", "unsubscribe", "close of the client"])
+def test_the_end_of_a_subscription_is_that_of_the_body(client: natsync.Client, end: str) -> None:
+    subscription = client.subscribe("b.news", max_messages=1 if end == "max_messages" else None)
+    body = EventBody(subscription.map(lambda message: Event(message.data, id=message.subject)))
+    client.publish("b.news", "x")
+    assert [next(body), next(body)] == [b": stream\n\n", b"id: b.news\ndata: x\n\n"]
+    if end == "unsubscribe":
+        subscription.unsubscribe()
+    elif end == "close of the client":
+        client.close()
+    assert list(body) == [b"event: end\ndata: \n\n"]
+
+
+def test_heartbeats_come_while_a_subject_is_silent(client: natsync.Client) -> None:
+    body = EventBody(client.subscribe("b.news"), heartbeat=0.1)
+    next(body)
+    assert next(body) == b": ping\n\n"
+    body.close()
+    assert list(body) == []
+
+
+def test_a_subscription_that_loses_messages_and_is_to_say_so_fails(client: natsync.Client) -> None:
+    body = EventBody(client.subscribe("b.news", pending_messages=1, overflow="error"))
+    for _ in range(2):
+        client.publish("b.news", "x")
+    client.flush()
+    next(body)
+    assert next(body) == b"data: x\n\n"
+    assert error_of(body)["error"] == "RESOURCE_EXHAUSTED"
+
+
+def test_a_connection_that_is_given_up_is_no_end_of_a_subscription(make_nats_server: Callable[..., NatsServer]) -> None:
+    server = make_nats_server()
+    with natsync.Client(server.url, reconnect=False) as client:
+        body = EventBody(client.subscribe("b.news"))
+        server.kill()
+        assert parse(b"".join(body))[-1].event == "error"
+
+
+def test_replies_are_a_body(client: natsync.Client) -> None:
+    client.subscribe("b.who", lambda message: message.respond("me"))
+    assert list(Body(client.request_many("b.who", timeout=PATIENCE, max_messages=1))) == [b"me"]
+
+
 # -- failures ----------------------------------------------------------------------------------------------------------
 
 

@@ -116,6 +116,23 @@ def forgets() -> str:
     return "done"
 
 
+@views.get("/own-response")
+def own_response() -> flask.Response:
+    stream = nats.stream("fl.count")
+    return flask.Response(stream.map(bytes) if flask.request.args else stream)
+
+
+@views.get("/clients-response")
+def clients_response() -> flask.Response:
+    return flask.Response(nats.client.stream("fl.count").map(lambda chunk: chunk + b"-"))
+
+
+@views.get("/news")
+def news() -> flask.Response:
+    subscription = nats.client.subscribe("fl.news.*")
+    return sse_response(subscription.map(natsync.Message.text) if flask.request.args else subscription)
+
+
 @views.get("/numbered")
 def numbered() -> flask.Response:
     return sse_response(nats.stream("fl.count").map(lambda chunk: Event(chunk, event="token", id=chunk.decode())))
@@ -294,6 +311,23 @@ def test_what_map_makes_of_a_chunk_may_be_an_event(browser: Any) -> None:
     assert [(event.event, event.id) for event in found[:3]] == [("token", "0"), ("token", "1"), ("token", "2")]
 
 
+@pytest.mark.parametrize("path", ["/api/news", "/api/news?mapped=1"])
+def test_a_live_page_of_a_subject_shows_its_messages_until_the_browser_leaves(
+    app: flask.Flask, browser: Any, path: str
+) -> None:
+    response = browser.get(path, buffered=False)
+    body = response.iter_encoded()
+    assert next(body) == b": stream\n\n"
+    with app.app_context():
+        client = nats.client
+    for text in ("one", "two"):
+        client.publish("fl.news.sport", text)
+    assert [next(body), next(body)] == [b"data: one\n\n", b"data: two\n\n"]
+    assert client.stats()["subscriptions"] == 1
+    response.close()
+    assert client.stats()["subscriptions"] == 0
+
+
 def test_a_failure_is_an_event_because_the_status_has_left(browser: Any) -> None:
     response = browser.get("/api/events/fl.nobody")
     assert response.status_code == 200
@@ -342,6 +376,18 @@ def test_a_stream_that_no_response_takes_over_is_closed_with_the_request(
     with pytest.raises(natsync.StreamClosed):
         list(kept.pop())
     assert _open_streams(app) == 0
+
+
+@pytest.mark.parametrize("path", ["/api/own-response", "/api/own-response?mapped=1"])
+def test_a_response_of_ones_own_is_told_who_may_take_a_stream_over(browser: Any, path: str) -> None:
+    with pytest.raises(
+        natsync.StreamCancelled, match=r"the request ended; .* sse_response\(\) .*nats\.client\.stream\(\)"
+    ):
+        browser.get(path)
+
+
+def test_a_response_of_ones_own_may_have_a_stream_of_the_client(browser: Any) -> None:
+    assert browser.get("/api/clients-response").data == b"0-1-2-"
 
 
 def test_a_response_that_the_view_does_not_return_is_a_warning_and_cancelled(app: flask.Flask, browser: Any) -> None:

@@ -13,7 +13,7 @@ from support import ROOT
 CORE = [
     "_version", "_pynats2",
     "errors", "server_errors", "server_info", "nkey", "headers", "subject", "message", "concurrency", "timers",  # words
-    "closing", "context", "hooks", "middleware", "options",
+    "closing", "closable", "context", "hooks", "middleware", "options",
     "protocol",  # wire
     "auth", "servers", "workers", "resolver", "transport", "backlog", "outbox", "session", "handover",  # link
     "settling", "mux", "subscription", "dispatcher", "supervisor", "links",

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -19,6 +20,10 @@ from support import ROOT
 
 #: Minor versions of Python 3 that are supported.
 MINORS = (10, 11, 12, 13)
+
+#: What a source distribution has beside the package.
+ALONG = ("benchmarks", "docs", "examples", "tests")
+LYING_ABOUT = shutil.ignore_patterns("__pycache__", "*.sqlite3")
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -52,21 +57,30 @@ def interpreter(minor: int) -> str | None:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy of the tree without what lies about in it."""
-    directory = tmp_path_factory.mktemp("wheel")
-    tracked = ("natsync", "docs", "examples", "tests")
-    for name in tracked:
-        shutil.copytree(ROOT / name, directory / "tree" / name, ignore=shutil.ignore_patterns("__pycache__"))
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the tree without what lies about in it, beside a bare environment."""
+    directory = tmp_path_factory.mktemp("release")
+    for name in ("natsync", *ALONG):
+        shutil.copytree(ROOT / name, directory / "tree" / name, ignore=LYING_ABOUT)
     for path in ROOT.glob("*"):
         if path.is_file():
             shutil.copy(path, directory / "tree" / path.name)
     python = interpreter(11) or interpreter(12) or interpreter(13) or interpreter(10)
     assert python is not None, "no Python 3.10 to 3.13 with venv and ensurepip"
     run(python, "-m", "venv", str(directory / "venv"), cwd=directory)
-    pip = (str(directory / "venv" / "bin" / "python"), "-m", "pip", "--quiet")
-    run(*pip, "wheel", "--no-deps", "--wheel-dir", str(directory / "out"), str(directory / "tree"), cwd=directory)
-    (built,) = (directory / "out").glob("*.whl")
+    return directory / "tree"
+
+
+def pip(tree: Path, *arguments: str) -> None:
+    """pip of the environment beside the tree."""
+    run(str(tree.parent / "venv" / "bin" / "python"), "-m", "pip", "--quiet", *arguments, cwd=tree.parent)
+
+
+@pytest.fixture(scope="module")
+def wheel(tree: Path) -> Path:
+    """The wheel, built from the tree."""
+    pip(tree, "wheel", "--no-deps", "--wheel-dir", str(tree.parent / "out"), str(tree))
+    (built,) = (tree.parent / "out").glob("*.whl")
     return built
 
 
@@ -89,6 +103,17 @@ def test_the_wheel_has_natsync_and_nothing_else(wheel: Path) -> None:
     assert others == package
     assert "natsync/py.typed" in others
     assert wheel.name == f"natsync-{natsync.__version__}-py3-none-any.whl"
+
+
+def test_the_source_distribution_has_what_the_tests_and_the_documentation_need(tree: Path) -> None:
+    pip(tree, "install", "setuptools")
+    code = f"from setuptools import build_meta; print(build_meta.build_sdist({str(tree.parent)!r}))"
+    name = run(str(tree.parent / "venv" / "bin" / "python"), "-c", code, cwd=tree).splitlines()[-1]
+    with tarfile.open(tree.parent / name) as archive:
+        names = {one.partition("/")[2] for one in archive.getnames()}
+    wanted = {str(path.relative_to(tree)) for along in ALONG for path in (tree / along).rglob("*") if path.is_file()}
+    assert wanted - names == set()
+    assert not [one for one in names if one.endswith(".sqlite3")]
 
 
 def test_the_metadata_say_what_it_is(metadata: email.message.Message) -> None:

@@ -120,6 +120,59 @@ def test_the_callers_own_time_does_not_count_as_stall(client: natsync.Client, re
     timer.join()
 
 
+def test_next_waits_as_long_as_it_is_told_and_the_replies_go_on(
+    client: natsync.Client, responders: natsync.Client
+) -> None:
+    asked: list[natsync.Message] = []
+    answering(responders, "many.next", asked.append)
+    found = client.request_many("many.next", timeout=PATIENCE, max_messages=2)
+    for timeout in (0, 0.1):
+        with pytest.raises(natsync.TimedOut, match="more may come"):
+            found.next(timeout)
+    eventually(lambda: asked, PATIENCE)
+    asked[0].respond("1")
+    assert found.next(PATIENCE).text() == "1"
+    asked[0].respond("2")
+    assert found.next().text() == "2"
+    for timeout in (None, 0):
+        with pytest.raises(natsync.StreamEnded):
+            found.next(timeout)
+    assert left(client) == 0
+
+
+def test_the_replies_end_within_a_longer_wait(client: natsync.Client, responders: natsync.Client) -> None:
+    answering(responders, "many.next.end", lambda message: None)
+    with pytest.raises(natsync.StreamEnded):
+        client.request_many("many.next.end", timeout=0.3).next(PATIENCE)
+
+
+def test_waits_shorter_than_the_stall_do_not_put_it_off(client: natsync.Client, responders: natsync.Client) -> None:
+    answering(responders, "many.next.stall", sending("1"))
+    found = client.request_many("many.next.stall", timeout=PATIENCE, stall=0.5)
+    assert found.next(PATIENCE).text() == "1"
+    began = time.monotonic()
+    with pytest.raises(natsync.StreamEnded):
+        while True:
+            try:
+                found.next(0.1)
+            except natsync.TimedOut:
+                assert time.monotonic() - began < PATIENCE / 2
+    assert time.monotonic() - began >= 0.5
+
+
+def test_map_keeps_next_and_close(client: natsync.Client, responders: natsync.Client) -> None:
+    answering(responders, "many.map", sending("1", "2", "3"))
+    with client.request_many("many.map", timeout=PATIENCE).map(natsync.Message.text).map(int) as numbers:
+        assert (numbers.next(PATIENCE), next(numbers)) == (1, 2)
+    assert left(client) == 0
+    assert list(numbers) == []
+
+
+def test_no_responders_end_a_next(client: natsync.Client) -> None:
+    with pytest.raises(natsync.NoRespondersError):
+        client.request_many("many.next.nobody", timeout=PATIENCE).next(PATIENCE)
+
+
 def test_what_came_before_the_timeout_is_given_out_after_it_and_nothing_else(
     client: natsync.Client, responders: natsync.Client
 ) -> None:

@@ -385,6 +385,25 @@ def test_leaving_the_with_block_unsubscribes(client: natsync.Client) -> None:
     assert client.stats()["subscriptions"] == 0
 
 
+def test_close_unsubscribes(client: natsync.Client) -> None:
+    subscription = client.subscribe("x.close")
+    subscription.close()
+    subscription.close()
+    assert not subscription.active
+    assert list(subscription) == []
+
+
+def test_map_keeps_next_iteration_and_close(client: natsync.Client, raw: RawClient) -> None:
+    with client.subscribe("x.map").map(natsync.Message.text).map(int) as numbers:
+        client.flush()
+        send(raw, "x.map", 1, 2)
+        assert (numbers.next(PATIENCE), next(numbers)) == (1, 2)
+        with pytest.raises(natsync.TimedOut):
+            numbers.next(0)
+    with pytest.raises(natsync.ConnectionClosed, match="has ended"):
+        numbers.next()
+
+
 def test_a_subscription_that_is_dropped_is_unsubscribed_at_the_server() -> None:
     with RecordingServer() as server, natsync.connect(server.url) as client:
         client.subscribe("x.dropped")

@@ -1,4 +1,4 @@
-"""The body of a streaming HTTP response: what a WSGI server iterates and closes, around a stream.
+"""The body of a streaming HTTP response: what a WSGI server iterates and closes, around a stream or a subscription.
 
 It waits for chunks in short steps, so that it can look at the client's socket (presence) and send a sign of life. It
 runs in the server's thread and has none of its own; close() may come from any.
@@ -13,16 +13,18 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from natsync.concurrency import check_timeout
+from natsync.closable import MappedStream
+from natsync.concurrency import Deadline, check_timeout
 from natsync.contrib.presence import LOOK_SECONDS, Gone
 from natsync.errors import InvalidArgument, NatsError, StreamEnded, TimedOut
-from natsync.streaming.stream import MappedStream
+from natsync.message import Message
+from natsync.subscription import Subscription
 
 log = logging.getLogger("natsync.contrib")
 
 
 class ChunkSource(Protocol):
-    """What a body reads from: a Stream, or what its map() returns."""
+    """What a body reads from: a Stream, Replies, a Subscription without a callback, or what map() of one returns."""
 
     def next(self, timeout: float | None = None) -> Any: ...
 
@@ -30,14 +32,14 @@ class ChunkSource(Protocol):
 
 
 class Body:
-    """The chunks of a stream as the iterable of a WSGI response; chunks are bytes or text.
+    """The chunks of a stream as the iterable of a WSGI response; chunks are bytes or text, or messages, for their data.
 
     Closing it closes the stream, which cancels the handler unless it has ended; so does whatever goes wrong while it is
     iterated. One that is dropped without close() warns (ResourceWarning), and the stream's own finalizer cancels it.
     How the stream failed is raised, so that the server breaks the response off: a client does not take it for complete.
 
     Args:
-        stream: what is read; from here on the body's own.
+        stream: what is read; from here on the body's own. The end of a subscription is that of the body.
         gone: see presence.client_gone(); asked every LOOK_SECONDS while there is nothing to send. None = never.
     """
 
@@ -139,7 +141,7 @@ class Body:
             if beat_at is not None:
                 steps.append(max(0.0, beat_at - time.monotonic()))
             try:
-                chunk = self._stream.next(min(steps, default=None))
+                chunk = self._next(min(steps, default=None))
             except StreamEnded:
                 self._last = True
                 return self._end()
@@ -149,11 +151,20 @@ class Body:
             else:
                 for function in self._functions:
                     chunk = function(chunk)
-                return self._encode(chunk)
+                return self._encode(chunk.data if isinstance(chunk, Message) else chunk)
             if gone is not None and gone():
                 return None
             if beat_at is not None and time.monotonic() >= beat_at:
                 return self._beat()
+
+    def _next(self, timeout: float | None) -> Any:
+        """The stream's next chunk; of a subscription, whose next() has one error for its end and for a lost client."""
+        if not isinstance(self._stream, Subscription):
+            return self._stream.next(timeout)
+        message = self._stream._take(Deadline.after(timeout))
+        if message is None:
+            raise StreamEnded("the subscription has ended")
+        return message
 
     # -- ending --------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 try:
     import flask
@@ -25,7 +25,8 @@ except ModuleNotFoundError as missing:
         raise
     raise ImportError('natsync.contrib.flask needs Flask: pip install "natsync[flask]"') from None
 
-from natsync.client import Client
+from natsync.client import STREAM_WINDOW, Client
+from natsync.context import Context
 from natsync.contrib import sse
 from natsync.contrib._flask_commands import commands
 from natsync.contrib.body import Body, ChunkSource
@@ -33,9 +34,14 @@ from natsync.contrib.failures import error_data, http_headers, http_status
 from natsync.contrib.presence import client_gone
 from natsync.contrib.sse import Event
 from natsync.errors import InvalidArgument, InvalidURL, NatsError
-from natsync.message import Payload
-from natsync.options import ConnectOptions, parse_servers
+from natsync.headers import HeaderInput
+from natsync.message import MISSING, Payload
+from natsync.options import ConnectOptions, Options, parse_servers
+from natsync.retry import RetryPolicy
 from natsync.streaming.stream import Stream
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["Event", "NatSync", "error_response", "sse_response", "stream_response"]
 
@@ -44,6 +50,10 @@ PREFIX = "NATSYNC_"
 #: Keys behind the prefix that are not options of the client.
 _OWN_KEYS = ("URL", "JSON_ERRORS")
 _STREAMS = "_natsync_streams"
+#: Why a stream of NatSync.stream() is cancelled; also who wrote Response(nats.stream(…)) reads it.
+_REQUEST_ENDED = (
+    "the request ended; give nats.stream() to sse_response() or stream_response(), or use nats.client.stream()"
+)
 
 
 class NatSync:
@@ -58,7 +68,7 @@ class NatSync:
             which a configuration is no place: hooks, on_event.
     """
 
-    def __init__(self, app: flask.Flask | None = None, **options: Any) -> None:
+    def __init__(self, app: flask.Flask | None = None, **options: Unpack[Options]) -> None:
         self._options = options
         self._apps: weakref.WeakSet[flask.Flask] = weakref.WeakSet()
         if app is not None:
@@ -77,7 +87,7 @@ class NatSync:
         json_errors = app.config.get(PREFIX + "JSON_ERRORS", True)
         if not isinstance(json_errors, bool):
             raise TypeError(f"{PREFIX}JSON_ERRORS is True or False, not {type(json_errors).__name__}")
-        options = {**self._options, **_configured(app.config)}
+        options: dict[str, Any] = {**self._options, **_configured(app.config)}
         app.extensions[EXTENSION] = Client(_servers(app.config), **options)
         self._apps.add(app)
         app.cli.add_command(commands)
@@ -100,17 +110,41 @@ class NatSync:
             raise RuntimeError(f"no application of {len(apps)} is current; use `with app.app_context():` around this")
         return apps[0].extensions[EXTENSION]  # type: ignore[no-any-return]
 
-    def stream(self, subject: str, payload: Payload = b"", **options: Any) -> Stream:
-        """client.stream() for a view: closed at the end of the request unless a response has taken it over.
+    def stream(
+        self,
+        subject: str,
+        payload: Payload = b"",
+        *,
+        json: Any = MISSING,
+        headers: HeaderInput = None,
+        timeout: float | None = None,
+        idle_timeout: float | None = None,
+        window: int = STREAM_WINDOW,
+        retry: RetryPolicy = None,
+        ctx: Context | None = None,
+    ) -> Stream:
+        """client.stream() for a view: cancelled at the end of the request unless a response has taken it over.
 
-        So nothing is left behind where the view raises, even if a debugger keeps its frame. Raises as client.stream()
-        does.
+        sse_response() and stream_response() take it over, and nothing else: a response of one's own is iterated when
+        the request has ended, and is for nats.client.stream().
+        So nothing is left behind where the view raises, even if a debugger keeps its frame. Does not wait. Raises
+        as client.stream() does.
 
         Raises:
             RuntimeError: there is no request.
         """
         flask.request.environ  # noqa: B018 (Flask's own error, before anything is sent)
-        stream = self.client.stream(subject, payload, **options)
+        stream = self.client.stream(
+            subject,
+            payload,
+            json=json,
+            headers=headers,
+            timeout=timeout,
+            idle_timeout=idle_timeout,
+            window=window,
+            retry=retry,
+            ctx=ctx,
+        )
         flask.g.setdefault(_STREAMS, []).append(stream)
         return stream
 
@@ -126,6 +160,7 @@ def sse_response(
 ) -> flask.Response:
     """Server-sent events: each chunk of the stream (bytes, text, or an Event from stream.map()) is one event.
 
+    A subscription without a callback, or replies, will do as well: of a message it is the data, unless map() says else.
     Returns at once; the chunks are waited for while the server iterates the response, on its thread. The response owns
     the stream: when the browser leaves, the stream is closed, which cancels the handler, within half a second where the
     server shows the client's socket (Werkzeug, gunicorn, uWSGI; waitress with channel_request_lookahead), else at the
@@ -233,9 +268,9 @@ def _take_over(stream: Any) -> None:
 
 
 def _close_streams(error: BaseException | None) -> None:
-    """At the end of a request: close what no response has taken over."""
+    """At the end of a request: cancel what no response has taken over."""
     for stream in flask.g.pop(_STREAMS, []):
-        stream.close()
+        stream.cancel(_REQUEST_ENDED)
 
 
 def _answer_error(error: NatsError) -> flask.Response:

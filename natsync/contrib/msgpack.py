@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar, cast
 
 try:
     import msgpack as _msgpack
@@ -27,6 +27,8 @@ except ImportError:
 
 from natsync.errors import Code, HandlerError, InvalidArgument
 from natsync.message import Message
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def encode(value: Any) -> bytes:
@@ -55,7 +57,7 @@ def decode(data: bytes | Message) -> Any:
         raise InvalidArgument(f"the payload is not a MessagePack value: {what}") from error
 
 
-def typed(function: Callable[..., Any]) -> Callable[..., Any]:
+def typed(function: F) -> F:
     """Decorator under @subscriber.handler and @subscriber.stream: function(ctx, value) returns or yields values.
 
     A payload that is not MessagePack is answered with a HandlerError of code INVALID_ARGUMENT.
@@ -75,13 +77,13 @@ def typed(function: Callable[..., Any]) -> Callable[..., Any]:
         def stream(ctx: Any, request: Message) -> Iterator[bytes]:
             yield from map(encode, function(ctx, value_of(request)))
 
-        return _plain(stream)
+        return cast(F, _plain(stream))
 
     @functools.wraps(function)
     def answer(ctx: Any, request: Message) -> bytes:
         return encode(function(ctx, value_of(request)))
 
-    return _plain(answer)
+    return cast(F, _plain(answer))
 
 
 def _plain(function: Callable[..., Any]) -> Callable[..., Any]:

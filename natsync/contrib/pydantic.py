@@ -19,7 +19,7 @@ import functools
 import inspect
 import typing
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 try:
     import pydantic_core
@@ -31,6 +31,7 @@ from natsync.errors import Code, HandlerError, InvalidArgument
 from natsync.message import Message
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def encode(value: Any) -> bytes:
@@ -63,7 +64,7 @@ def _decode(adapter: TypeAdapter[T], data: bytes | Message) -> T:
         raise InvalidArgument(told) from error
 
 
-def typed(function: Callable[..., Any]) -> Callable[..., Any]:
+def typed(function: F) -> F:
     """Decorator under @subscriber.handler and @subscriber.stream: function(ctx, model: Model) returns or yields models.
 
     A payload that does not fit is answered with a HandlerError of code INVALID_ARGUMENT whose text says where.
@@ -85,13 +86,13 @@ def typed(function: Callable[..., Any]) -> Callable[..., Any]:
         def stream(ctx: Any, request: Message) -> Iterator[bytes]:
             yield from map(encode, function(ctx, model_of(request)))
 
-        return _plain(stream)
+        return cast(F, _plain(stream))
 
     @functools.wraps(function)
     def answer(ctx: Any, request: Message) -> bytes:
         return encode(function(ctx, model_of(request)))
 
-    return _plain(answer)
+    return cast(F, _plain(answer))
 
 
 def _adapter_of(function: Callable[..., Any]) -> TypeAdapter[Any]:

@@ -115,7 +115,7 @@ class EventBody(Body):
     too.
 
     Args:
-        stream: its chunks are bytes, text or Event.
+        stream: its chunks are bytes, text or Event, or messages, for their data.
         heartbeat: seconds without an event after which a comment is sent; None = never.
         event: the type of events whose chunk is not an Event; None is "message".
         end: the type of the event at the end of a complete stream; None sends none.

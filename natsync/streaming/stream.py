@@ -8,9 +8,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from types import TracebackType
-from typing import Any, Generic, TypeVar
 
+from natsync.closable import Closable
 from natsync.concurrency import Deadline, check_timeout, fork_generation
 from natsync.context import Context
 from natsync.errors import (
@@ -30,53 +29,8 @@ from natsync.retry import RetryPolicy, Series, bucket_for
 from natsync.streaming.call import Call, Finished
 from natsync.streaming.calls import Calls
 
-T = TypeVar("T")
-
 _NO_DEADLINE = Deadline()
 _COUNTED = ("chunks", "bytes", "gaps", "resent", "resumes", "blocked")
-
-
-class Closable(Generic[T]):
-    """An iterator that is also a context manager and has close(): leaving the block closes."""
-
-    def close(self) -> None:
-        raise NotImplementedError
-
-    def __enter__(self: C) -> C:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def map(self, function: Callable[[T], Any]) -> MappedStream[Any]:
-        """Like map(function, stream), but the result keeps close() and the context manager."""
-        return MappedStream(self, function)
-
-
-C = TypeVar("C", bound="Closable[Any]")
-
-
-class MappedStream(Closable[T]):
-    """A stream seen through a function; closing it closes the stream."""
-
-    def __init__(self, stream: Any, function: Callable[[Any], T]) -> None:
-        self._stream = stream
-        self._function = function
-
-    def __iter__(self) -> Iterator[T]:
-        return self
-
-    def __next__(self) -> T:
-        return self._function(next(self._stream))
-
-    def next(self, timeout: float | None = None) -> T:
-        """The function of the stream's next chunk; waits and raises as the stream's next() does."""
-        return self._function(self._stream.next(timeout))
-
-    def close(self) -> None:
-        self._stream.close()
 
 
 class Stream(Closable[bytes]):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import threading
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import natsync
 from natsync.concurrency import after_fork_in_child
 from natsync.contrib.django.conf import configured
+from natsync.options import Options
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _lock = threading.Lock()
 _client: natsync.Client | None = None
@@ -31,7 +35,7 @@ def get_client() -> natsync.Client:
     return found
 
 
-def make_client(**options: Any) -> natsync.Client:
+def make_client(**options: Unpack[Options]) -> natsync.Client:
     """A client of one's own with the options of NATSYNC, and these instead of them; the caller closes it."""
     config = configured()
     return natsync.Client(config.servers, **{**config.options, **options})

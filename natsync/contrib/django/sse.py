@@ -81,7 +81,8 @@ def sse_response(
     socket be looked at (runserver does not, gunicorn does).
 
     Args:
-        stream: of Client.stream(), or its map(); chunks are bytes, text or natsync.contrib.sse.Event.
+        stream: of Client.stream(), subscribe() without a callback, or request_many(), or the map() of one; chunks are
+            bytes, text, natsync.contrib.sse.Event, or messages, for their data.
         heartbeat: seconds without an event after which a comment is sent; None = never.
         event: the type of the events; None is "message".
         request: the view's. Where it is not given, that which Django serves in this thread.
