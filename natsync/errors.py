@@ -314,4 +314,4 @@ class Cancelled(NatsError):
 
 
 class StreamEnded(NatsError):
-    """The stream is complete: what Stream.next() raises after the last chunk."""
+    """The stream is complete: what Stream.next() raises after the last chunk; Replies.next() after the last reply."""

@@ -63,18 +63,19 @@ CHECK_SECONDS = 2.0
 class Lease:
     """`with pool.connection() as client:`. Entering borrows a client and may block; leaving gives it back."""
 
-    __slots__ = ("_client", "_pool", "_timeout", "_turn")
+    __slots__ = ("_client", "_ctx", "_pool", "_timeout", "_turn")
 
-    def __init__(self, pool: ConnectionPool, timeout: float | None) -> None:
+    def __init__(self, pool: ConnectionPool, timeout: float | None, ctx: Context | None = None) -> None:
         self._pool = pool
         self._timeout = timeout
+        self._ctx = ctx
         self._turn: Turn | None = None
         self._client: Client | None = None
 
     def __enter__(self) -> Client:
         self._turn = turn = self._pool._turn()
         try:
-            self._client = client = self._pool._borrow(turn, self._timeout)
+            self._client = client = self._pool._borrow(turn, self._timeout, self._ctx)
             turn.client = None  # the borrower's alone: see Turn
         except BaseException:  # a Ctrl-C included: whatever was granted goes to the next
             self._pool._leave(turn)
@@ -301,8 +302,11 @@ class ConnectionPool:
         reply: str | None = None,
         headers: HeaderInput = None,
     ) -> None:
-        """Client.publish() on a borrowed connection. Blocks for one as connection() does; raises what both raise."""
-        with self.connection() as client:
+        """Client.publish() on a borrowed connection. Blocks for one as connection() does; raises what both raise.
+
+        In a handler the end of its context ends the wait.
+        """
+        with Lease(self, None, current()) as client:
             client.publish(subject, payload, json=json, reply=reply, headers=headers)
 
     def request(

@@ -164,8 +164,13 @@ def test_a_verbs_timeout_covers_the_wait_for_a_connection(nats_server: NatsServe
         assert time.monotonic() - begin < 2.5
 
 
-@pytest.mark.parametrize("ambient", [False, True])
-@pytest.mark.parametrize("verb", ["request", "request_many", "stream", "stream_request"])
+VERBS = ["request", "request_many", "stream", "stream_request"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "ambient"),
+    [*((verb, False) for verb in VERBS), *((verb, True) for verb in VERBS), ("publish", True)],
+)
 def test_the_end_of_a_verbs_context_ends_the_wait_for_a_connection(
     pool: natsync.ConnectionPool, verb: str, ambient: bool
 ) -> None:
@@ -175,7 +180,7 @@ def test_the_end_of_a_verbs_context_ends_the_wait_for_a_connection(
     def call() -> None:
         if ambient:
             with Running(ctx):
-                getattr(pool, verb)(*arguments, timeout=PATIENCE)
+                getattr(pool, verb)(*arguments, **({} if verb == "publish" else {"timeout": PATIENCE}))
         else:
             getattr(pool, verb)(*arguments, timeout=PATIENCE, ctx=ctx)
 

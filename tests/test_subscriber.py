@@ -18,7 +18,7 @@ import pytest
 import natsync
 from natsync.headers import decode
 from natsync.streaming import subscriber as subscriber_module
-from natsync.testing import NatsServer, ScriptedPeer, eventually
+from natsync.testing import FaultProxy, NatsServer, ScriptedPeer, eventually
 from processes import Child, child
 from rawclient import END, ERROR, PATIENCE, RawClient, RecordingServer
 from support import framed_only
@@ -1148,6 +1148,25 @@ def test_plain_messages_that_wait_when_the_time_to_drain_is_over_are_dropped_and
     assert handled == [b"0"]
     stats = subscriber.stats()
     assert [stats[name] for name in ("received", "processed", "dropped")] == [6, 1, 5]
+
+
+def test_plain_messages_that_come_when_the_time_to_close_is_over_are_dropped(
+    client: natsync.Client, make_fault_proxy: Callable[..., FaultProxy]
+) -> None:
+    proxy, handled = make_fault_proxy(), list[bytes]()
+    subscriber = natsync.Subscriber(proxy.url)
+    handle = subscriber.subscribe("u.late", lambda message: handled.append(message.data))
+    client.publish("u.late", b"in time")
+    eventually(lambda: handled == [b"in time"])
+    proxy.down.delay(0.2)
+    for _ in range(20):
+        client.publish("u.late", b"late")
+    client.flush()
+    handle.stop(0)
+    eventually(lambda: handle.stats["dropped"] == 20)
+    assert handled == [b"in time"]
+    assert handle.stats["received"] == 21
+    subscriber.close()
 
 
 def test_a_handler_sees_that_it_should_finish_soon(client: natsync.Client, subscriber: natsync.Subscriber) -> None:

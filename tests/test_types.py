@@ -71,7 +71,6 @@ double(natsync.Context(), "1")  #! arg-type
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_users_program_is_told_its_mistakes_and_nothing_else(tmp_path: Path) -> None:
-    pytest.importorskip("mypy")
     (tmp_path / "program.py").write_text(PROGRAM, "utf-8")
     done = subprocess.run(
         (

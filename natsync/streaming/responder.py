@@ -332,7 +332,7 @@ def _run_stream(request: Message, runner: Runner, ctx: HandlerContext, core: Sen
 
 
 def _respond_error(request: Message, error: BaseException) -> None:
-    code = getattr(error, "code", None)
+    code = getattr(error, "code", None) if isinstance(error, Exception) else None  # SystemExit's is another kind
     text = terms.header_text(describe(error))
     number = code if isinstance(code, int) else _HANDLER_FAILED
     headers = Headers({ERROR_HEADER: text, ERROR_CODE_HEADER: str(int(number))})

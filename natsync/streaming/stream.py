@@ -111,12 +111,15 @@ class Stream(Closable[bytes]):
 
     def _with_retry(self, deadline: Deadline) -> bytes:
         """The next chunk; if the stream breaks off and the policy lets it, of another attempt."""
-        if not self._turn.acquire(timeout=deadline.wait_time()):
-            raise TimedOut(f"no chunk of {self.subject!r} in time: another thread is waiting for it")
+        taken = list[bool]()
         try:
+            taken.extend(map(self._turn.acquire, (True,), (deadline.wait_time(),)))  # noted in the same step
+            if not taken[0]:
+                raise TimedOut(f"no chunk of {self.subject!r} in time: another thread is waiting for it")
             return self._in_turn(deadline)
         finally:
-            self._turn.release()
+            if taken and taken[0]:
+                self._turn.release()
 
     def _in_turn(self, deadline: Deadline) -> bytes:
         while self._retry is not None:

@@ -353,6 +353,9 @@ class Subscriber:
 
         def take(message: Message) -> None:
             work.count("received")
+            if work.overdue:
+                work.count("dropped")
+                return
             began = time.perf_counter_ns()
             try:
                 run(message)
