@@ -286,6 +286,26 @@ def test_serve_signs_in_as_its_options_say_where_the_module_leaves_it_open(
     assert not any("S3CRET" in line for line in command.err)
 
 
+def test_a_module_that_takes_plain_messages_need_not_connect_at_its_import(make_nats_server, tmp_path: Path) -> None:
+    server = make_nats_server(config=USERS)
+    prefix = write(tmp_path, "one")
+    path = tmp_path / "one.py"
+    path.write_text(
+        path.read_text()
+        + f'\n@subscriber.subscribe("{prefix}.news")\ndef news(message):\n    message.respond(b"heard")\n'
+    )
+    options = ("--workers", "2", "--user", "ada", "--password", "S3CRET")
+    with child(*NATSYNC, "serve", "one", *options, url=server.url, cwd=tmp_path) as command:
+        wait_for_serving(command, 2)
+        assert sum(line.endswith(".pid in queue group one") for line in command.err) == 2
+        with natsync.Client(server.url, user="ada", password="S3CRET") as client:
+            replies = client.request_many(f"{prefix}.news", timeout=PATIENCE, max_messages=2)
+            assert [reply.data for reply in replies] == [b"heard", b"heard"]  # plain messages come to all
+            assert len(list(client.request_many(f"{prefix}.pid", timeout=PATIENCE, stall=0.5))) == 1
+        command.send(signal.SIGTERM)
+        assert command.wait() == 0
+
+
 OPEN = """
 import natsync
 
