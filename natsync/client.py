@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from natsync import subject as _subject
 from natsync.concurrency import Deadline, after_fork_in_child, at_home, check_timeout, fork_generation
@@ -24,7 +24,7 @@ from natsync.hooks import Exchange, Watch, fire
 from natsync.message import MISSING, Message, Payload, payload_of
 from natsync.middleware import chain_of
 from natsync.mux import Waiter
-from natsync.options import LEAST_CONTROL_LINE, ConnectOptions, Options, Server, Servers, connect_settings
+from natsync.options import LEAST_CONTROL_LINE, ConnectOptions, Options, Server, Servers, Unpack, connect_settings
 from natsync.replies import Replies, Sentinel, check_many
 from natsync.reply import request as _request
 from natsync.retry import Retrying, RetryPolicy, bucket_for, check_policy, run
@@ -42,9 +42,6 @@ from natsync.subscription import (
     Subscription,
     SubscriptionCore,
 )
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 #: Seconds that flush() waits, unless told otherwise. Default of nats.go's Flush.
 FLUSH_SECONDS = 10.0

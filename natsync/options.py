@@ -9,9 +9,10 @@ import ipaddress
 import itertools
 import os
 import ssl
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypedDict
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from natsync import hooks as _hooks
@@ -20,6 +21,13 @@ from natsync import subject as _subject
 from natsync.concurrency import check_timeout
 from natsync.errors import InvalidArgument, InvalidURL
 from natsync.nkey import check_library, check_seed, parse_creds
+
+if sys.version_info >= (3, 11):
+    from typing import Unpack as Unpack
+elif TYPE_CHECKING:
+    from typing_extensions import Unpack as Unpack
+else:
+    Unpack = dict  # Python 3.10 has none; annotations can be evaluated all the same
 
 #: What names servers: a URL, several separated by commas, or a list of them.
 Servers: TypeAlias = "str | Iterable[str] | None"

@@ -12,7 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from natsync.client import REQUEST_SECONDS, STREAM_WINDOW, Client
 from natsync.concurrency import Deadline, after_fork_in_child, at_home, check_timeout, fork_generation, run_soon
@@ -29,15 +29,12 @@ from natsync.errors import (
 )
 from natsync.headers import HeaderInput
 from natsync.message import MISSING, Message, Payload
-from natsync.options import Options, Servers, connect_settings
+from natsync.options import Options, Servers, Unpack, connect_settings
 from natsync.pooling.keeper import Keeper
 from natsync.pooling.store import LOOK_SECONDS, Turn
 from natsync.replies import Replies, Sentinel
 from natsync.retry import RetryPolicy
 from natsync.streaming.stream import Stream
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 log = logging.getLogger("natsync.pool")
 
@@ -63,19 +60,18 @@ CHECK_SECONDS = 2.0
 class Lease:
     """`with pool.connection() as client:`. Entering borrows a client and may block; leaving gives it back."""
 
-    __slots__ = ("_client", "_ctx", "_pool", "_timeout", "_turn")
+    __slots__ = ("_client", "_pool", "_timeout", "_turn")
 
-    def __init__(self, pool: ConnectionPool, timeout: float | None, ctx: Context | None = None) -> None:
+    def __init__(self, pool: ConnectionPool, timeout: float | None) -> None:
         self._pool = pool
         self._timeout = timeout
-        self._ctx = ctx
         self._turn: Turn | None = None
         self._client: Client | None = None
 
     def __enter__(self) -> Client:
         self._turn = turn = self._pool._turn()
         try:
-            self._client = client = self._pool._borrow(turn, self._timeout, self._ctx)
+            self._client = client = self._pool._borrow(turn, self._timeout)
             turn.client = None  # the borrower's alone: see Turn
         except BaseException:  # a Ctrl-C included: whatever was granted goes to the next
             self._pool._leave(turn)
@@ -304,9 +300,9 @@ class ConnectionPool:
     ) -> None:
         """Client.publish() on a borrowed connection. Blocks for one as connection() does; raises what both raise.
 
-        In a handler the end of its context ends the wait.
+        As a client's, it goes out in a handler whose context has ended, too.
         """
-        with Lease(self, None, current()) as client:
+        with self.connection() as client:
             client.publish(subject, payload, json=json, reply=reply, headers=headers)
 
     def request(

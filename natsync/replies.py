@@ -154,7 +154,11 @@ class Replies(Closable[Message]):
     def _take(self, until: Deadline) -> Message | None:
         if self._generation != fork_generation():
             raise ForkError("these replies belong to the parent process")
-        with self._taking:  # no acquire(timeout): a Ctrl-C behind that call would leave it taken
+        taken = list[bool]()
+        try:
+            taken.extend(map(self._taking.acquire, (True,), (until.wait_time(),)))  # noted in the same step
+            if not taken[0]:
+                raise TimedOut(f"no reply to {self.subject!r} in time: another thread is waiting for it")
             try:
                 message = self._next(until)
             except _NotYet:
@@ -165,6 +169,9 @@ class Replies(Closable[Message]):
             if message is None:
                 self._finish(None)
             return message
+        finally:
+            if taken and taken[0]:
+                self._taking.release()
 
     def _next(self, until: Deadline) -> Message | None:
         """The next reply; None if there is to be no more."""

@@ -322,14 +322,27 @@ def write_open(directory: Path, name: str, *, queue: str | None, options: str = 
 
 def test_an_open_subscriber_is_refused_where_the_queue_group_comes_too_late(url: str, tmp_path: Path) -> None:
     write_open(tmp_path, "early", queue=None)
-    for workers in ((), ("--workers", "2")):
-        result = run(*NATSYNC, "serve", "early", *workers, url=url, cwd=tmp_path)
+    for options in (("--queue", "q"), ("--workers", "2")):
+        result = run(*NATSYNC, "serve", "early", *options, url=url, cwd=tmp_path)
         assert result.process.returncode == 1
         (line,) = {line for line in result.err if "too early" in line}
         assert line.startswith(
             "natsync: 'early' was open before it was served, too early for the queue group of 'serve."
         )
         assert "decorators stream(), handler() and subscribe()" in line
+
+
+@pytest.mark.parametrize("options", [(), ("--workers", "1")])
+def test_an_open_subscriber_without_a_queue_group_is_served_by_one_process(
+    url: str, natsync_client: natsync.Client, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    write_open(tmp_path, "early", queue=None)
+    with child(*NATSYNC, "serve", "early", *options, url=url, cwd=tmp_path) as command:
+        command.wait_for_err("early.batch")
+        command.wait_for_err("in no queue group")
+        eventually(lambda: list(natsync_client.stream(f"serve.{tmp_path.name}.early.batch", timeout=1)) == [b"1"])
+        command.send(signal.SIGTERM)
+        assert command.wait() == 0
 
 
 def test_an_open_subscriber_is_refused_where_the_credentials_come_too_late(make_nats_server, tmp_path: Path) -> None:

@@ -160,6 +160,19 @@ def test_waits_shorter_than_the_stall_do_not_put_it_off(client: natsync.Client, 
     assert time.monotonic() - began >= 0.5
 
 
+def test_next_keeps_its_timeout_while_another_thread_takes(client: natsync.Client, responders: natsync.Client) -> None:
+    asked: list[natsync.Message] = []
+    answering(responders, "many.two", asked.append)
+    found = client.request_many("many.two", timeout=PATIENCE, max_messages=1)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(next, found)
+        eventually(lambda: found._taking.locked() and asked, PATIENCE)
+        with pytest.raises(natsync.TimedOut, match="another thread"):
+            found.next(0.05)
+        asked[0].respond("1")
+        assert first.result(PATIENCE).text() == "1"
+
+
 def test_map_keeps_next_and_close(client: natsync.Client, responders: natsync.Client) -> None:
     answering(responders, "many.map", sending("1", "2", "3"))
     with client.request_many("many.map", timeout=PATIENCE).map(natsync.Message.text).map(int) as numbers:

@@ -1037,11 +1037,20 @@ def test_threads_that_read_one_stream_share_its_attempts(client: natsync.Client)
     assert client.stats()["out_messages"] == before + 4
 
 
+def test_all_threads_that_wait_between_two_tries_are_told_of_the_cancel(client: natsync.Client) -> None:
+    stream = client.stream("sc.nobody", retry=natsync.Retry(initial=PATIENCE, maximum=PATIENCE, jitter=False))
+    with ThreadPoolExecutor() as pool:
+        readers = [pool.submit(next, stream) for _ in range(3)]
+        eventually(lambda: stream._due is not None)  # and somebody waits for it
+        stream.close()
+        assert [type(reader.exception(PATIENCE)) for reader in readers] == [natsync.StreamCancelled] * 3
+
+
 def test_a_thread_that_waits_behind_another_keeps_its_timeout(client: natsync.Client) -> None:
     stream = client.stream("sc.nobody", retry=natsync.Retry(initial=PATIENCE, maximum=PATIENCE, jitter=False))
     with ThreadPoolExecutor() as pool:
         first = pool.submit(stream.next)
-        eventually(between_two_tries)
+        eventually(lambda: stream._due is not None)  # and somebody waits for it
         with pytest.raises(natsync.TimedOut, match="another thread"):
             stream.next(0.05)
         stream.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -253,6 +254,51 @@ WRONG = [
     ("handler", one), ("handler", three), ("handler", None),
     ("recording", two), ("recording", None),
 ]  # fmt: skip
+
+
+def test_what_a_decorator_takes_counts_where_it_is_not_what_it_decorates(
+    client: natsync.Client, subscriber: natsync.Subscriber
+) -> None:
+    """As mock.patch() and those that give a function its database do."""
+
+    def injecting(function: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.wraps(function)(lambda *given: function(*given, "injected"))
+
+    def strictly_injecting(function: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.wraps(function)(lambda message: function(message, "injected"))
+
+    got: list[tuple[bytes, str]] = []
+    for inject in (injecting, strictly_injecting):
+        client.subscribe("u.injected", inject(lambda message, what: got.append((message.data, what))))
+        subscriber.subscribe("u.injected", inject(lambda message, what: got.append((message.data, what))))
+    client.publish("u.injected", b"x")
+    eventually(lambda: got == [(b"x", "injected")] * 4)
+
+
+@pytest.mark.parametrize("form", ["handler", "stream"])
+def test_details_of_other_libraries_errors_stay_here(
+    client: natsync.Client, subscriber: natsync.Subscriber, form: str
+) -> None:
+    class Theirs(Exception):
+        details = "a document of their server"
+
+    class Raising(Exception):
+        @property
+        def details(self) -> object:
+            raise KeyError("no details")
+
+    for kind in (Theirs, Raising):
+
+        def handler(ctx: natsync.Context, request: natsync.Message, kind: type[Exception] = kind) -> bytes:
+            raise kind("boom")
+
+        getattr(subscriber, form)(f"u.{kind.__name__}")(handler)
+        with pytest.raises(natsync.HandlerError, match="boom") as caught:
+            if form == "handler":
+                client.request(f"u.{kind.__name__}", timeout=PATIENCE)
+            else:
+                list(client.stream(f"u.{kind.__name__}", timeout=PATIENCE))
+        assert not caught.value.details
 
 
 @pytest.mark.parametrize(("form", "function"), WRONG, ids=lambda value: getattr(value, "__name__", repr(value)))

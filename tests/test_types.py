@@ -110,3 +110,8 @@ def test_a_pools_verbs_take_what_the_clients_do(verb: str) -> None:
 def test_flasks_stream_takes_what_the_clients_does() -> None:
     flask = pytest.importorskip("natsync.contrib.flask")
     assert inspect.signature(flask.NatSync.stream) == inspect.signature(natsync.Client.stream)
+
+
+def test_annotations_can_be_evaluated() -> None:
+    for made in (natsync.Client, natsync.connect, natsync.ConnectionPool, natsync.Subscriber):
+        assert "options" in inspect.signature(made, eval_str=True).parameters

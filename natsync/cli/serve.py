@@ -21,6 +21,8 @@ from natsync.cli.supervisor import Parent, Supervisor, reload_on_change
 #: The attribute that is taken where the argument names only a module.
 DEFAULT_ATTRIBUTE = "subscriber"
 
+log = logging.getLogger("natsync.serve")
+
 _LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -42,6 +44,7 @@ _LEVELS = ("debug", "info", "warning", "error")
 @click.option("--workers", type=click.IntRange(min=1), help="Serve in so many processes; one that dies is replaced.")
 @click.option("--reload", is_flag=True, help="Start anew when a Python file below this directory changes.")
 @click.option("--monitor", "monitored", is_flag=True, help="Answer `natsync top`.")
+@click.option("--several", is_flag=True, hidden=True, help="Other processes serve the same.")
 @click.option("--worker-of", hidden=True, help="Descriptors of a worker: to say that it is ready, and of its parent.")
 @connection_options
 def serve(
@@ -52,6 +55,7 @@ def serve(
     workers: int | None,
     reload: bool,
     monitored: bool,
+    several: bool,
     worker_of: str | None,
 ) -> None:
     """Serve the handlers of natsync.Subscribers until SIGTERM or Ctrl-C.
@@ -66,6 +70,7 @@ def serve(
         options = ["--log-level", log_level, "--shutdown-timeout", str(shutdown_timeout)]
         options += [] if queue is None else ["--queue", queue]
         options += ["--monitor"] if monitored else []
+        options += ["--several"] if several or (workers or 1) > 1 else []
         _supervise([*options, *child_options(), *targets], workers or 1, shutdown_timeout, reload)
         return
     parent = None if worker_of is None else Parent(worker_of)
@@ -77,7 +82,7 @@ def serve(
         subscriber = load_subscriber(target)
         if subscriber not in subscribers:
             subscriber.default_queue = (target.partition(":")[0] if queue is None else queue) or None
-            _take_options(subscriber, target, given)
+            _take_options(subscriber, target, given, several or queue is not None)
             subscribers[subscriber] = target
 
     def announce() -> None:
@@ -92,11 +97,11 @@ def serve(
     serve_all(list(subscribers), shutdown_timeout, announce)
 
 
-def _take_options(subscriber: natsync.Subscriber, target: str, given: dict[str, Any]) -> None:
+def _take_options(subscriber: natsync.Subscriber, target: str, given: dict[str, Any], shared: bool) -> None:
     """Give the subscriber the connection options; its queue group it has.
 
     One that its module has opened is served only where neither comes too late: requests that every process runs, or
-    a connection that is another user's, are noticed late.
+    a connection that is another user's, are noticed late. Without a group it may be if no other process is known of.
 
     Raises:
         click.ClickException: one does.
@@ -109,7 +114,12 @@ def _take_options(subscriber: natsync.Subscriber, target: str, given: dict[str, 
     else:
         if subscriber.default_queue is None or not lonely:
             return
-        late = f"the queue group of {', '.join(map(repr, lonely))} (queue=, or --queue '' for none)"
+        subjects = ", ".join(map(repr, lonely))
+        if not shared:
+            text = "%r was open before it was served: %s in no queue group; if other processes serve it, all answer"
+            log.warning(text, target, subjects)
+            return
+        late = f"the queue group of {subjects} (queue=, or --queue '' for none)"
     raise click.ClickException(
         f"{target!r} was open before it was served, too early for {late}: its module may only record, by the "
         "decorators stream(), handler() and subscribe() of a Subscriber that is not open"

@@ -16,7 +16,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 try:
     import flask
@@ -36,12 +36,9 @@ from natsync.contrib.sse import Event
 from natsync.errors import InvalidArgument, InvalidURL, NatsError
 from natsync.headers import HeaderInput
 from natsync.message import MISSING, Payload
-from natsync.options import ConnectOptions, Options, parse_servers
+from natsync.options import ConnectOptions, Options, Unpack, parse_servers
 from natsync.retry import RetryPolicy
 from natsync.streaming.stream import Stream
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 __all__ = ["Event", "NatSync", "error_response", "sse_response", "stream_response"]
 

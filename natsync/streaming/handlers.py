@@ -76,18 +76,29 @@ def arguments(function: Handler, allowed: tuple[int, ...], form: str) -> int:
     """
     if not callable(function):
         raise TypeError(f"a handler is a function {form}, not {type(function).__name__}")
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        return max(allowed)
-    if any(one.kind is one.VAR_POSITIONAL for one in parameters):
-        return max(allowed)
-    positional = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
-    required = sum(one.default is one.empty for one in positional)
-    fitting = [count for count in allowed if required <= count <= len(positional)]
-    if not fitting or any(one.kind is one.KEYWORD_ONLY and one.default is one.empty for one in parameters):
+    fitting = _fitting(function, allowed, wrapped=True)
+    if not fitting and hasattr(
+        function, "__wrapped__"
+    ):  # a decorator that takes other arguments than what it decorates
+        fitting = _fitting(function, allowed, wrapped=False)
+    if not fitting:
         raise TypeError(f"handler {_name(function)} must have the form {form}")
     return min(fitting)
+
+
+def _fitting(function: Handler, allowed: tuple[int, ...], *, wrapped: bool) -> list[int]:
+    """Which of the allowed numbers of arguments it takes. wrapped: as the function that it wraps says, if it does."""
+    try:
+        parameters = inspect.signature(function, follow_wrapped=wrapped).parameters.values()
+    except (TypeError, ValueError):
+        return [max(allowed)]
+    if any(one.kind is one.VAR_POSITIONAL for one in parameters):
+        return [max(allowed)]
+    positional = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+    required = sum(one.default is one.empty for one in positional)
+    if any(one.kind is one.KEYWORD_ONLY and one.default is one.empty for one in parameters):
+        return []
+    return [count for count in allowed if required <= count <= len(positional)]
 
 
 def _name(function: Handler) -> str:
@@ -149,9 +160,7 @@ def guarded(run: Sending) -> Runner:
             run(ctx, request, core)
             return None
         except BaseException as error:  # SystemExit in a handler must not leave its requester waiting
-            if core.over.happened or not core.fail(
-                describe(error), Status(code_of(error), getattr(error, "details", None))
-            ):
+            if core.over.happened or not core.fail(describe(error), Status(code_of(error), details_of(error))):
                 log.debug("handler of %r stopped after its stream was over: %r", request.subject, error)
                 return error
             log_raised(request, error)
@@ -175,6 +184,11 @@ def code_of(error: BaseException) -> int:
     if isinstance(error, DeadlineExceeded | TimeoutError):
         return Code.DEADLINE_EXCEEDED
     return Code.CANCELLED if isinstance(error, Cancelled) else Code.UNKNOWN
+
+
+def details_of(error: BaseException) -> Any:
+    """The details that a handler gave with its error; those of other libraries' errors are not the requester's."""
+    return error.details if isinstance(error, StreamError) else None
 
 
 def _callback(function: Handler, ctx: HandlerContext, request: Message, core: SenderCore) -> None:

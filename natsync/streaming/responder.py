@@ -336,7 +336,7 @@ def _respond_error(request: Message, error: BaseException) -> None:
     text = terms.header_text(describe(error))
     number = code if isinstance(code, int) else _HANDLER_FAILED
     headers = Headers({ERROR_HEADER: text, ERROR_CODE_HEADER: str(int(number))})
-    details = getattr(error, "details", None)
+    details = handlers.details_of(error)
     try:
         if details is not None:
             with contextlib.suppress(MaxPayloadExceeded):  # then without them

@@ -127,7 +127,6 @@ class Stream(Closable[bytes]):
             try:
                 if self._due is not None:
                     self._again()
-                    self._due = None  # behind it: a Ctrl-C in there costs no attempt
                 chunk = self._call.next_chunk(deadline)
             except Exception as error:
                 if type(error) is TimedOut:  # the wait has ended, not the stream
@@ -152,10 +151,10 @@ class Stream(Closable[bytes]):
         try:
             self._ctx.check()
         except DeadlineExceeded:
-            self._settle()
+            self._attach()  # and no more, so that others who wait are told the same
             raise
         except Cancelled as error:
-            self._settle()
+            self._attach()
             raise StreamCancelled(error.reason) from None
         if time.monotonic() < self._due:
             raise TimedOut(f"no chunk of {self.subject!r} in time; the stream goes on")  # with another try
@@ -194,7 +193,8 @@ class Stream(Closable[bytes]):
         """Make another attempt; what this one has counted stays counted."""
         totals = self.stats
         call = self._open(self._tries + 1, int(totals["chunks"]))
-        self._call, self._earlier, self._tries = call, totals, self._tries + 1
+        # In one step, so that a Ctrl-C finds the attempt made or still to be made.
+        self._call, self._earlier, self._tries, self._due = call, totals, self._tries + 1, None
 
     @property
     def _delivered(self) -> bool:

@@ -13,7 +13,7 @@ import time
 import weakref
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import Any, TypeVar, overload
 
 from natsync import subject as _subject
 from natsync.concurrency import Deadline, SafeEvent, after_fork_in_child, check_timeout, fork_generation
@@ -23,7 +23,7 @@ from natsync.errors import ConnectionClosed, DrainTimeout, ForkError, InvalidArg
 from natsync.links import Status
 from natsync.message import Message
 from natsync.middleware import chain_of
-from natsync.options import Options, Servers, connect_options, connect_settings
+from natsync.options import Options, Servers, Unpack, connect_options, connect_settings
 from natsync.streaming import handlers
 from natsync.streaming.handlers import Handler, Runner, Sending
 from natsync.streaming.passing import passing_callback, passing_function, passing_runner
@@ -33,9 +33,6 @@ from natsync.streaming.serving import Serving
 from natsync.streaming.watched import watched_callback, watched_runner
 from natsync.streaming.work import COUNTED, Work
 from natsync.subscription import PENDING_BYTES, PENDING_MESSAGES, Overflow, SubscriptionCore, check_limits
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 log = logging.getLogger("natsync.streaming")
 

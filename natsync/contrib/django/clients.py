@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import natsync
 from natsync.concurrency import after_fork_in_child
 from natsync.contrib.django.conf import configured
-from natsync.options import Options
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from natsync.options import Options, Unpack
 
 _lock = threading.Lock()
 _client: natsync.Client | None = None
