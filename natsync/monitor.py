@@ -23,6 +23,8 @@ from natsync.subject import unique
 SUBJECT = "$NATSYNC.STATS"
 #: The type of the answers; the number changes with their form.
 TYPE = "io.natsync.monitor.v1"
+#: Where services are asked about themselves (natsync.services), some of it below their ids.
+_SERVICES = "$SRV."
 
 #: Single streams that one answer tells of, at most.
 MOST_STREAMS = 1000
@@ -34,8 +36,8 @@ def answer(subscriber: natsync.Subscriber, *, name: str | None = None, subject: 
     """Have a subscriber answer requests on the subject with what snapshot() returns; opens the subscriber.
 
     A request may be a JSON object: {"streams": n} asks for the n streams that are longest under way, too. name is what
-    it is shown as; the program's name if it is left out. The answers are given by one of the subscriber's workers:
-    while all max_workers of them are busy, they wait. Returns the registration; its stop() ends it.
+    it is shown as; the program's name if it is left out. The answers are given by a thread of their own, also while all
+    max_workers of the subscriber are busy. Returns the registration; its stop() ends it.
 
     Raises:
         What Subscriber.subscribe() raises.
@@ -49,7 +51,9 @@ def answer(subscriber: natsync.Subscriber, *, name: str | None = None, subject: 
             numbers = snapshot(subscriber, without=subject, streams=_streams_wanted(message))
             message.respond(json={**identity, "uptime_seconds": round(time.monotonic() - began, 3), **numbers})
 
-    return subscriber.subscribe(subject, tell)
+    subscriber._check_place("subscribe", subject, None)
+    attendant = subscriber.open()._opened().attendant
+    return subscriber._register_plain(subject, tell, None, None, {"pool": attendant})
 
 
 def _streams_wanted(message: natsync.Message) -> int:
@@ -67,10 +71,14 @@ def snapshot(subscriber: natsync.Subscriber, *, without: str | None = None, stre
     version, status, clock_seconds (time.monotonic() of its process, for rates), streams, threads, connection (see
     Client.stats()), registrations: subject, queue and numbers of each (see Handle.stats), and open_streams: of the
     `streams` that are longest under way their registration's subject, number, mode, state, seconds, chunks and
-    size_bytes (see Handle.streams()). The registration on the subject `without` is left out.
+    size_bytes (see Handle.streams()). The registration on the subject `without`, and those of a Service, are left out.
     """
     numbers = subscriber.stats()
-    handles = [handle for handle in subscriber.handles if handle.subject != without]
+    handles = [
+        handle
+        for handle in subscriber.handles
+        if handle.subject != without and not handle.subject.startswith(_SERVICES)
+    ]
     registrations = [
         {"subject": handle.subject, "queue": handle.queue, **{name: handle.stats[name] for name in _COUNTED}}
         for handle in handles

@@ -24,6 +24,7 @@ from natsync.concurrency import fork_generation
 from natsync.context import Context
 from natsync.errors import InvalidArgument, NoRespondersError
 from natsync.message import Message
+from natsync.monitor import SUBJECT as MONITOR_SUBJECT
 from natsync.streaming.registration import Handle
 from natsync.streaming.subscriber import Subscriber
 from natsync.streaming.work import Work
@@ -59,6 +60,7 @@ class Service:
     In force as soon as the subscriber is open, and until it is closed, or stop() is called. Each process that opens
     the subscriber is an instance with an id of its own. Start several with `queue=` on their handlers to have them
     share the requests; a handler without a queue group is listed with an empty one, as each instance gets all of it.
+    The answers are given by a thread of their own, also while all max_workers of the subscriber are busy.
 
     Args:
         subscriber: whose handlers are listed.
@@ -106,7 +108,8 @@ class Service:
 
         for subject in (f"{PREFIX}.{verb}", f"{PREFIX}.{verb}.{self.name}", f"{PREFIX}.{verb}.{self.name}.{self.id}"):
             work = Work(Context().with_cancel(), "message", subject)  # no hooks: an id is no label
-            handle = self._subscriber._register(subject, None, respond, work)
+            attendant = self._subscriber._opened().attendant
+            handle = self._subscriber._register(subject, None, respond, work, pool=attendant)
             self._handles.append(handle)
         if self._stopped:
             self.stop()
@@ -171,7 +174,11 @@ class Service:
         }
 
     def _endpoints(self) -> list[Handle]:
-        return [one for one in self._subscriber.handles if not one.subject.startswith(f"{PREFIX}.")]
+        return [
+            one
+            for one in self._subscriber.handles
+            if not one.subject.startswith(f"{PREFIX}.") and one.subject != MONITOR_SUBJECT
+        ]
 
     def _numbers(self, handle: Handle) -> dict[str, Any]:
         counted, stats = _counted(handle), handle.stats

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -16,8 +18,9 @@ import pytest
 
 import natsync
 from credentials import CREDS, Key, Operator, nkey_users
+from natsync.cli.signals import Terminated, hangups, signals_unwind
 from natsync.testing import NatsServer, eventually
-from processes import NATSYNC, PATIENCE, Child, child, run, started
+from processes import NATSYNC, PATIENCE, Child, child, environment, run, started
 
 OUTPUT_CLOSED = 141
 INTERRUPTED = 130
@@ -682,7 +685,7 @@ def server_url(command: Child) -> str:
     return next(word for word in command.out[0].split() if word.startswith("nats://"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_server_runs_until_a_signal(number: signal.Signals) -> None:
     with child(*NATSYNC, "server", "--port", "0") as command:
         command.wait_for_out("nats://")
@@ -693,6 +696,58 @@ def test_server_runs_until_a_signal(number: signal.Signals) -> None:
         assert command.wait() == 0
     with pytest.raises(natsync.ConnectError):
         natsync.connect(url)
+
+
+def test_server_and_its_nats_server_end_with_their_terminal(tmp_path: Path) -> None:
+    outer, inner = pty.openpty()
+    command = subprocess.Popen(
+        # Its own session, whose terminal is the one that is opened first.
+        [sys.executable, "-c", "import os, sys\nos.open(sys.argv[1], os.O_RDWR)\nos.execv(sys.argv[2], sys.argv[2:])",
+         os.ttyname(inner), *NATSYNC, "server", "--port", "0"],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        env=environment(None, {"TMPDIR": str(tmp_path)}), start_new_session=True,
+    )  # fmt: skip
+    os.close(inner)
+    try:
+        assert command.stdout is not None
+        pid = int(command.stdout.readline().split()[-1])
+        os.close(outer)
+        assert command.wait(PATIENCE) == 0
+    finally:
+        command.kill()
+        command.communicate()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_hangup_that_is_ignored_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `nohup natsync server` has it."""
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert hangups() == []
+        with signals_unwind():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, former)
+    monkeypatch.delattr(signal, "SIGHUP")  # as on Windows
+    assert hangups() == []
+
+
+def test_a_second_hangup_does_not_cut_short_what_the_first_one_unwinds() -> None:
+    former = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    unwound = []
+    try:
+        with pytest.raises(Terminated) as ended, signals_unwind():
+            try:
+                os.kill(os.getpid(), signal.SIGHUP)
+            finally:
+                os.kill(os.getpid(), signal.SIGHUP)
+                unwound.append(True)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, former)
+    assert (ended.value.code, unwound) == (129, [True])
 
 
 def test_server_offers_jetstream_when_asked() -> None:

@@ -79,6 +79,16 @@ def test_what_is_not_one_msgpack_value_is_refused(
         assert refused.value.code == natsync.Code.INVALID_ARGUMENT
 
 
+@pytest.mark.parametrize("value", [{1: "a"}, {None: 1}, {True: 1}, {1.5: [2]}, {b"k": 1, "k": 2}, {"in": [{-1: {}}]}])
+def test_maps_with_keys_that_are_no_texts_come_back(value: object) -> None:
+    assert msgpack.decode(msgpack.encode(value)) == value
+
+
+def test_a_key_that_python_has_no_place_for_is_refused() -> None:
+    with pytest.raises(natsync.InvalidArgument, match=r"not a MessagePack value: .*unhashable"):
+        msgpack.decode(msgpack.encode({(1, 2): 3}))  # a list, as it comes
+
+
 @pytest.mark.parametrize("value", [object(), 2**65, {1, 2}])
 def test_what_has_no_msgpack_form_is_refused(value: object) -> None:
     with pytest.raises(natsync.InvalidArgument, match="no MessagePack form"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -246,6 +247,22 @@ def test_an_inbox_has_no_name(client: natsync.Client, spans: Spans) -> None:
         assert told["messaging.destination.name"] == "(temporary)"
         assert told["messaging.destination.temporary"] is True
     assert "_INBOX" not in repr([(span.name, span.attributes) for span in spans.finished()])
+
+
+def test_a_span_can_be_named_after_a_label(nats_server: NatsServer, spans: Spans) -> None:
+    tracing = otel.Tracing(spans.provider, subject_label=lambda subject: re.sub(r"\.\d+", ".*", subject))
+    with (
+        natsync.Subscriber(nats_server.url, hooks=tracing) as subscriber,
+        natsync.Client(nats_server.url, hooks=tracing) as client,
+    ):
+        subscriber.handler("ot.orders.4711")(lambda ctx, request: b"")
+        client.request("ot.orders.4711", timeout=PATIENCE)
+        client.publish("_INBOX.mine.4711")
+    for name in ("request ot.orders.*", "process ot.orders.*"):
+        told = attributes(spans.one(name))
+        assert told["messaging.destination.name"] == "ot.orders.4711"
+        assert told["messaging.destination.template"] == "ot.orders.*"
+    assert "messaging.destination.template" not in attributes(spans.one("publish (temporary)"))
 
 
 def test_the_headers_of_the_caller_are_left_alone(

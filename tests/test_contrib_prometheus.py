@@ -229,6 +229,40 @@ def test_at_most_so_many_subjects_become_labels(registry: CollectorRegistry, nat
     assert seen.value("natsync_published_messages_total", subject="other") == 7
 
 
+def test_the_subjects_of_requesters_leave_room_for_those_of_handlers(
+    registry: CollectorRegistry, nats_server: NatsServer
+) -> None:
+    metrics = prometheus.Metrics(registry, max_subjects=3)
+    with (
+        natsync.Client(nats_server.url, hooks=metrics) as client,
+        natsync.Subscriber(nats_server.url, hooks=metrics, max_streams=1) as subscriber,
+    ):
+
+        @subscriber.stream("pm.late", max_streams=1)
+        def late(ctx: natsync.Context, request: natsync.Message) -> Iterator[bytes]:
+            yield b"one"
+            ctx.wait(PATIENCE)
+
+        for number in range(10):
+            client.publish(f"pm.room.{number}")
+        with client.stream("pm.late", timeout=PATIENCE) as stream:
+            next(stream)
+            with pytest.raises(natsync.StreamError):
+                next(client.stream("pm.late", timeout=PATIENCE))
+        settled(registry, "natsync_handler_calls_total", 1, subject="pm.late", kind="stream", outcome="ok")
+        settled(registry, "natsync_responses_total", 1, subject="pm.late", outcome="cancelled")
+        seen = settled(registry, "natsync_refused_total", 1, subject="pm.late", kind="stream")
+        assert seen.value("natsync_response_first_chunk_seconds_count", subject="pm.late") == 1
+        assert seen.value("natsync_streams_total", subject="other", outcome="cancelled") == 1
+
+        for number in range(10):  # and those of handlers are bounded, too
+            metrics.handler_started(natsync.Exchange("message", f"pm.many.{number}", {}))
+        metrics.slow_consumer("pm.late", 1)
+    seen = scrape(registry)
+    assert len([one for one in seen.labels() if one.startswith("pm.many.")]) == 2
+    assert seen.value("natsync_slow_consumers_total", subject="pm.late") == 1
+
+
 def test_a_subject_can_be_given_a_label(registry: CollectorRegistry, nats_server: NatsServer) -> None:
     metrics = prometheus.Metrics(registry, subject_label=lambda subject: re.sub(r"\.\d+", ".*", subject))
     with natsync.Client(nats_server.url, hooks=metrics) as client:

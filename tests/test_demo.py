@@ -118,7 +118,7 @@ def test_demo_needs_no_utf_8() -> None:
     assert all(line.isascii() for line in command.out)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_in_the_middle_stops_everything(number: signal.Signals, status: int) -> None:
     with child(*NATSYNC, "demo") as command:
         command.wait_for_out(text_lines()[1])

@@ -14,10 +14,10 @@ from nats.micro import ServiceConfig, add_service
 from nats.micro.service import ServiceInfo, ServicePing, ServiceStats
 
 import natsync
-from natsync import services
+from natsync import monitor, services
 from natsync.services import Service
 from natsync.testing import NatsServer, eventually
-from processes import child
+from processes import NATSYNC, child, run
 from rawclient import PATIENCE
 from support import run_python
 from test_interop_nats_py import Loop
@@ -124,6 +124,60 @@ def test_stats_count_requests_errors_and_nanoseconds(subscriber: natsync.Subscri
     assert again.started > said.started
 
 
+def test_a_subscriber_all_of_whose_workers_are_busy_answers(server: NatsServer, client: natsync.Client) -> None:
+    subscriber = natsync.Subscriber(server.url, max_workers=2)
+    go_on, busy = threading.Event(), threading.Semaphore(0)
+
+    @subscriber.handler("busy")
+    def wait(ctx: natsync.Context, request: natsync.Message) -> None:
+        busy.release()
+        go_on.wait(PATIENCE)
+
+    Service(subscriber, name="busy", version="1.0.0")
+    with subscriber:
+        monitor.answer(subscriber)
+        try:
+            for _ in range(2):
+                client.publish("busy", reply="nobody")
+                assert busy.acquire(timeout=PATIENCE)
+            assert one(services.ping(client, "busy")).name == "busy"
+            assert one(services.stats(client)).endpoints[0].data["active"] == 2
+            assert client.request(monitor.SUBJECT, timeout=PATIENCE).json()["threads"] == 3  # and the one that answers
+            checked = run(*NATSYNC, "check", "--service", "busy", url=server.url)
+            assert checked.process.returncode == 0, checked
+        finally:
+            go_on.set()
+    left = [thread.name for thread in threading.enumerate() if "attendant" in thread.name]
+    assert left == []
+
+
+def test_what_asks_about_a_subscriber_is_neither_an_endpoint_nor_shown(
+    subscriber: natsync.Subscriber, client: natsync.Client
+) -> None:
+    Service(subscriber, name="llm", version="1.0.0")
+    monitor.answer(subscriber)
+    assert {each.subject for each in one(services.discover(client)).endpoints} == {"llm.chat", "llm.count"}
+    shown = client.request(monitor.SUBJECT, timeout=PATIENCE).json()["registrations"]
+    assert {each["subject"] for each in shown} == {"llm.chat", "llm.count"}
+
+
+def test_a_subscriber_that_is_closed_where_its_service_answers_waits_for_nothing(
+    server: NatsServer, client: natsync.Client
+) -> None:
+    """As from a handler: here from a hook of the monitor's answer."""
+
+    class Close(natsync.Hooks):
+        def handler_started(self, exchange: natsync.Exchange) -> None:
+            subscriber.close(timeout=PATIENCE)
+            closed.set()
+
+    closed = threading.Event()
+    subscriber = natsync.Subscriber(server.url, hooks=Close())
+    monitor.answer(subscriber)
+    client.publish(monitor.SUBJECT)
+    assert closed.wait(PATIENCE / 2)
+
+
 def test_a_streams_time_counts_to_its_end_and_its_error_is_the_last_one(
     subscriber: natsync.Subscriber, client: natsync.Client
 ) -> None:
@@ -203,7 +257,7 @@ def test_a_stopped_service_is_not_listed_and_its_handlers_go_on(
 def test_each_process_that_opens_the_subscriber_is_an_instance_of_its_own(server: NatsServer) -> None:
     code = """
 import os, signal, sys, natsync
-from natsync import services
+from natsync import monitor, services
 subscriber = natsync.Subscriber(sys.argv[1])
 @subscriber.handler("forked")
 def handler(ctx, request):

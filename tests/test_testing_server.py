@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import socket
+import subprocess
 import tempfile
 import threading
 import time
@@ -23,6 +25,7 @@ from natsync.testing import (
     find_nats_server,
 )
 from natsync.testing import server as server_module
+from rawclient import PATIENCE
 from support import run_python
 
 HELLO = b'CONNECT {"verbose":false}\r\nPING\r\n'
@@ -71,6 +74,13 @@ def alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def serving(port: int) -> bool:
+    """Whether somebody listens. An orphan's process id may stay, where nobody waits for orphans."""
+    with contextlib.suppress(ConnectionRefusedError), socket.create_connection((server_module.HOST, port), 5.0):
+        return True
+    return False
 
 
 def write_script(path: Path, *lines: str) -> Path:
@@ -202,6 +212,102 @@ def test_a_server_that_was_not_stopped_is_killed_when_the_interpreter_exits():
     done = run_python("from natsync.testing import NatsServer\nserver = NatsServer().start()\nprint(server.pid)")
     assert done.returncode == 0, done.stderr
     eventually(lambda: not alive(int(done.stdout)))
+
+
+@pytest.mark.parametrize(
+    ("before", "death"),
+    [
+        ("", "os._exit(1)"),  # as pytest-timeout ends a run
+        ("", "os.kill(os.getpid(), signal.SIGTERM)"),
+        ("signal.signal(signal.SIGINT, signal.SIG_DFL)", "os.killpg(0, signal.SIGINT)"),  # as Ctrl-C at a terminal
+        ("", "os.kill(os.getpid(), signal.SIGKILL)"),
+        ("server.pause()", "os.kill(os.getpid(), signal.SIGKILL)"),
+        ("server.restart()", "os.kill(os.getpid(), signal.SIGKILL)"),
+        ("server.kill(); server.start()", "os.kill(os.getpid(), signal.SIGKILL)"),
+        ("server.close(); server.start()", "os.kill(os.getpid(), signal.SIGKILL)"),
+    ],
+)
+def test_a_server_does_not_outlive_a_process_that_is_killed(tmp_base, before, death):
+    program = (
+        "import os, signal\n"
+        "from natsync.testing import NatsServer\n"
+        "os.setsid()\n"
+        "server = NatsServer(True).start()\n"
+        f"{before}\n"
+        "print(server.port, flush=True)\n"
+        f"{death}\n"
+    )
+    done = run_python(f"import tempfile; tempfile.tempdir = {str(tmp_base)!r}\n" + program)
+    eventually(lambda: not serving(int(done.stdout)), PATIENCE, done.stderr)
+    eventually(lambda: list(tmp_base.iterdir()) == [], PATIENCE)
+
+
+def test_a_server_does_not_outlive_the_last_child_that_its_process_forked(tmp_base):
+    done = run_python(
+        f"import tempfile; tempfile.tempdir = {str(tmp_base)!r}\n"
+        "import os, sys, warnings\n"
+        "from natsync.testing import NatsServer\n"
+        "warnings.simplefilter('ignore')\n"
+        "server = NatsServer().start()\n"
+        "reading, writing = os.pipe()\n"
+        "if os.fork() == 0:\n"
+        "    os.close(writing)\n"
+        "    os.read(reading, 1)\n"  # until the parent is gone
+        "    print(server.port, flush=True)\n"
+        "    os._exit(0)\n"
+        "os._exit(1)\n"
+    )
+    eventually(lambda: not serving(int(done.stdout)), PATIENCE, done.stderr)
+    eventually(lambda: list(tmp_base.iterdir()) == [], PATIENCE)
+
+
+def test_a_process_id_that_is_the_servers_no_more_is_left_alone(tmp_path):
+    """Who has it by the time that the process is killed is somebody else."""
+    for ended, status in ((False, -signal.SIGKILL), (True, None)):
+        (tmp_path / "here").mkdir()
+        held = server_module._Held()
+        with subprocess.Popen(["sleep", "600"]) as process:
+            held.process, held.directory = process, tmp_path / "here"
+            held.guard()
+            if ended:
+                held.ended()
+            held._lifeline.stdin.close()  # as at the end of this process
+            assert held._lifeline.wait(PATIENCE) == 0
+            if not ended:
+                process.wait(PATIENCE)
+            assert process.poll() == status
+            process.kill()
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_every_end_of_a_server_is_told_to_who_guards_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(server_module, "_LIFELINE", f"cat >{tmp_path}/told")
+    pids = []
+    with NatsServer() as server:
+        for end in (server.kill, server.stop, lambda: os.kill(server.pid, signal.SIGKILL), lambda: server.stop(0)):
+            pids.append(server.pid)
+            end()
+            eventually(lambda: not server.running, PATIENCE)
+            server.start()
+        told = [line for pid in pids for line in (str(pid), "")] + [str(server.pid)]
+        eventually(lambda: (tmp_path / "told").read_text().splitlines() == told, PATIENCE)
+        lifeline = server._held._lifeline
+    assert lifeline.returncode is not None
+    assert lifeline.stdin.closed
+
+
+def test_a_machine_without_a_shell_has_servers_all_the_same(monkeypatch):
+    popen = subprocess.Popen
+
+    def no_shell(command, **options):
+        if command[0] == "/bin/sh":
+            raise FileNotFoundError(command[0])
+        return popen(command, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", no_shell)
+    with NatsServer() as server:
+        server.restart()
+        assert ask(server) == b"PONG\r\n"
 
 
 def test_a_forked_child_that_exits_leaves_the_server_running():

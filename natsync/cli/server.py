@@ -6,7 +6,7 @@ from contextlib import closing
 import click
 
 from natsync.cli.connection import DEBUG_OPTION
-from natsync.cli.signals import awaited
+from natsync.cli.signals import awaited, hangups
 from natsync.testing import NatsServer, ServerStartError
 
 #: The port that clients expect. IANA's port for NATS.
@@ -26,9 +26,10 @@ DEFAULT_PORT = 4222
 def server(port: int, jetstream: bool) -> None:
     """Run a nats-server for development until SIGTERM or Ctrl-C.
 
-    Prints its URL when it accepts connections. It listens on this machine only.
+    Prints its URL when it accepts connections. It listens on this machine only. It ends
+    with its terminal, too, unless started by nohup.
     """
-    with awaited(signal.SIGINT, signal.SIGTERM, signal.SIGCHLD) as next_signal:
+    with awaited(signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, *hangups()) as next_signal:
         with closing(_started(NatsServer(jetstream, port=port or None))) as running:
             click.echo(f"nats-server is ready: {running.url} pid {running.pid}")
             while (number := next_signal()) == signal.SIGCHLD and running.running:

@@ -8,20 +8,27 @@ from types import FrameType
 
 
 class Terminated(SystemExit):
-    """SIGTERM came; uncaught, it ends the process with the status that a shell reports for that."""
+    """The signal came; uncaught, it ends the process with the status that a shell reports for that."""
 
-    def __init__(self) -> None:
-        super().__init__(128 + signal.SIGTERM)
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+
+
+def hangups() -> list[signal.Signals]:
+    """What tells that the terminal is gone: SIGHUP, unless it is ignored, as by nohup, or the platform has none."""
+    hangup = getattr(signal, "SIGHUP", None)
+    return [] if hangup is None or signal.getsignal(hangup) is signal.SIG_IGN else [hangup]
 
 
 @contextmanager
-def sigterm_unwinds() -> Iterator[None]:
-    """Within the block SIGTERM raises Terminated in the main thread, as Ctrl-C raises KeyboardInterrupt."""
-    before = signal.signal(signal.SIGTERM, _leave)
+def signals_unwind() -> Iterator[None]:
+    """Within the block SIGTERM and SIGHUP raise Terminated in the main thread, as Ctrl-C raises KeyboardInterrupt."""
+    former = {number: signal.signal(number, _leave) for number in (signal.SIGTERM, *hangups())}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -46,7 +53,9 @@ def awaited(*signals: signal.Signals) -> Iterator[Callable[[], signal.Signals]]:
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    raise Terminated
+    if number in hangups():
+        signal.signal(number, _nothing)  # the shell and the kernel send one each, and one is enough
+    raise Terminated(number)
 
 
 def _nothing(number: int, frame: FrameType | None) -> None:

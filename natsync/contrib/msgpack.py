@@ -47,12 +47,15 @@ def encode(value: Any) -> bytes:
 def decode(data: bytes | Message) -> Any:
     """The value of a payload or a message.
 
+    The keys of maps may be numbers, too. Python's hashes of numbers, unlike those of texts, can be foretold: a stranger
+    may send keys that collide on purpose, which cost more time than others. The server's max_payload bounds how many.
+
     Raises:
-        InvalidArgument: it is not one value in MessagePack.
+        InvalidArgument: it is not one value in MessagePack, or a map has a list or a map for a key.
     """
     try:
-        return _msgpack.unpackb(data.data if isinstance(data, Message) else data)
-    except (ValueError, RecursionError, _msgpack.UnpackException) as error:
+        return _msgpack.unpackb(data.data if isinstance(data, Message) else data, strict_map_key=False)
+    except (TypeError, ValueError, RecursionError, _msgpack.UnpackException) as error:
         what = str(error) or type(error).__name__
         raise InvalidArgument(f"the payload is not a MessagePack value: {what}") from error
 

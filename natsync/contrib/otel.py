@@ -11,7 +11,7 @@ conventions for messaging. What a handler calls is part of its span, since that 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 try:
@@ -38,11 +38,20 @@ class Tracing(Hooks):
 
     Args:
         tracer_provider: None for the global one.
+        subject_label: a function from a subject to what spans are named after, for requesters that put numbers into
+            subjects, such as orders.4711 -> orders.*; None takes them as they are. The attributes have the whole one.
         inbox_prefix: as the option of the same name: what is below it is called "(temporary)".
     """
 
-    def __init__(self, tracer_provider: TracerProvider | None = None, *, inbox_prefix: str = "_INBOX") -> None:
+    def __init__(
+        self,
+        tracer_provider: TracerProvider | None = None,
+        *,
+        subject_label: Callable[[str], str] | None = None,
+        inbox_prefix: str = "_INBOX",
+    ) -> None:
         self._tracer = trace.get_tracer("natsync", __version__, tracer_provider)
+        self._subject_label = subject_label
         self._inbox = inbox_prefix
 
     # -- the requester ---------------------------------------------------------------------------------------------
@@ -72,7 +81,7 @@ class Tracing(Hooks):
     def _leave(self, exchange: Exchange, operation: str, kind: SpanKind) -> Span:
         """A span for what leaves, which the headers tell of."""
         span = self._tracer.start_span(
-            f"{operation} {self._name(exchange.subject)}",
+            f"{operation} {self._label(exchange.subject)}",
             kind=kind,
             attributes=self._attributes(exchange, operation, "send"),
         )
@@ -113,7 +122,7 @@ class Tracing(Hooks):
         kind = SpanKind.CONSUMER if exchange.kind == "message" else SpanKind.SERVER
         attributes = self._attributes(exchange, "process", "process")
         span = self._tracer.start_span(
-            f"process {self._name(exchange.subject)}", context=context, kind=kind, attributes=attributes
+            f"process {self._label(exchange.subject)}", context=context, kind=kind, attributes=attributes
         )
         return span, context
 
@@ -121,6 +130,11 @@ class Tracing(Hooks):
 
     def _name(self, subject: str) -> str:
         return TEMPORARY if subject.startswith(f"{self._inbox}.") else subject
+
+    def _label(self, subject: str) -> str:
+        """What stands in a span's name, of which there should be few."""
+        name = self._name(subject)
+        return name if name == TEMPORARY or self._subject_label is None else self._subject_label(name)
 
     def _attributes(self, exchange: Exchange, operation: str, kind: str) -> Mapping[str, Any]:
         name = self._name(exchange.destination)
@@ -133,8 +147,9 @@ class Tracing(Hooks):
         }
         if name == TEMPORARY:
             attributes["messaging.destination.temporary"] = True
-        if exchange.subject != exchange.destination:
-            attributes["messaging.destination.template"] = self._name(exchange.subject)
+        template = self._label(exchange.subject)
+        if template != name:
+            attributes["messaging.destination.template"] = template
         return attributes
 
     def _end_stream(self, exchange: Exchange, chunks: int, size_bytes: int, error: BaseException | None) -> None:

@@ -8,8 +8,8 @@
     prometheus.watch_pool(pool, "web")
 
 Needs the extra `prometheus`. Everything is labelled by the subject: for handlers the one that they are registered for,
-wildcards included; for requesters the one that they name, at most `max_subjects` different ones. No label is an
-inbox.
+wildcards included; for requesters the one that they name. Of either at most `max_subjects` different ones. No label is
+an inbox.
 docs/observability.md lists the metrics.
 """
 
@@ -31,7 +31,7 @@ except ImportError:
 from natsync.errors import Cancelled, ClientLost, StreamCancelled
 from natsync.hooks import Exchange, Hooks
 
-#: Different subjects that become labels. Each costs some 60 time series.
+#: Different subjects that become labels, of requesters and as many of handlers. Each costs some 60 time series.
 MAX_SUBJECTS = 100
 #: The label of all subjects beyond that.
 OTHER = "other"
@@ -45,7 +45,8 @@ class Metrics(Hooks):
     Args:
         registry: where the metrics are registered; None for prometheus_client's own.
         buckets: upper bounds of the histograms, seconds.
-        max_subjects: how many different subjects become labels; those that come later are "other".
+        max_subjects: how many different subjects of requesters become labels, and as many of handlers and
+            subscriptions; those that come later are "other".
         subject_label: a function from a subject to its label, for requesters that put numbers into subjects, such as
             orders.4711 -> orders.*; None takes them as they are.
         inbox_prefix: as the option of the same name: what is below it is labelled with the prefix alone.
@@ -64,6 +65,8 @@ class Metrics(Hooks):
         inbox_prefix: str = "_INBOX",
     ) -> None:
         self._subjects = _Subjects(max_subjects, subject_label, inbox_prefix)
+        # As registered: few by nature, and not to be crowded out by what requesters name.
+        self._served = _Subjects(max_subjects, subject_label, inbox_prefix)
         to: Any = {"registry": REGISTRY if registry is None else registry}
 
         def counter(name: str, text: str, *labels: str) -> Counter:
@@ -133,24 +136,24 @@ class Metrics(Hooks):
     # -- the responder ---------------------------------------------------------------------------------------------
 
     def handler_started(self, exchange: Exchange) -> None:
-        subject = self._subjects.label(exchange)
+        subject = self._served.label(exchange)
         self._handlers_active.labels(subject, exchange.kind).inc()
         if exchange.kind == "stream":
             self._responses_active.labels(subject).inc()
 
     def handler_done(self, exchange: Exchange, seconds: float, error: BaseException | None) -> None:
-        subject = self._subjects.label(exchange)
+        subject = self._served.label(exchange)
         self._handlers_active.labels(subject, exchange.kind).dec()
         self._handlers.labels(subject, exchange.kind, outcome(error)).inc()
         self._handler_seconds.labels(subject, exchange.kind).observe(seconds)
 
     def response_first_chunk(self, exchange: Exchange, seconds: float) -> None:
-        self._response_first.labels(self._subjects.label(exchange)).observe(seconds)
+        self._response_first.labels(self._served.label(exchange)).observe(seconds)
 
     def response_done(
         self, exchange: Exchange, seconds: float, chunks: int, size_bytes: int, error: BaseException | None
     ) -> None:
-        subject = self._subjects.label(exchange)
+        subject = self._served.label(exchange)
         self._responses_active.labels(subject).dec()
         self._responses.labels(subject, outcome(error)).inc()
         self._response_seconds.labels(subject).observe(seconds)
@@ -158,7 +161,7 @@ class Metrics(Hooks):
         self._response_bytes.labels(subject).inc(size_bytes)
 
     def refused(self, exchange: Exchange, reason: str) -> None:
-        self._refused.labels(self._subjects.label(exchange), exchange.kind).inc()
+        self._refused.labels(self._served.label(exchange), exchange.kind).inc()
 
     # -- the connection --------------------------------------------------------------------------------------------
 
@@ -182,7 +185,7 @@ class Metrics(Hooks):
 
     def slow_consumer(self, subject: str, dropped: int) -> None:
         self._events.labels("slow_consumer").inc()
-        self._slow.labels(self._subjects.of(subject)).inc()
+        self._slow.labels(self._served.of(subject)).inc()
 
 
 def outcome(error: BaseException | None) -> str:

@@ -102,6 +102,8 @@ class Responder:
 
     Attributes:
         draining: whether handlers are asked to finish soon.
+        attendant: runs what tells of the subscriber itself, on one thread: probes are answered also while all workers
+            are busy.
     """
 
     def __init__(self, connection: Connection, max_streams: int) -> None:
@@ -120,6 +122,7 @@ class Responder:
             self._classes = (PassingFramedSender, PassingPlainSender)
         # Threads of streams that have ended, and freed their slot, may take a moment to leave.
         self._pool = WorkerPool(f"{connection.name}-stream-worker", 2 * max_streams)
+        self.attendant = WorkerPool(f"{connection.name}-attendant", 1)
         self._lock = threading.Lock()
         self._streams: set[HandlerContext] = set()
 
@@ -131,20 +134,25 @@ class Responder:
     @property
     def threads(self) -> int:
         """Threads that run handlers and callbacks, or wait for the next one."""
-        return self._pool.threads + self.connection.dispatcher.workers.threads
+        return sum(pool.threads for pool in self._pools)
 
     def in_handler(self) -> bool:
         """Whether the calling thread runs a handler, which must not wait for itself."""
-        return self._pool.is_own_thread() or self.connection.dispatcher.workers.is_own_thread()
+        return any(pool.is_own_thread() for pool in self._pools)
+
+    @property
+    def _pools(self) -> tuple[WorkerPool, ...]:
+        return self._pool, self.attendant, self.connection.dispatcher.workers
 
     def close(self, deadline: Deadline) -> None:
-        """Close the connection, and let the stream threads leave; each gets a moment even if no time is left.
+        """Close the connection, and let the other threads leave; each gets a moment even if no time is left.
 
         Streams that have ended are waited for until their requesters have everything.
         """
         left = deadline.remaining()
         self.connection.close(None if left is None else max(left, CLOSE_SECONDS))
-        stuck = self._pool.close(Deadline.after(CLOSE_SECONDS))
+        brief = Deadline.after(CLOSE_SECONDS)
+        stuck = self._pool.close(brief) + self.attendant.close(brief)
         if stuck:
             log.warning("handlers still running after close(): %s", ", ".join(stuck))
 

@@ -33,6 +33,7 @@ from natsync.streaming.serving import Serving
 from natsync.streaming.watched import watched_callback, watched_runner
 from natsync.streaming.work import COUNTED, Work
 from natsync.subscription import PENDING_BYTES, PENDING_MESSAGES, Overflow, SubscriptionCore, check_limits
+from natsync.workers import WorkerPool
 
 log = logging.getLogger("natsync.streaming")
 
@@ -321,7 +322,7 @@ class Subscriber:
         return self._register(subject, queue, take, work, intake=StreamIntake)
 
     def _register_reply(
-        self, subject: str, function: Handler, queue: str | None, workers: int, limits: dict[str, int]
+        self, subject: str, function: Handler, queue: str | None, workers: int, limits: dict[str, Any]
     ) -> Handle:
         queue = queue or self.default_queue
         work = Work(Context(), "request", subject, queue)
@@ -377,14 +378,15 @@ class Subscriber:
         work: Work,
         *,
         intake: type[SubscriptionCore] = SubscriptionCore,
+        pool: WorkerPool | None = None,
         **limits: Any,
     ) -> Handle:
-        """Subscribe, and return when the server knows."""
+        """Subscribe, and return when the server knows. pool is whose threads call take(); None for the workers'."""
         work.ctx.check()
         wanted, name = _subject.interest(subject, queue, self._options.max_control_line)
         responder = self._opened()
         connection = responder.connection
-        pool = connection.dispatcher.workers
+        pool = connection.dispatcher.workers if pool is None else pool
         core = intake(connection, wanted, name, callback=take, pool=pool, **{**self._limits, **limits})
         if isinstance(core, StreamIntake):
             core.start = take

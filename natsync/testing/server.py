@@ -6,6 +6,7 @@ calling thread does all the work, and one thread at a time should steer a server
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -53,25 +54,67 @@ class ServerStartError(RuntimeError):
         return type(self), (self._reason, self.log)
 
 
+#: Reads which process runs (an empty line: none) until whoever writes is gone, by whatever way; then it cleans up.
+_LIFELINE = 'while read -r line; do pid=$line; done; test -z "$pid" || kill -9 "$pid"; rm -rf -- "$1"'
+
+
 class _Held:
-    """What outlives a dropped NatsServer until its finalizer has run: the process and the directory."""
+    """What outlives a dropped NatsServer until its finalizer has run: the process and the directory.
+
+    A process that is killed runs no finalizer. So a shell waits for its end at a pipe: only this process holds the
+    other end, and children that it has forked.
+    """
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
         self.directory: Path | None = None
         self.owner = os.getpid()
+        self._lifeline: subprocess.Popen[bytes] | None = None
+
+    def guard(self) -> None:
+        """The server is not to outlive this process."""
+        assert self.process is not None
+        with contextlib.suppress(OSError):  # no shell here
+            if self._lifeline is None:
+                self._lifeline = subprocess.Popen(
+                    ["/bin/sh", "-c", _LIFELINE, "sh", str(self.directory)],
+                    bufsize=0,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    cwd="/",
+                    start_new_session=True,  # Ctrl-C at a terminal is not for it
+                )
+            self._tell(self.process.pid)
+
+    def ended(self) -> None:
+        """The server has ended; from here on its process id may be another's."""
+        self.process = None
+        self._tell("")
+
+    def _tell(self, what: object) -> None:
+        lifeline = self._lifeline
+        if lifeline is not None and lifeline.stdin is not None:
+            with contextlib.suppress(OSError):  # somebody has killed it
+                lifeline.stdin.write(f"{what}\n".encode())
 
     def release(self) -> None:
         """Kill what runs and remove the directory; a forked child's copy does nothing."""
         if self.owner != os.getpid():
             return
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.process = None
+        process = self.process
+        if process is not None:
+            process.kill()
+            process.wait()
+            self.ended()
         if self.directory is not None:
             shutil.rmtree(self.directory, ignore_errors=True)
             self.directory = None
+        lifeline, self._lifeline = self._lifeline, None
+        if lifeline is not None and lifeline.stdin is not None:
+            lifeline.kill()
+            lifeline.stdin.close()
+            lifeline.wait()
 
 
 class NatsServer:
@@ -82,7 +125,8 @@ class NatsServer:
     runs until start() or `with`. The port, once known, stays the same for the object's life. stop() ends the
     process and keeps the directory, so that restart() finds its data and log() its text; leaving `with` and
     close() remove it. A server that was never stopped is killed when the object is collected or the
-    interpreter exits, but never by a forked child.
+    interpreter exits, but never by a forked child. Where there is /bin/sh, it does not outlive a process that
+    is killed, either, nor does its directory; children that the process has forked count as part of it.
     """
 
     def __init__(
@@ -128,8 +172,7 @@ class NatsServer:
     @property
     def running(self) -> bool:
         """Whether the process is there; a paused one counts."""
-        process = self._process
-        return process is not None and process.poll() is None
+        return self._process is not None
 
     @property
     def pid(self) -> int:
@@ -178,12 +221,13 @@ class NatsServer:
         A paused server is resumed for it.
         """
         process = self._process
-        if process is None or process.poll() is not None:
+        if process is None:
             return
         process.terminate()
         process.send_signal(signal.SIGCONT)
         try:
             process.wait(timeout)
+            self._held.ended()
         except subprocess.TimeoutExpired:
             self.kill()
 
@@ -210,6 +254,7 @@ class NatsServer:
         if process is not None:
             process.kill()
             process.wait()
+            self._held.ended()
 
     def restart(self) -> NatsServer:
         """Stop the server if it runs, and start it on the same port with the same data. Raises as start() does."""
@@ -256,12 +301,16 @@ class NatsServer:
 
     @property
     def _process(self) -> subprocess.Popen[bytes] | None:
-        """The child process, None in a process that did not start it."""
-        return self._held.process if self._held.owner == os.getpid() else None
+        """The child process while it runs; None in a process that did not start it."""
+        process = self._held.process if self._held.owner == os.getpid() else None
+        if process is not None and process.poll() is not None:
+            self._held.ended()
+            return None
+        return process
 
     def _running_process(self) -> subprocess.Popen[bytes]:
         process = self._process
-        if process is None or process.poll() is not None:
+        if process is None:
             raise RuntimeError("the server does not run; start() or restart() it")
         return process
 
@@ -284,6 +333,7 @@ class NatsServer:
             if "address already in use" in log_text and time.monotonic() < bind_deadline:
                 return False
             raise ServerStartError(str(not_ready), log_text) from None
+        self._held.guard()  # now: a shell that starts beside the server costs it a millisecond
         self._port = urlsplit(self._ports["nats"][0]).port
         return True
 

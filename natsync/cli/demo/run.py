@@ -11,7 +11,7 @@ from natsync.cli.demo.log import CaughtLog
 from natsync.cli.demo.scenes import SCENES, Stage
 from natsync.cli.demo.screen import Screen
 from natsync.cli.demo.third_party import ThirdParty
-from natsync.cli.signals import sigterm_unwinds
+from natsync.cli.signals import signals_unwind
 from natsync.testing import NatsServer
 
 #: Seconds that threads which have nothing left to do may take to leave.
@@ -24,7 +24,7 @@ def run() -> int:
     screen = Screen()
     screen.title("natsync demo", "a slow third party, streamed over NATS to ordinary blocking Python")
     before = set(threading.enumerate())
-    with sigterm_unwinds(), _stage(screen) as stage:
+    with signals_unwind(), _stage(screen) as stage:
         for scene in SCENES:
             scene(stage)
     screen.scene("The end")
