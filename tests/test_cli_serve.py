@@ -10,6 +10,8 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
+from prometheus_client import CollectorRegistry
+from prometheus_client.multiprocess import MultiProcessCollector
 
 import natsync
 from natsync.testing import NatsServer, eventually
@@ -324,6 +326,40 @@ def test_a_worker_that_dies_while_it_is_replaced_is_not_missed(
         else:  # nobody is left who serves
             command.wait()
             assert command.err[-1] == "natsync: a worker ended at its start, with status 1"
+
+
+def test_the_gauges_of_a_killed_worker_count_no_more(url: str, natsync_client: natsync.Client, tmp_path: Path) -> None:
+    prefix = write(tmp_path, "one")
+    path = tmp_path / "one.py"
+    hooks = "Subscriber(hooks=__import__('natsync.contrib.prometheus').contrib.prometheus.Metrics())"
+    path.write_text(path.read_text().replace("Subscriber()", hooks).replace("ctx.wait(0.5)", "ctx.wait(60)"))
+    counted = tmp_path / "metrics"
+    counted.mkdir()
+    env = {"PROMETHEUS_MULTIPROC_DIR": str(counted)}
+    with child(*NATSYNC, "serve", "one", "--workers", "1", url=url, cwd=tmp_path, env=env) as command:
+        wait_for_serving(command, 1)
+        worker = pid_of(natsync_client, prefix)
+        with natsync_client.stream(f"{prefix}.slow", timeout=PATIENCE) as stream:
+            assert next(stream) == b"begun"
+            assert active(counted) == 1
+            os.kill(worker, signal.SIGKILL)
+            command.wait_for_err(f"worker {worker} ended by itself")
+            assert active(counted) == 0
+            wait_for_serving(command, 2)
+        command.send(signal.SIGTERM)
+        assert command.wait() == 0
+
+
+def active(directory: Path) -> float:
+    """The streams that are being served, as a scrape of all processes says."""
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, str(directory))
+    return sum(
+        sample.value
+        for family in registry.collect()
+        for sample in family.samples
+        if sample.name == "natsync_responses_active" and sample.labels["subject"].endswith(".slow")
+    )
 
 
 def test_reload_serves_what_was_saved_and_survives_a_mistake(

@@ -44,6 +44,14 @@ def database(tmp_path: Path) -> dict[str, str]:
     return environment
 
 
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A copy of the project that a test may change."""
+    copy = tmp_path / "django_site"
+    shutil.copytree(SITE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    return copy
+
+
 def manage(*arguments: str, site: Path = SITE) -> tuple[str, ...]:
     return sys.executable, str(site / "manage.py"), *arguments
 
@@ -217,6 +225,41 @@ def test_workers_that_cannot_begin_end_all(server: NatsServer) -> None:
     assert run(*manage("natsync_worker", "--workers=2"), url=server.url).process.returncode == 1
 
 
+GAUGE = """
+
+import prometheus_client
+
+GAUGE = prometheus_client.Gauge("busy", "", multiprocess_mode="livesum")
+
+
+@subscriber.stream("site.busy")
+def busy(ctx, request):
+    GAUGE.inc()
+    yield str(os.getpid())
+    ctx.wait(60)
+"""
+
+
+def test_the_gauges_of_a_killed_worker_are_removed(
+    server: NatsServer, client: natsync.Client, site: Path, tmp_path: Path
+) -> None:
+    with (site / "handlers.py").open("a") as handlers:
+        handlers.write(GAUGE)
+    counted = tmp_path / "metrics"
+    counted.mkdir()
+    env = {"PROMETHEUS_MULTIPROC_DIR": str(counted)}
+    with worker(server, "--workers", "2", env=env, site=site) as running:
+        eventually(lambda: sum("is ready" in line for line in running.out) == 2, PATIENCE)
+        with client.stream("site.busy", timeout=PATIENCE) as stream:
+            victim = int(next(stream))
+            gauge = counted / f"gauge_livesum_{victim}.db"
+            assert gauge.exists()
+            os.kill(victim, signal.SIGKILL)
+            eventually(lambda: not gauge.exists(), PATIENCE)
+        running.send(signal.SIGTERM)
+        running.wait()
+
+
 # -- the database --------------------------------------------------------------------------------------------------
 
 
@@ -244,14 +287,6 @@ def test_a_connection_that_dies_between_handlers_is_healed(
 
 
 # -- reloading -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Path:
-    """A copy of the project that a test may change."""
-    copy = tmp_path / "django_site"
-    shutil.copytree(SITE, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    return copy
 
 
 def change(site: Path, old: str, new: str) -> None:

@@ -14,6 +14,7 @@ from contextlib import ExitStack, suppress
 
 import click
 
+from natsync.cli.gauges import forget_gauges
 from natsync.cli.signals import awaited
 
 log = logging.getLogger("natsync.serve")
@@ -185,6 +186,7 @@ class Supervisor:
             worker.look()
             worker.close()
             self._workers.remove(worker)
+            forget_gauges(worker.process.pid)
             self._ended(worker)
         if not any(worker.stopping for worker in self._workers):
             self._spare()

@@ -17,6 +17,7 @@ from multiprocessing.context import ForkProcess
 
 from django.db import connections
 
+from natsync.cli.gauges import forget_gauges
 from natsync.cli.signals import awaited
 from natsync.contrib.django.lifeline import follow
 from natsync.contrib.django.worker import FAILED, STOPPED
@@ -111,6 +112,7 @@ class Processes:
         for process in [one for one in self._alive if not one.is_alive()]:
             lived = time.monotonic() - self._alive.pop(process)
             status = process.exitcode or 0
+            forget_gauges(process.pid)
             if self._stopping:
                 # SIGTERM ends one that had not begun.
                 self._note(STOPPED if status == -signal.SIGTERM else FAILED if status < 0 else status)
