@@ -260,6 +260,30 @@ def test_the_gauges_of_a_killed_worker_are_removed(
         running.wait()
 
 
+EXIT = """
+
+import atexit
+
+
+@atexit.register
+def leave():
+    with open(os.environ["SITE_LEFT"], "a") as left:
+        left.write(f"{os.getpid()}\\n")
+"""
+
+
+def test_workers_run_the_functions_of_atexit_once_each(server: NatsServer, site: Path, tmp_path: Path) -> None:
+    with (site / "handlers.py").open("a") as handlers:
+        handlers.write(EXIT)
+    left = tmp_path / "left"
+    with worker(server, "--workers", "2", env={"SITE_LEFT": str(left)}, site=site) as running:
+        eventually(lambda: sum("is ready" in line for line in running.out) == 2, PATIENCE)
+        running.send(signal.SIGTERM)
+        assert running.wait() == 0, running
+    workers = [line.split()[2] for line in running.out if "is ready" in line]
+    assert sorted(left.read_text().split()) == sorted([*workers, str(running.process.pid)])
+
+
 # -- the database --------------------------------------------------------------------------------------------------
 
 
