@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -313,16 +313,16 @@ def test_a_connection_that_dies_between_handlers_is_healed(
 # -- reloading -----------------------------------------------------------------------------------------------------
 
 
-def change(site: Path, old: str, new: str) -> None:
-    path = site / "handlers.py"
+def change(site: Path, old: str, new: str, name: str = "handlers.py") -> None:
+    path = site / name
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new))
-    touch(site)
+    touch(site, name)
 
 
-def touch(site: Path) -> None:
-    path = site / "handlers.py"
+def touch(site: Path, name: str = "handlers.py") -> None:
+    path = site / name
     later = path.stat().st_mtime + 2  # the reloader compares times, which may be coarse
     os.utime(path, (later, later))
 
@@ -366,6 +366,47 @@ def test_a_handler_that_does_not_load_is_waited_for(server: NatsServer, client: 
             return answers(client, "2")
 
         eventually(mended, PATIENCE)
+        running.send(signal.SIGTERM)
+        assert running.wait() == 0, running
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("views.py", "import gc\n", "import gc(\n"),  # found by the system checks
+        ("models.py", "import models\n", "import models(\n"),  # by django.setup()
+        ("settings.py", "USE_TZ = True\n", "USE_TZ = (\n"),
+    ],
+)
+def test_a_project_that_does_not_load_is_waited_for(
+    server: NatsServer, client: natsync.Client, site: Path, name: str, old: str, new: str
+) -> None:
+    with worker(server, "--reload", site=site) as running:
+        assert answers(client, "1")
+        change(site, old, new, name)
+        running.wait_for_err("SyntaxError")
+        assert running.process.poll() is None
+        change(site, new, old, name)
+
+        def mended() -> bool:
+            touch(site, name)  # again: a file that did not load is watched from some moment later on
+            with suppress(AssertionError):
+                eventually(lambda: answers(client, "1"), 6)
+                return True
+            return False
+
+        eventually(mended, PATIENCE, f"not mended: {running!r}")
+        running.send(signal.SIGTERM)
+        assert running.wait() == 0, running
+
+
+def test_a_worker_that_waits_for_its_project_to_load_ends_at_a_signal(
+    server: NatsServer, client: natsync.Client, site: Path
+) -> None:
+    with worker(server, "--reload", site=site) as running:
+        assert answers(client, "1")
+        change(site, "import models\n", "import models(\n", "models.py")
+        running.wait_for_err("waiting for a change")
         running.send(signal.SIGTERM)
         assert running.wait() == 0, running
 
