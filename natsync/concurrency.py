@@ -422,17 +422,22 @@ def after_fork_in_child(callback: Callable[[], None]) -> None:
 def at_exit(callback: Callable[[], None]) -> None:
     """Have callback() called when this process leaves in an orderly way; asked for again, it counts once.
 
-    A child of multiprocessing leaves without Python's exit handlers (before 3.14), but has finalizers of its own.
+    A child of multiprocessing leaves without Python's exit handlers (before 3.14), but has finalizers of its own. Where
+    both are run, whichever comes first calls it.
     """
     atexit.unregister(callback)
-    atexit.register(callback)
     process = sys.modules.get("multiprocessing.process")
-    if process is not None and process.parent_process() is not None and callback not in _finalized:
-        _finalized.append(callback)
-        sys.modules["multiprocessing.util"].Finalize(None, callback, exitpriority=0)
+    if process is None or process.parent_process() is None:
+        atexit.register(callback)
+        return
+    if callback not in _finalizers:
+        _finalizers[callback] = sys.modules["multiprocessing.util"].Finalize(None, callback, exitpriority=0)
+    atexit.unregister(_finalizers[callback])
+    atexit.register(_finalizers[callback])
 
 
-_finalized: list[Callable[[], None]] = []
+#: This process's; each calls its callback once.
+_finalizers: dict[Callable[[], None], Callable[[], object]] = {}
 
 
 class _ByProcessId:
@@ -481,7 +486,7 @@ def _renew(*, told: bool = False) -> None:
         try:
             _fork_generation += 1
             _background = _Background()
-            _finalized.clear()
+            _finalizers.clear()
             for callback in _fork_callbacks:
                 run_safely(callback, "what is made anew in a forked child")
         finally:

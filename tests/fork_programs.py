@@ -6,6 +6,7 @@ and dies, so that the program fails too.
 
 from __future__ import annotations
 
+import atexit
 import concurrent.futures
 import ctypes
 import faulthandler
@@ -798,6 +799,33 @@ def multiprocessing_spawn(url: str) -> None:
 
 def multiprocessing_forkserver(url: str) -> None:
     _multiprocessing(url, "forkserver")
+
+
+def _counts_its_end(outgoing: int, deeper: int) -> None:
+    def leave() -> None:
+        os.write(outgoing, b"%d " % os.getpid())
+
+    concurrency.at_exit(leave)
+    concurrency.at_exit(leave)
+    if deeper:
+        context = multiprocessing.get_context("fork")
+        process = context.Process(target=_counts_its_end, args=(outgoing, deeper - 1))
+        process.start()
+        process.join(LIMIT)
+        assert process.exitcode == 0
+    else:
+        atexit._run_exitfuncs()  # as the worker processes of Django's command do
+
+
+def multiprocessing_exit(url: str) -> None:
+    incoming, outgoing = os.pipe()
+    process = multiprocessing.get_context("fork").Process(target=_counts_its_end, args=(outgoing, 2))
+    process.start()
+    process.join(LIMIT)
+    assert process.exitcode == 0
+    os.close(outgoing)
+    pids = os.read(incoming, 1000).split()
+    assert len(pids) == len(set(pids)) == 3, pids
 
 
 def process_pool_executor(url: str) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from textwrap import dedent
 
 import pytest
+from prometheus_client import CollectorRegistry
+from prometheus_client.multiprocess import MultiProcessCollector
 
 import natsync
 from natsync.testing import NatsServer, eventually
@@ -223,6 +226,142 @@ def test_sigusr1_replaces_the_workers_without_losing_a_stream(
         assert command.wait() == 0
 
 
+@contextmanager
+def replaceable(url: str, tmp_path: Path, workers: int, status: int = 0) -> Iterator[tuple[Child, str]]:
+    """A served module whose import waits as long as there is a file `hold`; the command and the prefix."""
+    prefix = write(tmp_path, "one")
+    path = tmp_path / "one.py"
+    path.write_text(path.read_text() + "\nimport time\nwhile os.path.exists('hold'): time.sleep(0.01)\n")
+    with child(*NATSYNC, "serve", "one", "--workers", str(workers), url=url, cwd=tmp_path) as command:
+        wait_for_serving(command, workers)
+        yield command, prefix
+        command.send(signal.SIGTERM)
+        assert command.wait() == status, command
+    assert not any("Traceback" in line for line in command.err)
+
+
+def wait_for_log(command: Child, text: str, count: int) -> None:
+    eventually(lambda: sum(text in line for line in command.err) >= count, PATIENCE, f"not {count} in {command!r}")
+
+
+def started_by(command: Child) -> list[int]:
+    return [int(line.split()[-2]) for line in command.err if line.endswith(" started")]
+
+
+def test_sigusr1_leaves_no_gap_in_which_requests_fail(url: str, natsync_client: natsync.Client, tmp_path: Path) -> None:
+    with replaceable(url, tmp_path, 2) as (command, prefix):
+        former = started_by(command)
+        (tmp_path / "hold").touch()
+        command.send(signal.SIGUSR1)
+        wait_for_log(command, " started", 4)
+        for _ in range(100):  # while the new ones import; each raises if nobody serves
+            assert pid_of(natsync_client, prefix) in former
+        (tmp_path / "hold").unlink()
+        eventually(lambda: pid_of(natsync_client, prefix) and all(map(gone, former)), PATIENCE)
+        assert pid_of(natsync_client, prefix) in started_by(command)[2:]
+
+
+def test_sigusr1_leaves_the_workers_if_what_is_on_disk_does_not_load(
+    url: str, natsync_client: natsync.Client, tmp_path: Path
+) -> None:
+    with replaceable(url, tmp_path, 2) as (command, prefix):
+        former = started_by(command)
+        good = (tmp_path / "one.py").read_text()
+        (tmp_path / "one.py").write_text("1 / 0\n")
+        command.send(signal.SIGUSR1)
+        command.wait_for_err("ended at its start (status 1): the others go on as they were")
+        eventually(lambda: all(map(gone, started_by(command)[2:])), PATIENCE)
+        assert {pid_of(natsync_client, prefix) for _ in range(20)} <= set(former)
+        os.kill(former[0], signal.SIGKILL)  # what replaces it does not load either
+        wait_for_log(command, "the others go on as they were", 2)
+        assert {pid_of(natsync_client, prefix) for _ in range(20)} == {former[1]}
+        (tmp_path / "one.py").write_text(good)
+        command.send(signal.SIGUSR1)
+        eventually(lambda: pid_of(natsync_client, prefix) and gone(former[1]), PATIENCE)
+        assert pid_of(natsync_client, prefix) in started_by(command)[-2:]
+
+
+def test_a_second_sigusr1_starts_anew_what_is_not_ready(
+    url: str, natsync_client: natsync.Client, tmp_path: Path
+) -> None:
+    with replaceable(url, tmp_path, 1) as (command, prefix):
+        (tmp_path / "hold").touch()
+        command.send(signal.SIGUSR1)
+        wait_for_log(command, " started", 2)
+        command.send(signal.SIGUSR1)
+        wait_for_log(command, " started", 3)
+        former, dropped, new = started_by(command)
+        command.wait_for_err(f"worker {dropped} stopped")
+        assert pid_of(natsync_client, prefix) == former
+        (tmp_path / "hold").unlink()
+        eventually(lambda: pid_of(natsync_client, prefix) == new, PATIENCE)
+
+
+def test_sigterm_ends_the_workers_of_a_replacement_too(url: str, tmp_path: Path) -> None:
+    with replaceable(url, tmp_path, 1) as (command, _):
+        (tmp_path / "hold").touch()
+        command.send(signal.SIGUSR1)
+        wait_for_log(command, " started", 2)
+    assert all(map(gone, started_by(command)))
+
+
+@pytest.mark.parametrize("loads", [True, False])
+def test_a_worker_that_dies_while_it_is_replaced_is_not_missed(
+    url: str, natsync_client: natsync.Client, tmp_path: Path, loads: bool
+) -> None:
+    with replaceable(url, tmp_path, 1, status=0 if loads else 1) as (command, prefix):
+        (tmp_path / "hold").touch()
+        if not loads:
+            with (tmp_path / "one.py").open("a") as module:
+                module.write("1 / 0\n")
+        command.send(signal.SIGUSR1)
+        wait_for_log(command, " started", 2)
+        former, new = started_by(command)
+        os.kill(former, signal.SIGKILL)
+        command.wait_for_err(f"worker {former} ended by itself")
+        (tmp_path / "hold").unlink()
+        if loads:
+            wait_for_serving(command, 2)
+            assert pid_of(natsync_client, prefix) == new
+        else:  # nobody is left who serves
+            command.wait()
+            assert command.err[-1] == "natsync: a worker ended at its start, with status 1"
+
+
+def test_the_gauges_of_a_killed_worker_count_no_more(url: str, natsync_client: natsync.Client, tmp_path: Path) -> None:
+    prefix = write(tmp_path, "one")
+    path = tmp_path / "one.py"
+    hooks = "Subscriber(hooks=__import__('natsync.contrib.prometheus').contrib.prometheus.Metrics())"
+    path.write_text(path.read_text().replace("Subscriber()", hooks).replace("ctx.wait(0.5)", "ctx.wait(60)"))
+    counted = tmp_path / "metrics"
+    counted.mkdir()
+    env = {"PROMETHEUS_MULTIPROC_DIR": str(counted)}
+    with child(*NATSYNC, "serve", "one", "--workers", "1", url=url, cwd=tmp_path, env=env) as command:
+        wait_for_serving(command, 1)
+        worker = pid_of(natsync_client, prefix)
+        with natsync_client.stream(f"{prefix}.slow", timeout=PATIENCE) as stream:
+            assert next(stream) == b"begun"
+            assert active(counted) == 1
+            os.kill(worker, signal.SIGKILL)
+            command.wait_for_err(f"worker {worker} ended by itself")
+            assert active(counted) == 0
+            wait_for_serving(command, 2)
+        command.send(signal.SIGTERM)
+        assert command.wait() == 0
+
+
+def active(directory: Path) -> float:
+    """The streams that are being served, as a scrape of all processes says."""
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, str(directory))
+    return sum(
+        sample.value
+        for family in registry.collect()
+        for sample in family.samples
+        if sample.name == "natsync_responses_active" and sample.labels["subject"].endswith(".slow")
+    )
+
+
 def test_reload_serves_what_was_saved_and_survives_a_mistake(
     url: str, natsync_client: natsync.Client, tmp_path: Path
 ) -> None:
@@ -241,6 +380,7 @@ def test_reload_serves_what_was_saved_and_survives_a_mistake(
         eventually(lambda: write(tmp_path, "one", "second") and _soon(lambda: version() == b"second"), PATIENCE)
         (tmp_path / "one.py").write_text("def broken(:\n")
         command.wait_for_err("waiting for a change")
+        assert version() == b"second"
         write(tmp_path, "one", "third")
         eventually(lambda: version() == b"third", PATIENCE)
         command.send(signal.SIGINT)

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -42,6 +42,14 @@ def database(tmp_path: Path) -> dict[str, str]:
     made = run(*manage("migrate", "--run-syncdb", "-v0"), env=environment)
     assert made.process.returncode == 0, made
     return environment
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A copy of the project that a test may change."""
+    copy = tmp_path / "django_site"
+    shutil.copytree(SITE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    return copy
 
 
 def manage(*arguments: str, site: Path = SITE) -> tuple[str, ...]:
@@ -217,6 +225,65 @@ def test_workers_that_cannot_begin_end_all(server: NatsServer) -> None:
     assert run(*manage("natsync_worker", "--workers=2"), url=server.url).process.returncode == 1
 
 
+GAUGE = """
+
+import prometheus_client
+
+GAUGE = prometheus_client.Gauge("busy", "", multiprocess_mode="livesum")
+
+
+@subscriber.stream("site.busy")
+def busy(ctx, request):
+    GAUGE.inc()
+    yield str(os.getpid())
+    ctx.wait(60)
+"""
+
+
+def test_the_gauges_of_a_killed_worker_are_removed(
+    server: NatsServer, client: natsync.Client, site: Path, tmp_path: Path
+) -> None:
+    with (site / "handlers.py").open("a") as handlers:
+        handlers.write(GAUGE)
+    counted = tmp_path / "metrics"
+    counted.mkdir()
+    env = {"PROMETHEUS_MULTIPROC_DIR": str(counted)}
+    with worker(server, "--workers", "2", env=env, site=site) as running:
+        eventually(lambda: sum("is ready" in line for line in running.out) == 2, PATIENCE)
+        with client.stream("site.busy", timeout=PATIENCE) as stream:
+            victim = int(next(stream))
+            gauge = counted / f"gauge_livesum_{victim}.db"
+            assert gauge.exists()
+            os.kill(victim, signal.SIGKILL)
+            eventually(lambda: not gauge.exists(), PATIENCE)
+        running.send(signal.SIGTERM)
+        running.wait()
+
+
+EXIT = """
+
+import atexit
+
+
+@atexit.register
+def leave():
+    with open(os.environ["SITE_LEFT"], "a") as left:
+        left.write(f"{os.getpid()}\\n")
+"""
+
+
+def test_workers_run_the_functions_of_atexit_once_each(server: NatsServer, site: Path, tmp_path: Path) -> None:
+    with (site / "handlers.py").open("a") as handlers:
+        handlers.write(EXIT)
+    left = tmp_path / "left"
+    with worker(server, "--workers", "2", env={"SITE_LEFT": str(left)}, site=site) as running:
+        eventually(lambda: sum("is ready" in line for line in running.out) == 2, PATIENCE)
+        running.send(signal.SIGTERM)
+        assert running.wait() == 0, running
+    workers = [line.split()[2] for line in running.out if "is ready" in line]
+    assert sorted(left.read_text().split()) == sorted([*workers, str(running.process.pid)])
+
+
 # -- the database --------------------------------------------------------------------------------------------------
 
 
@@ -246,24 +313,16 @@ def test_a_connection_that_dies_between_handlers_is_healed(
 # -- reloading -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def site(tmp_path: Path) -> Path:
-    """A copy of the project that a test may change."""
-    copy = tmp_path / "django_site"
-    shutil.copytree(SITE, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    return copy
-
-
-def change(site: Path, old: str, new: str) -> None:
-    path = site / "handlers.py"
+def change(site: Path, old: str, new: str, name: str = "handlers.py") -> None:
+    path = site / name
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new))
-    touch(site)
+    touch(site, name)
 
 
-def touch(site: Path) -> None:
-    path = site / "handlers.py"
+def touch(site: Path, name: str = "handlers.py") -> None:
+    path = site / name
     later = path.stat().st_mtime + 2  # the reloader compares times, which may be coarse
     os.utime(path, (later, later))
 
@@ -307,6 +366,47 @@ def test_a_handler_that_does_not_load_is_waited_for(server: NatsServer, client: 
             return answers(client, "2")
 
         eventually(mended, PATIENCE)
+        running.send(signal.SIGTERM)
+        assert running.wait() == 0, running
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("views.py", "import gc\n", "import gc(\n"),  # found by the system checks
+        ("models.py", "import models\n", "import models(\n"),  # by django.setup()
+        ("settings.py", "USE_TZ = True\n", "USE_TZ = (\n"),
+    ],
+)
+def test_a_project_that_does_not_load_is_waited_for(
+    server: NatsServer, client: natsync.Client, site: Path, name: str, old: str, new: str
+) -> None:
+    with worker(server, "--reload", site=site) as running:
+        assert answers(client, "1")
+        change(site, old, new, name)
+        running.wait_for_err("SyntaxError")
+        assert running.process.poll() is None
+        change(site, new, old, name)
+
+        def mended() -> bool:
+            touch(site, name)  # again: a file that did not load is watched from some moment later on
+            with suppress(AssertionError):
+                eventually(lambda: answers(client, "1"), 6)
+                return True
+            return False
+
+        eventually(mended, PATIENCE, f"not mended: {running!r}")
+        running.send(signal.SIGTERM)
+        assert running.wait() == 0, running
+
+
+def test_a_worker_that_waits_for_its_project_to_load_ends_at_a_signal(
+    server: NatsServer, client: natsync.Client, site: Path
+) -> None:
+    with worker(server, "--reload", site=site) as running:
+        assert answers(client, "1")
+        change(site, "import models\n", "import models(\n", "models.py")
+        running.wait_for_err("waiting for a change")
         running.send(signal.SIGTERM)
         assert running.wait() == 0, running
 

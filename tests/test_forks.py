@@ -207,6 +207,11 @@ def test_children_of_multiprocessing_work_and_lose_nothing(
     runs_well(f"multiprocessing_{method}", server.url)
 
 
+def test_what_is_to_be_done_at_the_exit_of_a_child_of_multiprocessing_is_done_once(server: NatsServer) -> None:
+    """Whether its exit handlers are run or not, and in a child's child too."""
+    runs_well("multiprocessing_exit", server.url)
+
+
 def test_a_process_pool_executor_works(server: NatsServer, responder: natsync.Subscriber) -> None:
     runs_well("process_pool_executor", server.url)
 

@@ -63,7 +63,8 @@ def serve(
     ATTR is a Subscriber, or a function without arguments that returns one; "subscriber" if it is left out.
     Modules are looked for in the current directory first. The connection options are for what a Subscriber leaves
     open: --server becomes NATS_URL, credentials are for one that has none. The first signal lets running handlers
-    finish, a second one cancels them. With --workers or --reload, SIGUSR1 replaces the processes.
+    finish, a second one cancels them. With --workers or --reload, SIGUSR1 replaces the processes, the old ones once
+    the new ones serve.
     """
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
     if workers is not None or reload:

@@ -1,8 +1,9 @@
 """Signals of commands that run until told to stop, or that must take down processes they have started."""
 
 import os
+import select
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -31,8 +32,26 @@ def signals_unwind() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+class NextSignal:
+    """Blocks, and returns the next signal."""
+
+    def __init__(self, incoming: int) -> None:
+        self._incoming = incoming
+
+    def __call__(self) -> signal.Signals:
+        return signal.Signals(os.read(self._incoming, 1)[0])
+
+    def wait(self, descriptors: Iterable[int] = (), timeout: float | None = None) -> signal.Signals | None:
+        """As a call; None if one of the descriptors has something to read or has come to its end, or time is up."""
+        poll = select.poll()
+        for descriptor in (self._incoming, *descriptors):
+            poll.register(descriptor, select.POLLIN)
+        ready = dict(poll.poll(None if timeout is None else timeout * 1000))
+        return self() if self._incoming in ready else None
+
+
 @contextmanager
-def awaited(*signals: signal.Signals) -> Iterator[Callable[[], signal.Signals]]:
+def awaited(*signals: signal.Signals) -> Iterator[NextSignal]:
     """Within the block the signals only wake the function it yields, which blocks and returns the next one.
 
     For the main thread only.
@@ -43,7 +62,7 @@ def awaited(*signals: signal.Signals) -> Iterator[Callable[[], signal.Signals]]:
     former_pipe = signal.set_wakeup_fd(outgoing)
     former = {number: signal.signal(number, _nothing) for number in signals}
     try:
-        yield lambda: signal.Signals(os.read(incoming, 1)[0])
+        yield NextSignal(incoming)
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)

@@ -6,6 +6,7 @@ that a Ctrl-C reaches it once: by the parent. A worker that is killed is replace
 
 from __future__ import annotations
 
+import atexit
 import logging
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ from multiprocessing.context import ForkProcess
 
 from django.db import connections
 
+from natsync.cli.gauges import forget_gauges
 from natsync.cli.signals import awaited
 from natsync.contrib.django.lifeline import follow
 from natsync.contrib.django.worker import FAILED, STOPPED
@@ -28,6 +30,12 @@ GRACE = 5.0
 #: Seconds that a worker must have lived to be replaced when it is killed; sooner, something kills them all.
 LEAST_LIFE = 1.0
 STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+_clear = atexit._clear
+
+
+def _nothing() -> None:
+    pass
 
 
 class Processes:
@@ -75,14 +83,18 @@ class Processes:
     def _start(self) -> None:
         process = multiprocessing.get_context("fork").Process(target=self._child, name="natsync-worker")
         former = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # until the child has handlers of its own
+        # From Python 3.13 on, multiprocessing has its children forget what was registered when the project was loaded.
+        atexit._clear = _nothing
         try:
             process.start()
         finally:
+            atexit._clear = _clear
             signal.pthread_sigmask(signal.SIG_SETMASK, former)
         self._alive[process] = time.monotonic()
         log.info("worker %s started", process.pid)
 
     def _child(self) -> None:
+        atexit._clear = _clear
         os.setpgid(0, 0)
         os.close(self._parents_end)
         signal.set_wakeup_fd(-1)
@@ -90,7 +102,12 @@ class Processes:
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
         follow(self._life)
-        sys.exit(self._serve())
+        try:
+            status = self._serve()
+        finally:
+            # multiprocessing leaves by os._exit(): what a project's libraries want to send at the end would be lost.
+            atexit._run_exitfuncs()
+        sys.exit(status)
 
     def _stop(self, *, again: bool = False) -> None:
         """Have all drain; again: have those cancel that were told before."""
@@ -111,6 +128,7 @@ class Processes:
         for process in [one for one in self._alive if not one.is_alive()]:
             lived = time.monotonic() - self._alive.pop(process)
             status = process.exitcode or 0
+            forget_gauges(process.pid)
             if self._stopping:
                 # SIGTERM ends one that had not begun.
                 self._note(STOPPED if status == -signal.SIGTERM else FAILED if status < 0 else status)

@@ -12,10 +12,13 @@ import _thread
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -23,7 +26,7 @@ from django.utils import autoreload
 
 from natsync.cli.signals import awaited
 from natsync.contrib.django.lifeline import follow
-from natsync.contrib.django.worker import FAILED, Worker
+from natsync.contrib.django.worker import FAILED, STOPPED, Worker
 
 log = logging.getLogger("natsync.worker")
 
@@ -35,6 +38,10 @@ LEAVE_SECONDS = 3.0
 WATCH_SECONDS = 10.0
 #: The variable by which the inner process knows the pipe that ends with the outer one.
 LIFELINE = "NATSYNC_LIFELINE"
+#: What the inner process says there when it has loaded the project.
+BEGUN = b"1"
+#: Seconds between two looks at the files while there is no inner process to look.
+LOOK_SECONDS = 1.0
 #: The status by which the inner process asks to be run again (django.utils.autoreload).
 CHANGED = 3
 
@@ -43,22 +50,28 @@ def run_with_reload(make_worker: Callable[[], Worker], serve: Callable[[Worker],
     """Run serve(make_worker()), again whenever a file has changed; the exit status. For the main thread.
 
     Both are called in the inner process. What they raise, such as the SyntaxError of a handlers.py, is shown, and the
-    next change waited for.
+    next change waited for; so is the next change if the inner process ends before it comes here, as with a models.py
+    that does not load.
     """
     if os.environ.get(autoreload.DJANGO_AUTORELOAD_ENV) == "true":
         if (life := os.environ.get(LIFELINE)) is not None:
+            os.write(int(life), BEGUN)
             follow(int(life))
         return _Inner(make_worker, serve).run()
     return _outer()
 
 
 def _outer() -> int:
-    life, ours = os.pipe()
-    environment = {**os.environ, autoreload.DJANGO_AUTORELOAD_ENV: "true", LIFELINE: str(life)}
-    with awaited(signal.SIGINT, signal.SIGTERM, signal.SIGCHLD) as next_signal:
+    ours, life = socket.socketpair()
+    ours.setblocking(False)
+    environment = {**os.environ, autoreload.DJANGO_AUTORELOAD_ENV: "true", LIFELINE: str(life.fileno())}
+    with ours, life, awaited(signal.SIGINT, signal.SIGTERM, signal.SIGCHLD) as next_signal:
         told = False
         while True:
-            process = subprocess.Popen(autoreload.get_child_arguments(), env=environment, pass_fds=[life])
+            before = (
+                _files()
+            )  # a change while the inner process begins counts: it may have loaded what was there before
+            process = subprocess.Popen(autoreload.get_child_arguments(), env=environment, pass_fds=[life.fileno()])
             while process.poll() is None:
                 number = next_signal()
                 if number == signal.SIGCHLD:
@@ -67,10 +80,30 @@ def _outer() -> int:
                 # A terminal's Ctrl-C goes to the inner process too.
                 if number != signal.SIGINT or not sys.stdin.isatty():
                     process.send_signal(number)
-            if process.returncode != CHANGED or told:
-                os.close(life)
-                os.close(ours)
+            if told or (_has_begun(ours) and process.returncode != CHANGED):
                 return _status(process.returncode)
+            if process.returncode != CHANGED:
+                log.error("the project does not load (status %d): waiting for a change", process.returncode)
+                while _files() == before:
+                    if next_signal.wait(timeout=LOOK_SECONDS) in (signal.SIGINT, signal.SIGTERM):
+                        return STOPPED
+
+
+def _has_begun(ours: socket.socket) -> bool:
+    try:
+        return ours.recv(1) == BEGUN
+    except BlockingIOError:
+        return False
+
+
+def _files() -> dict[Path, float]:
+    """The Python files beside every module that this process has loaded, and when they were changed."""
+    found = {}
+    for directory in {path.parent for path in autoreload.iter_all_python_module_files()}:
+        for path in directory.glob("*.py"):
+            with suppress(OSError):
+                found[path] = path.stat().st_mtime
+    return found
 
 
 def _status(returncode: int) -> int:

@@ -60,6 +60,11 @@ class Command(BaseCommand):
         )
         parser.add_argument("--reload", action="store_true", help="Start anew when a file changes (for development).")
 
+    def execute(self, *args: Any, **options: Any) -> Any:
+        # With --reload the checks are made where a file that does not load is waited for.
+        self._checks_later = options["reload"] and not options["skip_checks"]
+        return super().execute(*args, **{**options, "skip_checks": options["skip_checks"] or options["reload"]})
+
     def handle(self, *args: Any, **options: Any) -> None:
         if options["reload"] and options["workers"] > 1:
             raise CommandError("--reload serves in one process: leave out --workers", returncode=2)
@@ -88,6 +93,8 @@ class Command(BaseCommand):
 
     def _prepared(self) -> Worker:
         """The worker of the autoreloader's inner process; loading what it serves is part of what may fail there."""
+        if self._checks_later:
+            self.check()
         autodiscover()
         if not subscriber.subjects:
             self.stderr.write("no handlers yet: no installed app has a handlers.py that registers one")
