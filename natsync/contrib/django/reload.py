@@ -68,9 +68,8 @@ def _outer() -> int:
     with ours, life, awaited(signal.SIGINT, signal.SIGTERM, signal.SIGCHLD) as next_signal:
         told = False
         while True:
-            before = (
-                _files()
-            )  # a change while the inner process begins counts: it may have loaded what was there before
+            # A change while the inner process begins counts: it may have loaded what was there before.
+            before = _files()
             process = subprocess.Popen(autoreload.get_child_arguments(), env=environment, pass_fds=[life.fileno()])
             while process.poll() is None:
                 number = next_signal()
