@@ -55,9 +55,13 @@ class Hold:
 
     def __init__(self, subscriber: natsync.Subscriber, subject: str) -> None:
         self._arrived: list[tuple[natsync.ResponseSender, natsync.HandlerContext]] = []
-        self.handle = subscriber.stream_subscribe(
-            subject, lambda ctx, request, sender: self._arrived.append((sender, ctx))
-        )
+        self._over = False
+        self.handle = subscriber.stream_subscribe(subject, self._take)
+
+    def _take(self, ctx: natsync.HandlerContext, request: natsync.Message, sender: natsync.ResponseSender) -> None:
+        self._arrived.append((sender, ctx))
+        if self._over:  # the test has ended before its request came
+            sender.end()
 
     @property
     def sender(self) -> natsync.ResponseSender:
@@ -71,6 +75,7 @@ class Hold:
 
     def end_all(self) -> None:
         """So that closing the subscriber has nothing to wait for."""
+        self._over = True
         for sender, _ in self._arrived:
             sender.end()
 
