@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import natsync
+from natsync.contrib.flask import NatSync
 from natsync.options import ConnectOptions, Options
 from support import ROOT
 
@@ -108,8 +109,7 @@ def test_a_pools_verbs_take_what_the_clients_do(verb: str) -> None:
 
 
 def test_flasks_stream_takes_what_the_clients_does() -> None:
-    flask = pytest.importorskip("natsync.contrib.flask")
-    assert inspect.signature(flask.NatSync.stream) == inspect.signature(natsync.Client.stream)
+    assert inspect.signature(NatSync.stream) == inspect.signature(natsync.Client.stream)
 
 
 def test_annotations_can_be_evaluated() -> None:
