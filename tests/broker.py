@@ -36,6 +36,8 @@ class Broker:
     """
 
     def __init__(self, *scripts: Script, pongs: bool = True, **info: Any) -> None:
+        #: Held from reading a request to having answered it: who takes it knows what has been said and answered.
+        self.lock = threading.Lock()
         self.links: list[PeerConnection] = []
         self.said: list[list[Request]] = []
         self.pings = 0
@@ -53,12 +55,16 @@ class Broker:
         self.said.append(said)
         while True:
             request = next_request(peer)
-            if request is not Op.PING:
-                said.append(request)
-                continue
-            self.pings += 1
-            if self.pongs:
-                peer.send(b"PONG\r\n")
+            with self.lock:
+                self._take(peer, said, request)
+
+    def _take(self, peer: PeerConnection, said: list[Request], request: Request) -> None:
+        if request is not Op.PING:
+            said.append(request)
+            return
+        self.pings += 1
+        if self.pongs:
+            peer.send(b"PONG\r\n")
 
     @property
     def newest(self) -> PeerConnection:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import broker
 import natsync
 from natsync.protocol import Pub, Request, Sub, Unsub
 from natsync.session import Session
@@ -50,20 +51,16 @@ def dead_url() -> Iterator[str]:
         yield f"nats://127.0.0.1:{bound.getsockname()[1]}"
 
 
-class Events:
-    """Records on_event."""
+class Events(broker.Events):
+    """With the threads that told of them."""
 
     def __init__(self) -> None:
-        self.all: list[tuple[str, dict[str, Any]]] = []
+        super().__init__()
         self.threads: set[str] = set()
 
-    def __call__(self, name: str, details: dict[str, Any]) -> None:
+    def __call__(self, name: str, info: dict[str, Any]) -> None:
         self.threads.add(threading.current_thread().name)
-        self.all.append((name, details))
-
-    @property
-    def names(self) -> list[str]:
-        return [name for name, _ in self.all]
+        super().__call__(name, info)
 
 
 # -- publish -------------------------------------------------------------------------------------------------------
@@ -783,8 +780,7 @@ def test_without_reconnect_a_lost_link_closes_the_client(make_nats_server: Make)
             subscription.next(PATIENCE)
         with pytest.raises(natsync.ConnectionClosed):
             client.publish("c.x")
-        eventually(lambda: events.names[-1] == "closed")
-        assert events.all[-1][1]["reason"]
+        assert events.wait("closed")["reason"]
 
 
 def test_max_reconnects_gives_up_in_the_end(make_nats_server: Make) -> None:
@@ -881,8 +877,7 @@ def test_what_the_server_complains_of_is_an_event(make_nats_server: Make) -> Non
     events = Events()
     with natsync.connect(server.url, user="u", password="S3CRET", on_event=events) as client:
         client.publish("forbidden.x")
-        eventually(lambda: "error" in events.names)
-        assert "Permissions Violation" in events.all[-1][1]["error"]
+        assert "Permissions Violation" in events.wait("error")["error"]
         assert client.status == "connected"
 
 
@@ -1008,6 +1003,7 @@ def test_info_and_errors_at_any_moment_do_not_end_the_reader() -> None:
 
 FORK = """
 import os, sys, traceback
+import broker
 import natsync
 
 client = natsync.connect(sys.argv[1])
