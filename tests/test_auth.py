@@ -382,10 +382,10 @@ def test_functions_run_on_the_thread_that_connects(make_nats_server: Callable[..
 
 def test_the_time_of_a_function_is_not_that_of_the_server(make_nats_server: Callable[..., NatsServer]) -> None:
     def slow() -> str:
-        time.sleep(1.2)  # the slowness itself
+        time.sleep(2.2)  # the slowness itself
         return TOKEN
 
-    assert works(make_nats_server(config=TOKENS), token=slow, connect_timeout=1.0)
+    assert works(make_nats_server(config=TOKENS), token=slow, connect_timeout=2.0)
 
 
 # -- credentials that change while the client runs -------------------------------------------------------------------

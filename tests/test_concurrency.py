@@ -331,7 +331,7 @@ def test_joining_names_the_threads_that_are_stuck_and_waits_no_longer_than_told(
     started = time.monotonic()
     try:
         assert join_all([stuck[0], quick, stuck[1]], Deadline.after(0.1)) == ["natsync-stuck-0", "natsync-stuck-1"]
-        assert time.monotonic() - started < 2  # one deadline for all of them
+        assert time.monotonic() - started < 5  # one deadline for all of them
     finally:
         release.set()
     assert join_all([*stuck, quick], Deadline.after(5)) == []
@@ -427,7 +427,7 @@ def test_a_callback_that_raises_does_not_keep_others_from_running(
 
     run_soon(fail, "a callback")
     run_soon(ran.set, "a callback")
-    assert ran.wait(2)
+    assert ran.wait(10)
 
 
 def test_a_worker_that_cannot_be_started_does_not_count_as_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -884,9 +884,9 @@ def test_a_third_party_whose_close_blocks_does_not_hold_up_other_deadlines() -> 
     release = threading.Event()
     other = Context().with_timeout(SOON)
     ctx = Context().with_timeout(0.01)
-    thing = SimpleNamespace(cancel=lambda: release.wait(5))
+    thing = SimpleNamespace(cancel=lambda: release.wait(30))
     with ctx.closing(thing):
         try:
-            assert other.done.wait(2)
+            assert other.done.wait(10)
         finally:
             release.set()

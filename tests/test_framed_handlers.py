@@ -367,7 +367,7 @@ def test_end_with_wait_is_woken_by_a_cancel(nats_server: NatsServer, held: Held)
         ending = Outcome(lambda: held.sender.end(wait=PATIENCE))
         eventually(held.sender.is_closed, PATIENCE)
         stream.close()
-        assert ending.within(2.0) is None
+        assert ending.within(SLACK) is None
         assert ending.value is False
         proxy.down.resume()
 
@@ -901,7 +901,7 @@ def test_the_requests_deadline_ends_a_call_in_its_handler(nested: Nested, verb: 
     eventually(lambda: nested.errors, PATIENCE)
     assert isinstance(nested.errors[0], natsync.TimedOut)
     eventually(lambda: nested.inner, PATIENCE)
-    assert nested.inner[0].wait(2.0)
+    assert nested.inner[0].wait(SLACK)
 
 
 @pytest.mark.parametrize("verb", ["stream", "stream_request"])
@@ -916,7 +916,7 @@ def test_cancelling_a_request_ends_what_its_handler_waits_for_two_handlers_away(
     stream = nested.client.stream("h.outer")
     eventually(lambda: nested.inner, PATIENCE)
     stream.cancel("enough")
-    assert nested.inner[0].wait(2.0)
+    assert nested.inner[0].wait(SLACK)
     eventually(lambda: nested.errors, PATIENCE)
     assert isinstance(nested.errors[0], natsync.StreamCancelled | natsync.Cancelled)
 
@@ -926,7 +926,7 @@ def test_cancelling_a_request_ends_a_request_that_its_handler_waits_for(nested: 
     stream = nested.client.stream("h.outer")
     eventually(lambda: nested.inner, PATIENCE)
     stream.cancel("enough")
-    eventually(lambda: nested.errors, 2.0)
+    eventually(lambda: nested.errors, SLACK)
     assert isinstance(nested.errors[0], natsync.Cancelled)
     nested.inner[0].cancel("the test is over")
 

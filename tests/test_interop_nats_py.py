@@ -133,7 +133,7 @@ def test_nats_py_that_stops_reading_closes_the_natsync_sender(loop: Loop, subscr
 
     subscriber.stream_subscribe("n.endless", handler)
     assert loop.run(take_two()) == [b"more", b"more"]
-    assert closed.wait(1)
+    assert closed.wait(PATIENCE)
 
 
 def test_nats_py_reads_a_natsync_stream_that_ends_with_an_empty_message(loop: Loop, nats_server: NatsServer) -> None:

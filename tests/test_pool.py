@@ -513,7 +513,7 @@ def test_what_is_lent_is_closed_at_the_deadline_of_close(nats_server: NatsServer
     client = pool.getconn()
     begin = time.monotonic()
     pool.close(timeout=0.1)
-    assert 0.09 <= time.monotonic() - begin < 1.5
+    assert 0.09 <= time.monotonic() - begin < 4
     assert client.status == "closed"
 
 

@@ -194,7 +194,7 @@ def test_a_server_that_accepts_and_closes_is_noticed_by_connect() -> None:
         begin = time.monotonic()
         with pytest.raises(natsync.NoServersError, match="closed the connection"):
             natsync.connect(peer.url, connect_timeout=10)
-        assert time.monotonic() - begin < 2
+        assert time.monotonic() - begin < 5
 
 
 def test_a_server_that_closes_later_is_noticed_and_its_reader_leaves() -> None:
@@ -204,7 +204,7 @@ def test_a_server_that_closes_later_is_noticed_and_its_reader_leaves() -> None:
         client = natsync.connect(peer.url, reconnect=False, on_event=lambda name, _: name == "closed" and closed.set())
         reader = reader_of(client)
         broker.newest.sock.shutdown(socket.SHUT_RDWR)
-        assert closed.wait(2)
+        assert closed.wait(5)
         eventually(lambda: not reader.is_alive())
         client.close()
 

@@ -61,8 +61,8 @@ def test_replies_of_several_responders_come_until_the_timeout(
     for name in "abc":
         answering(responders, "many.all", sending(name))
     began = time.monotonic()
-    assert sorted(texts(client.request_many("many.all", timeout=1.0))) == ["a", "b", "c"]
-    assert 1.0 <= time.monotonic() - began < PATIENCE
+    assert sorted(texts(client.request_many("many.all", timeout=2.0))) == ["a", "b", "c"]
+    assert 2.0 <= time.monotonic() - began < PATIENCE
     assert left(client) == 0
 
 
@@ -102,8 +102,8 @@ def test_a_stall_of_zero_or_beyond_the_timeout_is_as_none(
 ) -> None:
     answering(responders, "many.stall.none", sending("1", "2"))
     began = time.monotonic()
-    assert texts(client.request_many("many.stall.none", timeout=1.0, stall=stall)) == ["1", "2"]
-    assert time.monotonic() - began >= 1.0
+    assert texts(client.request_many("many.stall.none", timeout=1.5, stall=stall)) == ["1", "2"]
+    assert time.monotonic() - began >= 1.5
 
 
 def test_the_callers_own_time_does_not_count_as_stall(client: natsync.Client, responders: natsync.Client) -> None:

@@ -189,7 +189,7 @@ def test_the_deadline_ends_a_wait_that_would_outlast_it() -> None:
     ctx = Context().with_timeout(0.1)
     with pytest.raises(natsync.DeadlineExceeded):
         run(_refused, Retry(), ctx)
-    assert 0.09 <= time.monotonic() - begin < 2
+    assert 0.09 <= time.monotonic() - begin < 5
 
 
 def _refused(attempt: int) -> None:

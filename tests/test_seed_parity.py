@@ -990,7 +990,7 @@ def test_stream_request_with_retry_does_not_go_past_the_deadline(
     begin = time.monotonic()
     with pytest.raises(natsync.NatsError):
         client.stream_request("parity.sr.deadline", b"?", lambda message: None, retry=retry, timeout=0.3)
-    assert time.monotonic() - begin < 1.5
+    assert time.monotonic() - begin < 5
 
 
 def test_stream_request_with_client_id_sends_it_and_tells_client_offline_on_cancel(

@@ -64,7 +64,7 @@ def test_timeout_ends_a_stream_whose_responder_is_slow_and_tells_the_handler(
     begin = time.monotonic()
     with pytest.raises(natsync.DeadlineExceeded) as caught:
         client.stream_request("scenario.timeout", b"", lambda message: seen.append(message.data), timeout=0.3)
-    assert 0.29 <= time.monotonic() - begin < 2
+    assert 0.29 <= time.monotonic() - begin < 5
     assert isinstance(caught.value, TimeoutError)
     assert seen[0] == b"quick"
     assert b"too late" not in seen

@@ -289,7 +289,7 @@ def test_try_send_does_not_wait_while_the_link_takes_nothing(
         count = fill(opened.sender)
         begin = time.monotonic()
         assert opened.sender.try_send(BLOCK) is False
-        assert time.monotonic() - begin < 2
+        assert time.monotonic() - begin < 5
         assert opened.sender.send_count == count
         server.resume()
         opened.stream.close()
@@ -304,7 +304,7 @@ def test_send_waits_for_room_up_to_its_timeout(make_nats_server: Callable[..., N
         begin = time.monotonic()
         with pytest.raises(natsync.TimedOut):
             opened.sender.send(BLOCK, timeout=0.1)
-        assert 0.09 <= time.monotonic() - begin < 2
+        assert 0.09 <= time.monotonic() - begin < 5
         with ThreadPoolExecutor() as pool:
             waiting = pool.submit(opened.sender.send, BLOCK, timeout=PATIENCE)
             server.resume()
@@ -359,7 +359,7 @@ def test_end_with_wait_is_false_if_the_other_side_does_not_confirm(
         opened.sender.send(b"1")
         begin = time.monotonic()
         assert opened.sender.end(wait=0.2) is False
-        assert 0.19 <= time.monotonic() - begin < 2
+        assert 0.19 <= time.monotonic() - begin < 5
         server.resume()
         assert list(opened.stream) == [b"1"]
 

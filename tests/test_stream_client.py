@@ -315,7 +315,7 @@ def test_close_tells_the_handler_before_it_has_sent_anything(client: natsync.Cli
     stream = client.stream("sc.hold")
     sender = hold.sender
     stream.close()
-    assert sender.closed.wait(1)
+    assert sender.closed.wait(PATIENCE)
 
 
 @plain_only
@@ -425,7 +425,7 @@ def test_closing_the_client_cancels_the_handlers_of_its_streams(nats_server: Nat
     stream = client.stream("sc.hold")
     sender = begun(hold, stream)
     client.close()
-    assert sender.closed.wait(1)
+    assert sender.closed.wait(PATIENCE)
 
 
 # -- map -----------------------------------------------------------------------------------------------------------
@@ -940,12 +940,12 @@ def test_a_timeout_of_next_during_retries_leaves_the_stream_usable(
 
 
 def test_next_keeps_its_timeout_during_retries(client: natsync.Client) -> None:
-    retry = natsync.Retry(attempts=None, initial=2, maximum=2, jitter=False)
+    retry = natsync.Retry(attempts=None, initial=20, maximum=20, jitter=False)
     with client.stream("sc.nobody", retry=retry) as stream:
         begin = time.monotonic()
         with pytest.raises((natsync.TimedOut, natsync.NoRespondersError)):
             stream.next(timeout=0.2)
-        assert time.monotonic() - begin < 1.9
+        assert time.monotonic() - begin < 5
 
 
 def in_short_waits(stream: natsync.Stream, each: float) -> tuple[bytes, int]:
@@ -1109,7 +1109,7 @@ def test_the_deadline_ends_retries(client: natsync.Client) -> None:
     begin = time.monotonic()
     with pytest.raises((natsync.DeadlineExceeded, natsync.NoRespondersError)):
         list(client.stream("sc.nobody", timeout=0.3, retry=retry))
-    assert 0.2 < time.monotonic() - begin < 1.5
+    assert 0.2 < time.monotonic() - begin < 5
 
 
 # -- sentinels, single answers --------------------------------------------------------------------------------------
@@ -1189,7 +1189,7 @@ def test_sentinels_empty_a_cancel_before_the_first_chunk_reaches_the_handler(emp
     stream = client.stream("sc.empty.cancel")
     sender = hold.sender
     stream.close()
-    assert sender.closed.wait(1)
+    assert sender.closed.wait(PATIENCE)
 
 
 def test_sentinels_empty_a_cancel_reaches_the_handler(empty: Pair) -> None:
@@ -1198,7 +1198,7 @@ def test_sentinels_empty_a_cancel_reaches_the_handler(empty: Pair) -> None:
     stream = client.stream("sc.empty.cancel")
     sender = begun(hold, stream)
     stream.close()
-    assert sender.closed.wait(1)
+    assert sender.closed.wait(PATIENCE)
 
 
 # Without an offer of framed mode, a request for a stream looks like any other request: it gets the one answer, no end.

@@ -431,7 +431,7 @@ def test_stop_cancels_what_lasts_longer_than_its_timeout(
     gate.wait_entered()
     begin = time.monotonic()
     handle.stop(timeout=0.1)
-    assert 0.09 <= time.monotonic() - begin < 2
+    assert 0.09 <= time.monotonic() - begin < 5
     assert stream.next(PATIENCE) == b"first"
     with pytest.raises(natsync.ServerLost, match="stopped"):
         stream.next(PATIENCE)
@@ -968,7 +968,7 @@ def test_close_cancels_what_lasts_longer_than_its_timeout_and_the_requester_is_t
     gate.wait_entered()
     begin = time.monotonic()
     subscriber.close(timeout=0.2)
-    assert 0.19 <= time.monotonic() - begin < 2
+    assert 0.19 <= time.monotonic() - begin < 4
     assert len(gate.reasons) == 1
     assert stream.next(PATIENCE) == b"first"
     with pytest.raises(natsync.ServerLost, match="shutting down"):
