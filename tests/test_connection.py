@@ -109,7 +109,7 @@ def test_a_ping_right_behind_the_handshake_is_answered() -> None:
         peer.hold()
 
     with ScriptedPeer(script) as peer, opened(peer, patience=0.1):
-        eventually(lambda: b"PONG" in answered, 1)
+        eventually(lambda: b"PONG" in answered)
 
 
 def test_retry_on_failed_connect_opens_at_once_and_connects_when_it_can() -> None:

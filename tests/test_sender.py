@@ -336,7 +336,7 @@ def test_a_send_that_waits_for_room_is_woken_by_a_cancel(
             opened.handle.ctx.cancel("enough")
             try:
                 with pytest.raises(natsync.StreamCancelled):
-                    waiting.result(2)
+                    waiting.result(5)
             finally:
                 server.resume()
 

@@ -543,10 +543,10 @@ def test_what_a_function_raises_is_raised_by_next_as_it_is(
 
 
 def test_idle_timeout_does_not_run_while_the_consumer_is_busy(client: natsync.Client, hold: Hold) -> None:
-    with client.stream("sc.hold", idle_timeout=0.5) as stream:
+    with client.stream("sc.hold", idle_timeout=1.0) as stream:
         hold.sender.send(b"1")
         assert stream.next() == b"1"
-        time.sleep(0.8)  # the consumer's own work
+        time.sleep(1.3)  # the consumer's own work
         hold.sender.send(b"2")
         assert stream.next() == b"2"
 
@@ -861,7 +861,7 @@ def test_stats_count_the_seconds_the_consumer_waited(client: natsync.Client, hol
     with client.stream("sc.hold") as stream:
         with pytest.raises(natsync.TimedOut):
             stream.next(timeout=0.1)
-        assert 0.09 <= stream.stats["blocked"] < 1
+        assert 0.09 <= stream.stats["blocked"] < 5
 
 
 # -- retry ---------------------------------------------------------------------------------------------------------
@@ -1101,7 +1101,7 @@ def test_close_during_a_retrys_wait_wakes_the_waiting_next(client: natsync.Clien
         eventually(between_two_tries)
         stream.close()
         with pytest.raises(natsync.StreamCancelled):
-            waiting.result(2)
+            waiting.result(5)
 
 
 def test_the_deadline_ends_retries(client: natsync.Client) -> None:
