@@ -13,10 +13,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
-from natsync.errors import InvalidArgument
+from natsync.errors import InvalidArgument, TimedOut
 
 log = logging.getLogger("natsync")
+
+T = TypeVar("T")
 
 #: Longest single wait in seconds; longer ones would overflow a lock's timeout. A year and a bit.
 _FOREVER = min(threading.TIMEOUT_MAX, 4e7)
@@ -97,6 +100,26 @@ class Signal:
     def wait(self, deadline: Deadline) -> bool:
         """Wait until set and clear it; False if the deadline came first."""
         return self._lock.acquire(timeout=deadline.wait_time())
+
+
+def in_turn(lock: threading.Lock, deadline: Deadline, late: str, do: Callable[[Deadline], T]) -> T:
+    """do(deadline) while this thread, of several that may come, has the lock.
+
+    An interrupt (Ctrl-C) anywhere leaves the lock given back: to take it and to note that is one call into C.
+
+    Raises:
+        TimedOut: with the text `late`; another thread has had it until the deadline.
+    """
+    taken = list[bool]()
+    try:
+        taken.extend(map(lock.acquire, (True,), (deadline.wait_time(),)))
+        if not taken[0]:
+            raise TimedOut(late)
+        value = do(deadline)
+    finally:
+        if taken and taken[0]:
+            lock.release()
+    return value
 
 
 class SafeCondition:

@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 from natsync import subject as _subject
 from natsync.closable import Closable
-from natsync.concurrency import Deadline, check_timeout, fork_generation
+from natsync.concurrency import Deadline, check_timeout, fork_generation, in_turn
 from natsync.connection import Connection
 from natsync.context import Context
 from natsync.errors import ForkError, InvalidArgument, NoRespondersError, SlowConsumerError, StreamEnded, TimedOut
@@ -154,24 +154,20 @@ class Replies(Closable[Message]):
     def _take(self, until: Deadline) -> Message | None:
         if self._generation != fork_generation():
             raise ForkError("these replies belong to the parent process")
-        taken = list[bool]()
+        late = f"no reply to {self.subject!r} in time: another thread is waiting for it"
+        return in_turn(self._taking, until, late, self._take_in_turn)
+
+    def _take_in_turn(self, until: Deadline) -> Message | None:
         try:
-            taken.extend(map(self._taking.acquire, (True,), (until.wait_time(),)))  # noted in the same step
-            if not taken[0]:
-                raise TimedOut(f"no reply to {self.subject!r} in time: another thread is waiting for it")
-            try:
-                message = self._next(until)
-            except _NotYet:
-                raise TimedOut(f"no reply to {self.subject!r} in time; more may come") from None
-            except Exception as error:
-                self._finish(error)
-                raise
-            if message is None:
-                self._finish(None)
-            return message
-        finally:
-            if taken and taken[0]:
-                self._taking.release()
+            message = self._next(until)
+        except _NotYet:
+            raise TimedOut(f"no reply to {self.subject!r} in time; more may come") from None
+        except Exception as error:
+            self._finish(error)
+            raise
+        if message is None:
+            self._finish(None)
+        return message
 
     def _next(self, until: Deadline) -> Message | None:
         """The next reply; None if there is to be no more."""

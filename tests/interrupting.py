@@ -19,8 +19,8 @@ class Interrupted(BaseException):
 def moments(call: Callable[[], object], *functions: Callable[..., Any], anywhere: bool = False) -> Iterator[int]:
     """Make the call again and again, each time interrupted at the next moment of these functions; yields after each.
 
-    The moments are those at which CPython runs signal handlers: where a function begins, and behind each call. With
-    anywhere, those before every single instruction. Ends when a call came to its end.
+    The moments are those at which CPython runs signal handlers: where a function begins, and behind each call that
+    returns. With anywhere, those before every single instruction. Ends when a call came to its end.
     """
     codes = {function.__code__ for function in functions}
     moment = 0
@@ -61,6 +61,8 @@ def _stopped(
         if frame.f_code not in codes:
             return None
         frame.f_trace_opcodes = True
+        if event == "exception":
+            before[frame] = ""  # behind a call that raised no handler of a signal is run
         if event == "opcode":
             last, before[frame] = before.get(frame, "CALL"), dis.opname[frame.f_code.co_code[frame.f_lasti]]
             if anywhere or last.startswith("CALL"):

@@ -18,13 +18,14 @@ import natsync
 from broker import QUICK, Outcome
 from framed import Held
 from interrupting import Interrupted, moments
-from natsync.concurrency import Finishing, Happening
+from natsync.concurrency import Finishing, Happening, in_turn
 from natsync.connection import Connection
 from natsync.context import Context
 from natsync.dispatcher import Dispatcher
 from natsync.links import Links
 from natsync.pool import Lease
 from natsync.pooling.store import Store
+from natsync.replies import Replies
 from natsync.session import Session
 from natsync.streaming.call import Call
 from natsync.streaming.calls import Budget, Calls, Farewell
@@ -174,6 +175,58 @@ CALL = (
     Stream.cancel, Call.cancel, Call.fail, Call._finish, Call._let_go, Call._part, Call._tell_finished,
     Finishing.run, Calls.part, FramedReceiver.close, Budget.close, Peers.leave, Peer.leave,
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("retry", [None, natsync.Retry()], ids=["plain", "retried"])
+def test_who_reads_next_is_not_kept_waiting_by_a_next_that_was_cut_short(
+    client: natsync.Client, held: Held, retry: natsync.Retry | None
+) -> None:
+    with client.stream(held.subject, retry=retry, timeout=PATIENCE) as stream:
+
+        def read() -> None:
+            with pytest.raises(natsync.TimedOut, match="the stream goes on"):
+                stream.next(0)
+
+        for _ in moments(read, in_turn, Stream._next, Stream._with_retry, Call.next_chunk, Call._refill):
+            read()
+        held.sender.send(b"chunk")
+        assert stream.next(PATIENCE) == b"chunk"
+
+
+@pytest.mark.parametrize("window", [1, 4, 64])
+@pytest.mark.parametrize("framed", [True, False], ids=["framed", "plain"])
+def test_no_chunk_is_lost_to_a_next_that_was_cut_short(nats_server: NatsServer, framed: bool, window: int) -> None:
+    count = 1_000
+    with (
+        natsync.Subscriber(nats_server.url) as subscriber,
+        natsync.connect(nats_server.url, framed=framed, **QUICK) as client,
+    ):
+        subscriber.stream_subscribe("cut.count", lambda ctx, request: map(b"%d".__mod__, range(count)))
+        got = list[bytes]()
+        with client.stream("cut.count", timeout=PATIENCE, window=window) as stream:
+
+            def read() -> None:
+                for _ in range(max(1, window // 4)):  # what is taken from the queue at once
+                    got.append(stream.next(PATIENCE))
+
+            for _ in moments(read, in_turn, Call._refill, Call._take, Call._put_aside_locked):
+                read()
+            got.extend(stream)
+        assert got == [b"%d" % number for number in range(count)]
+
+
+def test_who_takes_the_next_reply_is_not_kept_waiting_by_a_next_that_was_cut_short(
+    client: natsync.Client,
+) -> None:
+    silent = client.subscribe("cut.replies")
+    with client.request_many(silent.subject, timeout=PATIENCE) as replies:
+
+        def take() -> None:
+            with pytest.raises(natsync.TimedOut, match="more may come"):
+                replies.next(0)
+
+        for _ in moments(take, in_turn, Replies.next, Replies._take, Replies._take_in_turn):
+            take()
 
 
 @pytest.mark.parametrize("then", ["closed", "dropped"])

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from natsync import subject as _subject
-from natsync.concurrency import Deadline, Finishing, Signal
+from natsync.concurrency import Deadline, Finishing, Signal, in_turn
 from natsync.connection import is_own
 from natsync.context import Context
 from natsync.errors import (
@@ -85,6 +85,7 @@ class Call(Waiter):
         self._taken_bytes = 0
         self._chunks_before = 0  # and what was handed out before that
         self._bytes_before = 0
+        self._credited = 0  # so many of them the receiver knows of
         self._error: Exception | None = None  # raised behind what waits,
         self._at_once = False  # or instead of it
         self._last: Item | None = None  # the message that ended it, if the consumer is to see it
@@ -325,29 +326,33 @@ class Call(Waiter):
 
     def _refill(self, empty: Iterator[Any], deadline: Deadline) -> None:
         """The batch is used up: wait for more and take it; raises what there is to raise instead."""
-        if not self._taking.acquire(timeout=deadline.wait_time()):
-            raise TimedOut(f"no chunk of {self.subject!r} in time: another thread is waiting for it")
-        try:
+
+        def refill(deadline: Deadline) -> None:
             while self.batch is empty and not self._take():  # another thread may have refilled it meanwhile
                 self._wait(deadline)
-        finally:
-            self._taking.release()
+
+        late = f"no chunk of {self.subject!r} in time: another thread is waiting for it"
+        in_turn(self._taking, deadline, late, refill)
 
     def _take(self) -> bool:
         """Take the next portion of what has come; False if there is none yet. What was taken before is consumed."""
         with self._lock:
-            news = bool(self._taken)
             self._put_aside_locked()
             if self._at_once:
                 self._queue.clear()
             elif self._queue:
-                self._taken, self._taken_bytes = self._queue.popleft()
-                self._waiting_chunks -= len(self._taken)
-                self._waiting_bytes -= self._taken_bytes
-                self.batch = iter(self._taken)
+                chunks, size = self._queue[0]
+                count, batch = len(chunks), iter(chunks)
+                # From here on there is no call, behind which a Ctrl-C might come and lose them.
+                self._taken, self._taken_bytes, self.batch = chunks, size, batch
+                self._waiting_chunks -= count
+                self._waiting_bytes -= size
+                del self._queue[0]
             taken, over = bool(self._taken), self._over
-        if news and self._receiver is not None:
-            self._receiver.consumed(self._chunks_before, self._bytes_before)
+            consumed, consumed_bytes = self._chunks_before, self._bytes_before
+        if consumed != self._credited and self._receiver is not None:
+            self._receiver.consumed(consumed, consumed_bytes)
+            self._credited = consumed
         if over and not taken:
             raise self._reason()
         return taken

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from natsync.closable import Closable
-from natsync.concurrency import Deadline, check_timeout, fork_generation
+from natsync.concurrency import Deadline, check_timeout, fork_generation, in_turn
 from natsync.context import Context
 from natsync.errors import (
     Cancelled,
@@ -107,21 +107,11 @@ class Stream(Closable[bytes]):
             raise ForkError("this stream belongs to the parent process")
         if self._retry is None:
             return self._call.next_chunk(deadline)
-        return self._with_retry(deadline)
+        late = f"no chunk of {self.subject!r} in time: another thread is waiting for it"
+        return in_turn(self._turn, deadline, late, self._with_retry)
 
     def _with_retry(self, deadline: Deadline) -> bytes:
-        """The next chunk; if the stream breaks off and the policy lets it, of another attempt."""
-        taken = list[bool]()
-        try:
-            taken.extend(map(self._turn.acquire, (True,), (deadline.wait_time(),)))  # noted in the same step
-            if not taken[0]:
-                raise TimedOut(f"no chunk of {self.subject!r} in time: another thread is waiting for it")
-            return self._in_turn(deadline)
-        finally:
-            if taken and taken[0]:
-                self._turn.release()
-
-    def _in_turn(self, deadline: Deadline) -> bytes:
+        """The next chunk; if the stream breaks off and the policy lets it, of another attempt. Requires _turn."""
         while self._retry is not None:
             self._wait_for_try(deadline)
             try:
