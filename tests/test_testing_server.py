@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -78,9 +77,13 @@ def alive(pid: int) -> bool:
 
 def serving(port: int) -> bool:
     """Whether somebody listens. An orphan's process id may stay, where nobody waits for orphans."""
-    with contextlib.suppress(ConnectionRefusedError), socket.create_connection((server_module.HOST, port), 5.0):
+    try:
+        with socket.create_connection((server_module.HOST, port), 5.0):
+            return True
+    except ConnectionRefusedError:
+        return False
+    except ConnectionResetError:  # it is just being killed
         return True
-    return False
 
 
 def write_script(path: Path, *lines: str) -> Path:
