@@ -51,7 +51,7 @@ DOCKERFILE = {
 }
 #: Commands that shell blocks run in the environment of the tests, as modules.
 SHIMS = ("natsync", "flask", "gunicorn", "pytest")
-_PORT = re.compile(r"127\.0\.0\.1:(\d{4,5})|(?<=--port )(\d{4,5})")
+_PORT = re.compile(r"127\.0\.0\.1:(\d{4,5})|(?<=--port )(\d{4,5})|(?<=start_http_server\()(\d{4,5})")
 
 
 def free_port() -> int:
@@ -98,7 +98,7 @@ class Reader:
         """The text with ports of this run."""
 
         def port(match: re.Match[str]) -> str:
-            number = match[1] or match[2]
+            number = match[1] or match[2] or match[3]
             return match[0].replace(number, self.ports.setdefault(number, str(free_port())))
 
         return _PORT.sub(port, text)
