@@ -110,7 +110,7 @@ def in_turn(lock: threading.Lock, deadline: Deadline, late: str, do: Callable[[D
     Raises:
         TimedOut: with the text `late`; another thread has had it until the deadline.
     """
-    taken = list[bool]()
+    taken: list[bool] = []
     try:
         taken.extend(map(lock.acquire, (True,), (deadline.wait_time(),)))
         if not taken[0]:
