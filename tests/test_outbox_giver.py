@@ -605,6 +605,7 @@ def test_what_was_published_before_a_lost_link_is_sent_by_the_next_in_order() ->
     came = [number for of_link in numbers for number in of_link]
     assert came == sorted(set(came))
     assert came[-1] == published
+    assert client.stats()["out_messages"] == published + 1  # each was given to one link
     for of_link in filter(None, numbers):  # what is lost was on its way as a link ended
         assert of_link == list(range(of_link[0], of_link[-1] + 1))
 
