@@ -1014,9 +1014,9 @@ def test_a_refused_stream_that_is_read_in_short_waits_is_asked_for_again(
                 second.next(0.3)
             done.set()
             assert list(first) == []
-        chunk, waits = in_short_waits(second, 0.1)  # it was told to come again in a second
+        chunk, waits = in_short_waits(second, 0.05)  # it was told to come again in a second
         assert chunk == b"second"
-        assert waits >= 2
+        assert waits >= 1
         assert list(second) == []
 
 
@@ -1079,7 +1079,7 @@ def test_a_stream_dropped_between_two_tries_is_freed_at_once(client: natsync.Cli
 def test_an_interrupt_between_two_tries_leaves_the_stream_as_it_was(
     client: natsync.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stream = client.stream("sc.nobody", retry=natsync.Retry(attempts=2, initial=0.1, maximum=0.1, jitter=False))
+    stream = client.stream("sc.nobody", retry=natsync.Retry(attempts=2, initial=1.0, maximum=1.0, jitter=False))
     with pytest.raises(natsync.TimedOut):
         stream.next(0.05)
     with monkeypatch.context() as patch:
