@@ -207,7 +207,7 @@ def test_idle_timeout_ends_a_stream_that_falls_silent(url: str, subscriber: nats
         released.wait(PATIENCE)
 
     try:
-        result = run(*NATSYNC, "stream", "cli.silent", "--idle-timeout", "0.2", url=url)
+        result = run(*NATSYNC, "stream", "cli.silent", "--idle-timeout", "2", url=url)
     finally:
         released.set()
     assert result.out == ["one"]

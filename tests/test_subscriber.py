@@ -944,14 +944,14 @@ def test_close_serves_what_was_on_its_way(client: natsync.Client, subscriber: na
 
 
 def test_pings_are_answered_while_close_waits(make_nats_server: Make) -> None:
-    # A client that leaves two PINGs unanswered is cut off by this server within half a second.
-    server = make_nats_server(config='ping_interval: "150ms"\nping_max: 1\n')
+    # A client that leaves two PINGs unanswered is cut off by this server within a second and a half.
+    server = make_nats_server(config='ping_interval: "500ms"\nping_max: 1\n')
     gate = Gate()
     with natsync.connect(server.url) as client, natsync.Subscriber(server.url) as subscriber:
         subscriber.stream_subscribe("u.ping", gate.handler)
         stream = client.stream("u.ping")
         gate.wait_entered()
-        timer = threading.Timer(1.0, gate.open)
+        timer = threading.Timer(2.5, gate.open)
         timer.start()
         subscriber.close()
         timer.join()
