@@ -722,13 +722,15 @@ from natsync.testing import eventually
 
 client, pool = natsync.connect(sys.argv[1]), natsync.ConnectionPool(sys.argv[1], max_size=1)
 subscriber, ctx = natsync.Subscriber(sys.argv[1]), natsync.Context()
-handle = subscriber.stream_subscribe("i.leave", lambda ctx, request, sender: ctx.wait())
+asked = threading.Event()
+handle = subscriber.stream_subscribe("i.leave", lambda ctx, request, sender: (asked.set(), ctx.wait()))
 subscription, lent, stream = client.subscribe("i.leave.sub"), pool.getconn(), client.stream("i.leave")
 waits = [
     lambda: client.request("i.leave.held", timeout=None), subscription.next, lambda: list(subscription), stream.next,
     pool.getconn, ctx.wait, handle.wait, lambda: handle.stop(None), lambda: held.drain(None),
 ]
 held = client.subscribe("i.leave.held", lambda message: ctx.wait())
+assert asked.wait(30)  # else handle.stop() may come before the request
 begun = []
 for wait in waits:
     threading.Thread(target=lambda wait=wait: (begun.append(wait), wait()), daemon=True).start()
