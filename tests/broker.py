@@ -117,7 +117,7 @@ class Events:
 
     def wait(self, name: str, count: int = 1) -> dict[str, Any]:
         """The details of the count-th event of this name, waited for."""
-        eventually(lambda: self.names.count(name) >= count, message=f"no {name!r} among {self.all}")
+        eventually(lambda: self.names.count(name) >= count, 15.0, f"no {name!r} among {self.all}")
         return [info for one, info in self.all if one == name][count - 1]
 
 
@@ -151,7 +151,7 @@ class Outcome:
 @contextmanager
 def opened(peer: ScriptedPeer, *, patience: float = 5.0, **options: Any) -> Iterator[natsync.Client]:
     """A client of the peer; patience is what close() gets, for peers that do not answer its flush."""
-    client = natsync.connect(peer.url, **{**QUICK, **options})
+    client = natsync.connect(peer.url, **{"connect_timeout": 10.0, **QUICK, **options})
     try:
         yield client
     finally:

@@ -185,7 +185,7 @@ def check_that_tokens_appear_one_by_one(page: Page, meanwhile: Callable[[], None
     assert len(seen) == TOKENS
     apart = sum(later - earlier > PAUSE * 1000 / 2 for earlier, later in pairwise(seen))
     assert apart > TOKENS / 2, seen  # a busy machine shows some of them together
-    assert seen[-1] - seen[0] > (TOKENS - 1) * PAUSE * 1000 * 0.9
+    assert seen[-1] - seen[0] > (TOKENS - 1) * PAUSE * 1000 * 0.7
 
 
 def check_that_tabs_do_not_disturb_each_other(chat: Chat, page: Page) -> None:
@@ -195,11 +195,11 @@ def check_that_tabs_do_not_disturb_each_other(chat: Chat, page: Page) -> None:
     third.ask("one that goes")
     for tab in (third, second, page):
         tab.wait_for_tokens(3)
+    second.wait_for_tokens(10)
+    second.stop()  # first: its answer goes on for six seconds only
+    stopped_at = len(second.tokens)
     third.close()
     chat.api.wait_for_out("one that goes: the reader left")
-    second.wait_for_tokens(10)
-    second.stop()
-    stopped_at = len(second.tokens)
     chat.api.wait_for_out("its neighbour: the reader left")
     page.wait_for_state("complete")
     assert page.tokens == answer("the first tab")

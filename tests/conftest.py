@@ -19,7 +19,7 @@ from natsync.testing import eventually
 from support import natsync_threads
 
 #: Seconds that the threads of a closed client or server may take to go.
-THREADS_GONE = 3.0
+THREADS_GONE = 10.0
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -393,7 +393,7 @@ def test_the_time_of_a_function_is_not_that_of_the_server(make_nats_server: Call
 
 def test_a_jwt_that_expires_ends_the_client_with_a_typed_error(operated: NatsServer, operator: Operator) -> None:
     events = Events()
-    client = natsync.connect(operated.url, credentials=operator.user(lifetime=2.9), on_event=events, **QUICK)
+    client = natsync.connect(operated.url, credentials=operator.user(lifetime=4.9), on_event=events, **QUICK)
     events.wait("closed")
     assert "Authentication Expired" in events.wait("error")["error"]
     with pytest.raises(natsync.ConnectionClosed) as raised:
@@ -404,7 +404,7 @@ def test_a_jwt_that_expires_ends_the_client_with_a_typed_error(operated: NatsSer
 
 def test_creds_replaced_in_time_let_the_client_go_on(operated: NatsServer, operator: Operator, tmp_path: Path) -> None:
     path, events = tmp_path / "ada.creds", Events()
-    path.write_text(operator.user(lifetime=2.9))
+    path.write_text(operator.user(lifetime=4.9))
     with natsync.connect(operated.url, credentials=path, on_event=events, **QUICK) as client:
         client.subscribe("jwt.echo", lambda message: message.respond(message.data))
         client.flush()
@@ -489,7 +489,7 @@ def test_an_account_that_expires_ends_the_client_with_a_typed_error(
     make_nats_server: Callable[..., NatsServer],
 ) -> None:
     operator, events = Operator(), Events()
-    server = make_nats_server(config=operator.config(lifetime=2.9))
+    server = make_nats_server(config=operator.config(lifetime=4.9))
     client = natsync.connect(server.url, credentials=operator.user(), on_event=events, **QUICK)
     assert "refused the credentials" in events.wait("closed")["reason"]
     assert "Account Authentication Expired" in events.wait("error")["error"]

@@ -193,7 +193,7 @@ def test_timeout_ends_a_stream_that_lasts_too_long(url: str, subscriber: natsync
         while not ctx.wait(0.02):
             yield "again"
 
-    result = run(*NATSYNC, "stream", "cli.endless", "--timeout", "300ms", url=url)
+    result = run(*NATSYNC, "stream", "cli.endless", "--timeout", "3", url=url)
     assert "again" in result.out
     assert_one_line_error(result, 1)
 
@@ -503,7 +503,13 @@ def test_sub_outlives_a_restart_of_the_server_and_says_so(make_nats_server) -> N
         server.restart()
         command.wait_for_err("connected again")
         with natsync.Client(server.url) as client:
-            client.publish("cli.lasting", "still there")
+
+            def ended() -> bool:  # its SUB is on its way as it says so
+                client.publish("cli.lasting", "still there")
+                client.flush()
+                return command.process.poll() is not None
+
+            eventually(ended, PATIENCE)
         assert command.wait() == 0
     assert command.out == ["still there"]
     assert any("disconnected" in line for line in command.err)

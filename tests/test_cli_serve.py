@@ -482,7 +482,8 @@ def test_an_open_subscriber_without_a_queue_group_is_served_by_one_process(
     with child(*NATSYNC, "serve", "early", *options, url=url, cwd=tmp_path) as command:
         command.wait_for_err("early.batch")
         command.wait_for_err("in no queue group")
-        eventually(lambda: list(natsync_client.stream(f"serve.{tmp_path.name}.early.batch", timeout=1)) == [b"1"])
+        subject = f"serve.{tmp_path.name}.early.batch"
+        eventually(lambda: list(natsync_client.stream(subject, timeout=PATIENCE)) == [b"1"])
         command.send(signal.SIGTERM)
         assert command.wait() == 0
 

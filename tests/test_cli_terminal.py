@@ -191,7 +191,7 @@ def test_check_says_by_its_status_what_is_wrong(make_nats_server, subscriber: na
         f"natsync check -s {gone.url}",
         f"natsync check -s {locked.url}",
         "natsync check --request cli.nobody",
-        "natsync check --request cli.mute --timeout 100ms",
+        "natsync check --request cli.mute --timeout 2s",
     ]
     script = "; ".join(f"echo {shlex.quote('$ ' + line)}; {line}; echo status $?" for line in lines)
     with shell(script, url=url, lines=60, columns=160) as screen:
@@ -205,7 +205,7 @@ def test_top_follows_live_streams(url: str, natsync_client: natsync.Client, tmp_
     (tmp_path / "worker.py").write_text(WORKER)
     with (
         child(*NATSYNC, "serve", "worker", "--monitor", url=url, cwd=tmp_path) as serve,
-        terminal(*NATSYNC, "top", "worker", "--interval", "200ms", "--streams", "0", url=url, lines=12) as screen,
+        terminal(*NATSYNC, "top", "worker", "--interval", "1s", "--streams", "0", url=url, lines=12) as screen,
     ):
         serve.wait_for_err("serving top.length")
         screen.wait_for(r"top\.words +worker +1 +0 ")
@@ -226,6 +226,7 @@ def test_top_follows_live_streams(url: str, natsync_client: natsync.Client, tmp_
         assert screen.wait() == INTERRUPTED
     masks = [
         (r"127\.0\.0\.1:\d+", "ADDRESS"),
+        (r"every \S+ s", "every N s"),
         (r"\d[\d,]*(\.\d)? [KM]?i?B|\b\d[\d,]*\.\d\b", "N"),
         (r"(?m)^worker +\S+ +\d+ +3 +\d+", "worker HOST PID 3 THREADS"),
         (r" {2,}", "  "),
@@ -281,7 +282,7 @@ def test_bash_completes_commands_and_options(tmp_path: Path) -> None:
     with terminal("bash", "--norc", "--noprofile", "-i", env=env, columns=80, lines=24) as screen:
         screen.wait_for(r"\$\s$")
         screen.type('eval "$(natsync completion bash)"; echo loaded\n')
-        screen.wait_for(r"(?m)^loaded")
+        screen.wait_for(r"loaded\n\$\s$")
         screen.type("natsync serv\t\t")
         screen.wait_for(r"serve +server +services")
         screen.type("i\t")

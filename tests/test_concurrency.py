@@ -328,6 +328,7 @@ def test_joining_names_the_threads_that_are_stuck_and_waits_no_longer_than_told(
     release = threading.Event()
     stuck = [spawn(release.wait, f"natsync-stuck-{n}") for n in range(2)]  # type: ignore[arg-type]
     quick = spawn(lambda: None, "natsync-quick")
+    quick.join(5)
     started = time.monotonic()
     try:
         assert join_all([stuck[0], quick, stuck[1]], Deadline.after(0.1)) == ["natsync-stuck-0", "natsync-stuck-1"]

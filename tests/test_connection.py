@@ -131,14 +131,16 @@ def test_retry_on_failed_connect_opens_at_once_and_connects_when_it_can() -> Non
             assert [pub.payload for pub in broker.published()] == [b"1", b"2"]
 
 
-def test_a_client_may_be_opened_while_nothing_listens_yet_and_a_real_server_comes(nats_server: NatsServer) -> None:
-    with NatsServer() as gone:
-        port = gone.port
-    with natsync.connect(f"nats://127.0.0.1:{port}", retry_on_failed_connect=True, **QUICK) as client:
+def test_a_client_may_be_opened_while_nothing_listens_yet_and_a_real_server_comes(
+    make_nats_server: Callable[..., NatsServer],
+) -> None:
+    server = make_nats_server()
+    server.stop()
+    with natsync.connect(server.url, retry_on_failed_connect=True, **QUICK) as client:
         got = client.subscribe("late")
         client.publish("late", b"sent before there was a server")
-        with NatsServer(port=port):
-            assert got.next(timeout=5).data == b"sent before there was a server"
+        server.restart()  # and not start(): another program may have the port for a moment
+        assert got.next(timeout=15).data == b"sent before there was a server"
 
 
 # -- a link that is lost ----------------------------------------------------------------------------------------------
@@ -284,8 +286,8 @@ def test_threads_that_publish_through_lost_links_double_nothing_tear_nothing_and
     with ScriptedPeer(cutter) as peer, opened(peer, reconnect_buffer_bytes=1 << 28) as client:
         outcomes = [Outcome(partial(publish, sender)) for sender in range(senders)]
         assert [outcome.within(30) for outcome in outcomes] == [None] * senders
-        eventually(lambda: peer.accepted == len(cutter.cuts) + 1)
-        client.flush()
+        eventually(lambda: peer.accepted == len(cutter.cuts) + 1, 30)
+        client.flush(30)
         for sender in range(senders):
             links = cutter.numbers(sender)
             for numbers in links:  # nothing is missing in between what one link brought
@@ -315,7 +317,7 @@ def test_a_link_for_which_no_thread_can_be_started_is_given_up_and_made_again(
         client.publish("s", b"kept")
         client.flush()
         client.close()
-        assert [pub.payload for pub in broker.published()] == [b"kept"]
+        eventually(lambda: [pub.payload for pub in broker.published()] == [b"kept"])
 
 
 @pytest.mark.parametrize("options", [{}, {"retry_on_failed_connect": True}])
@@ -378,11 +380,11 @@ class PublishingHandler(logging.Handler):
 
 
 @pytest.fixture
-def nobody() -> str:
-    """The URL of a server that is down."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    return f"nats://127.0.0.1:{port}"
+def nobody() -> Iterator[str]:
+    """The URL of a server that is down, for as long as the test runs."""
+    with socket.socket() as bound:  # bound, but not listening: connections are refused
+        bound.bind(("127.0.0.1", 0))
+        yield f"nats://127.0.0.1:{bound.getsockname()[1]}"
 
 
 @contextmanager
@@ -512,7 +514,7 @@ def test_a_server_that_stops_answering_is_left() -> None:
         peer.hold()
 
     broker = Broker(frozen)
-    with ScriptedPeer(broker) as peer, opened(peer, on_event=events, ping_interval=0.1) as client:
+    with ScriptedPeer(broker) as peer, opened(peer, on_event=events, ping_interval=0.5) as client:
         assert "PING" in events.wait("disconnected")["reason"]
         events.wait("reconnected")
         client.flush()
@@ -538,7 +540,7 @@ def test_a_write_that_is_blocked_ends_the_link_at_write_timeout() -> None:
 def test_a_frozen_server_is_left_and_found_again(make_nats_server: Callable[..., NatsServer]) -> None:
     events = Events()
     server = make_nats_server()
-    options = {**QUICK, "ping_interval": 0.1, "connect_timeout": 0.3}
+    options = {**QUICK, "ping_interval": 0.5}
     with natsync.connect(server.url, on_event=events, **options) as client:
         got = client.subscribe("s")
         server.pause()
@@ -557,9 +559,9 @@ def test_a_killed_server_is_found_again_with_everything_in_place(make_nats_serve
         assert client.request("double", b"ab").data == b"abab"
         server.kill()
         events.wait("disconnected")
-        pending = Outcome(lambda: client.request("double", b"cd", timeout=10))
+        pending = Outcome(lambda: client.request("double", b"cd", timeout=30))
         server.restart()
-        assert pending.within(10) is None
+        assert pending.within(30) is None
         assert isinstance(pending.value, natsync.Message)
         assert pending.value.data == b"cdcd"
 
@@ -581,16 +583,16 @@ def test_attempts_are_spaced_while_the_server_refuses() -> None:
         with opened(peer, reconnect_wait=0.1, reconnect_wait_max=0.1):
             gate.broker.drop()
             eventually(lambda: peer.accepted >= 2)
-            before, begin = peer.accepted, time.monotonic()
+            begin, before = time.monotonic(), peer.accepted
             eventually(lambda: peer.accepted >= before + 4)
             assert time.monotonic() - begin >= 0.29
 
 
 def test_attempts_are_spaced_while_the_server_greets_and_then_hangs_up() -> None:
     with ScriptedPeer(PeerConnection.handshake) as peer:
+        begin = time.monotonic()
         with opened(peer, reconnect_wait=0.1, reconnect_wait_max=0.1):
-            begin = time.monotonic()
-            eventually(lambda: peer.accepted >= 7)
+            eventually(lambda: peer.accepted >= 7, 15)
             # The first attempt after a loss may come at once; those after a link that never served must not.
             assert time.monotonic() - begin >= 0.4
 
@@ -747,14 +749,15 @@ def test_a_request_that_times_out_without_a_link_never_leaves() -> None:
 def test_a_request_that_times_out_on_a_link_may_have_run() -> None:
     broker = Broker()
     with ScriptedPeer(broker) as peer, opened(peer) as client:
+        client.flush()
         with pytest.raises(RequestTimeout) as raised:
-            client.request("slow", b"", timeout=0.2)
+            client.request("slow", b"", timeout=1.0)
         assert raised.value.sent is True
 
 
 def test_a_request_that_times_out_while_connecting_was_surely_not_sent() -> None:
     with ScriptedPeer(PeerConnection.hold) as peer:
-        client = natsync.Client(peer.url, connect_timeout=0.5)
+        client = natsync.Client(peer.url, connect_timeout=10)
         with pytest.raises(RequestTimeout) as raised:
             client.request("s", b"", timeout=0.1)
         assert raised.value.sent is False
@@ -873,7 +876,7 @@ def publisher_that_waits(client: natsync.Client) -> Outcome:
 
     def stuck() -> bool:
         before = client.stats()
-        threading.Event().wait(0.05)
+        threading.Event().wait(0.3)
         after = client.stats()
         return after["out_pending_bytes"] >= HIGH_WATER_BYTES and after["out_bytes"] == before["out_bytes"]
 
@@ -899,6 +902,7 @@ def test_publishers_that_wait_are_woken_when_the_link_is_lost() -> None:
     with ScriptedPeer(lambda peer: None if peer.index else deaf(peer)) as peer:
         with opened(peer, reconnect_buffer_bytes=64 << 20) as client:
             waiting = publisher_that_waits(client)
+            eventually(lambda: deaf.links)
             deaf.links[0].sock.shutdown(socket.SHUT_RDWR)
             assert waiting.within(10) is None
             assert client.status == "reconnecting"
@@ -910,6 +914,7 @@ def test_what_was_said_behind_a_blocked_link_is_said_once_on_the_next() -> None:
     with ScriptedPeer(broker) as peer, opened(peer, reconnect_buffer_bytes=64 << 20) as client:
         waiting = publisher_that_waits(client)
         client.subscribe("late", lambda message: None)
+        eventually(lambda: deaf.links)
         deaf.links[0].sock.shutdown(socket.SHUT_RDWR)
         assert waiting.within(10) is None
         client.flush()
@@ -1235,7 +1240,7 @@ def test_close_may_come_from_an_event() -> None:
     with ScriptedPeer(broker) as peer:
         with opened(peer, on_event=on_event) as client:
             broker.drop()
-            assert closed.wait(3)
+            assert closed.wait(10)
             assert client.status == "closed"
 
 
@@ -1329,8 +1334,8 @@ def test_drain_reports_what_was_not_handled() -> None:
         eventually(lambda: client.stats()["in_messages"] == 6)
         began = time.monotonic()
         with pytest.raises(natsync.DrainTimeout) as raised:
-            client.drain(0.3)
-        assert time.monotonic() - began < 0.3 + SLACK + 1
+            client.drain(2.0)
+        assert time.monotonic() - began < 2.0 + SLACK + 1
         release.set()
         assert raised.value.unhandled == {"stuck": 3}
         assert raised.value.unsent == 0
@@ -1416,5 +1421,5 @@ def _no_descriptor_left_behind(nats_server: NatsServer) -> Iterator[None]:
     before = Counter(os.listdir("/proc/self/fd"))
     yield
     eventually(
-        lambda: len(os.listdir("/proc/self/fd")) <= before.total(), 3, "the test leaves more descriptors than it found"
+        lambda: len(os.listdir("/proc/self/fd")) <= before.total(), 10, "the test leaves more descriptors than it found"
     )

@@ -44,7 +44,7 @@ def full(server: NatsServer) -> Iterator[natsync.Client]:
 
         def stuck() -> bool:
             before = client.stats()["out_bytes"]
-            return waiting(client) == 1 and not stopping.wait(0.05) and client.stats()["out_bytes"] == before  # type: ignore[no-any-return]
+            return waiting(client) == 1 and not stopping.wait(0.5) and client.stats()["out_bytes"] == before  # type: ignore[no-any-return]
 
         server.pause()
         flooding = threading.Thread(target=flood)

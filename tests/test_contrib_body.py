@@ -112,10 +112,10 @@ def test_the_first_bytes_do_not_wait_for_the_first_chunk(client: natsync.Client,
 
 def test_heartbeats_come_while_nothing_else_does(client: natsync.Client, holding: Holding) -> None:
     body = EventBody(client.stream("b.hold"), heartbeat=0.1)
-    next(body)
     begin = time.monotonic()
+    next(body)
     assert [next(body) for _ in range(3)] == [b": ping\n\n"] * 3
-    assert 0.3 <= time.monotonic() - begin < 3
+    assert 0.3 <= time.monotonic() - begin < PATIENCE
     holding.send(b"x")
     assert next(event for event in body if event != b": ping\n\n") == b"data: x\n\n"
     body.close()
@@ -211,6 +211,7 @@ def test_a_deadline_is_told_while_the_body_waits_in_steps(client: natsync.Client
 
 def test_an_idle_timeout_is_told_while_the_body_waits_in_steps(client: natsync.Client, holding: Holding) -> None:
     body = EventBody(client.stream("b.hold", idle_timeout=0.3), heartbeat=0.05)
+    eventually(lambda: holding.sender is not None, PATIENCE)  # its time counts from the first next()
     assert error_of(body)["error"] == "DEADLINE_EXCEEDED"
     assert holding.left.wait(PATIENCE)
 
@@ -270,7 +271,7 @@ def test_the_error_may_be_described_otherwise(client: natsync.Client) -> None:
 
 
 def test_a_description_that_fails_closes_the_body(client: natsync.Client, holding: Holding) -> None:
-    body = EventBody(client.stream("b.hold", timeout=0.1), describe=lambda error: {"x": object()})
+    body = EventBody(client.stream("b.hold", timeout=1.0), describe=lambda error: {"x": object()})
     next(body)
     with pytest.raises(TypeError):
         next(body)
@@ -467,7 +468,7 @@ def test_a_body_that_waits_ends_soon_after_its_client_has_left(
     begin = time.monotonic()
     assert list(body) == []
     assert holding.left.wait(PATIENCE)
-    assert time.monotonic() - begin < LOOK_SECONDS + 1
+    assert time.monotonic() - begin < LOOK_SECONDS + 5
 
 
 def test_prefetch_gives_up_when_the_client_leaves(

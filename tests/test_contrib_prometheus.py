@@ -114,7 +114,8 @@ def test_a_stream_is_counted_on_both_sides(
     registry: CollectorRegistry, client: natsync.Client, subscriber: natsync.Subscriber
 ) -> None:
     assert list(client.stream("pm.words.now", b"one three", timeout=PATIENCE)) == [b"one", b"three"]
-    seen = settled(registry, "natsync_responses_total", 1, subject="pm.words.*", outcome="ok")
+    settled(registry, "natsync_responses_total", 1, subject="pm.words.*", outcome="ok")
+    seen = settled(registry, "natsync_response_bytes_total", 8, subject="pm.words.*")  # which is counted last
     assert seen.value("natsync_streams_total", subject="pm.words.now", outcome="ok") == 1
     for side, subject in (("stream", "pm.words.now"), ("response", "pm.words.*")):
         assert seen.value(f"natsync_{side}_chunks_total", subject=subject) == 2

@@ -158,6 +158,7 @@ def test_a_request_whose_reply_subject_leaves_no_room_for_an_answer_is_ignored(
         else:
             assert client.request("c.answer", b"2", timeout=PATIENCE).data == b"x"
     assert ran == [b"2"]
+    eventually(lambda: "reply subject is too long" in caplog.text, PATIENCE)
     (warning,) = [one for one in caplog.records if one.levelno == logging.WARNING and "c.answer" in one.message]
     assert "reply subject is too long" in warning.message
     assert subscriber._responder is not None
@@ -277,7 +278,7 @@ def test_nothing_waits_to_be_lost_behind_a_subscription_that_is_to_be_proved() -
     with ScriptedPeer(script, check=False) as peer:
         client = natsync.Client(peer.url, reconnect_wait=0.3, reconnect_jitter=0).open()
         client.subscribe("b" * 600)
-        eventually(lambda: client.status == "reconnecting")
+        eventually(lambda: peer.accepted > 1)
         for _ in range(50):
             client.publish("n", b"x")
         assert proved.wait(PATIENCE)

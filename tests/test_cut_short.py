@@ -91,6 +91,7 @@ def test_a_stream_whose_end_was_cut_short_ends_at_the_next_end(
             eventually(lambda: held.subscriber.stats()["active"] == 0, PATIENCE)
         assert len(streams) > 20
         assert list(streams[-1]) == [b"chunk"]
+        eventually(lambda: held.subscriber.stats()["active"] == 0, PATIENCE)
         stats = held.subscriber.stats()
         assert stats["received"] == stats["processed"] == len(streams)
         assert held.subscriber._responder is not None

@@ -18,7 +18,7 @@ from natsync.testing import NatsServer, eventually
 from processes import PATIENCE, child, run
 from support import ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 PROJECT = ROOT / "examples" / "django_project"
 MANAGE = (sys.executable, "manage.py")

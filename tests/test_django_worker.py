@@ -18,7 +18,7 @@ from natsync.testing import NatsServer, eventually
 from processes import PATIENCE, Child, child, run
 from support import ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 SITE = ROOT / "tests" / "django_site"
 
@@ -193,7 +193,7 @@ def test_a_killed_worker_is_replaced(server: NatsServer, client: natsync.Client)
     with worker(server, "--workers", "2") as running:
         eventually(lambda: len(pids(client)) == 2, PATIENCE)
         time.sleep(1.1)  # a worker that is killed within its first second is a fault that would strike all
-        victim = min(pids(client))
+        victim = min(eventually(lambda: pids(client), PATIENCE))
         os.kill(victim, signal.SIGKILL)
         eventually(lambda: len(now := pids(client)) == 2 and victim not in now, PATIENCE)
         running.send(signal.SIGTERM)

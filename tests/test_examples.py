@@ -277,6 +277,7 @@ def words_of(result: Path) -> list[str] | None:
     return words
 
 
+@pytest.mark.timeout(180)
 def test_celery_task_in_processes_that_a_worker_has_forked(
     server: NatsServer, client: natsync.Client, tmp_path: Path
 ) -> None:
@@ -295,7 +296,7 @@ def test_celery_task_in_processes_that_a_worker_has_forked(
         assert len(asked.out) == 8, asked
         with child(*command, "--without-gossip", "--without-mingle", url=server.url, cwd=EXAMPLES, env=env) as celery:
             results = [tmp_path / f"celery-task-meta-{one}" for one in asked.out]
-            eventually(lambda: all(map(words_of, results)), 30)
+            eventually(lambda: all(map(words_of, results)), 90)
             assert [words_of(one) for one in results] == [["ONE", str(number)] for number in range(8)]
             celery.send(signal.SIGTERM)
             assert celery.wait() == 0, celery

@@ -171,9 +171,10 @@ def test_no_other_process_holds_the_parents_socket(name: str, server: NatsServer
 
 
 def test_the_parents_connection_stays_the_same_at_the_server(server: NatsServer, responder: natsync.Subscriber) -> None:
+    eventually(lambda: len(connections(server)) == 1, 10)
     before = connections(server)
     runs_well("prefork_without_exec", server.url)
-    eventually(lambda: connections(server).keys() == before.keys(), 10)
+    eventually(lambda: connections(server).keys() <= before.keys(), 10)
 
 
 # -- locks -------------------------------------------------------------------------------------------------------------
@@ -360,4 +361,4 @@ def test_gunicorn_preloads_a_client_that_every_worker_uses(
         third = web.workers(gone={*first, victim})
         numbers = [*first.values(), *second.values(), *third.values()]
         assert len({*first, *second, *third}) == len(set(numbers))  # a connection each, and only one
-        assert not set(first.values()) & set(connections(server))  # those that left have closed theirs
+        eventually(lambda: not set(first.values()) & set(connections(server)), 20)  # those that left have closed theirs

@@ -286,7 +286,7 @@ class Scene:
 def test_a_blocked_send_is_woken_and_told_why_by(nats_server: NatsServer, how: str, verb: str) -> None:
     wake, kind = WAKING[how]
     with ExitStack() as stack:
-        scene = Scene(stack, nats_server.url, 0.4 if how == "deadline" else None)
+        scene = Scene(stack, nats_server.url, 3.0 if how == "deadline" else None)
         sender = scene.held.sender
         calls: dict[str, Callable[[], object]] = {
             "send": lambda: sender.send(b"x"),
@@ -646,8 +646,8 @@ def test_drain_lets_streams_finish_ends_others_with_code_14_and_loses_no_request
 
         asking = [Outcome(lambda index=index: ask(index)) for index in range(4)]  # type: ignore[misc]
         eventually(lambda: all(asked), PATIENCE)
-        draining = Outcome(lambda: one.drain(0.5))
-        eventually(lambda: one.status == "draining", PATIENCE)
+        draining = Outcome(lambda: one.drain(3.0))
+        eventually(lambda: one._responder is not None and one._responder.draining, PATIENCE)
         finish.set()
         for stream in short:
             assert list(stream) == [b"2"]

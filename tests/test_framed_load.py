@@ -302,7 +302,7 @@ def test_fifty_other_streams_keep_their_speed_next_to_one_that_nobody_reads(
             one.reach(1000)
         ratios: list[float] = []
         for _ in range(
-            4
+            15
         ):  # what else this machine does falls on both alike, as a rule: short turns, and all of it again
             alone = beside = 0.0
             for _ in range(sized(2, 10)):
@@ -447,6 +447,7 @@ def test_children_of_a_client_that_close_its_streams_disturb_none_of_them(
         assert process.wait(PATIENCE * 2) == 0, process.err
         assert "complete, reconnects: 0" in process.out
         assert process.err == []
+    eventually(lambda: subscriber.stats()["active"] == 0, PATIENCE)
     stats = subscriber.stats()
     assert (stats["cancelled"], stats["failed"], stats["processed"]) == (0, 0, 8)
     assert stats["connection"]["reconnects"] == 0
@@ -494,7 +495,7 @@ def test_two_clients_with_windows_of_16_and_of_100_000_are_served_exactly(
         for process in (one, two):
             assert process.wait(PATIENCE * 2) == 0, process.err
             assert "complete, reconnects: 0" in process.out
-    assert subscriber.stats()["processed"] == 6
+    eventually(lambda: subscriber.stats()["processed"] == 6, PATIENCE)
 
 
 def chunk_of(size: int, seed: int) -> bytes:
@@ -575,7 +576,7 @@ def test_a_chunk_larger_than_all_that_may_be_kept_is_no_wait_for_ever(
         sending = Outcome(lambda: arrived[0].send(chunk_of(5 << 20, 3)))
         taking = Outcome(lambda: stream.next(PATIENCE))
         try:
-            error = sending.within(3.0)
+            error = sending.within(PATIENCE)
             assert error is None or isinstance(error, natsync.MaxPayloadExceeded)
         finally:
             stream.close()

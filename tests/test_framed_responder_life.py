@@ -132,7 +132,7 @@ def test_a_cancel_ends_the_handlers_context_and_wakes_its_send(bench: Bench) -> 
     error = waiting.within(SLACK)
     assert isinstance(error, natsync.StreamCancelled)
     assert "enough of it" in str(error)
-    assert sender.closed.is_set()
+    assert sender.closed.wait(SLACK)
     eventually(lambda: held.ctx.cancelled)
 
 
@@ -178,7 +178,7 @@ def test_a_stream_number_that_never_was_is_unknown(bench: Bench) -> None:
     stream = (asker.control or b"").rsplit(b".", 3)[0]
     known, asker.control = asker.control, stream + b".999999.d.1"
     asker.say(b"?")
-    assert asker.message().reply == stream + b".999999.x.0"
+    assert asker.next().reply == stream + b".999999.x.0"
     asker.control = known
 
 
@@ -194,15 +194,16 @@ def test_a_cancel_reaches_a_stream_that_lingers(bench: Bench) -> None:
 # -- requesters that are gone ----------------------------------------------------------------------------------------
 
 
-def test_without_grace_a_requester_that_nobody_listens_for_is_lost_at_once(bench: Bench) -> None:
+def test_without_grace_a_requester_that_nobody_listens_for_is_lost_at_once(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "ANSWER_SECONDS", 60.0)  # no silence is what tells
     held = bench.hold()
     asker, sender = bench.open(offer(g=0), held=held)
     asker.leave()
-    begin = time.monotonic()
     with contextlib.suppress(natsync.ClientLost):  # an ACCEPT that came late may have found it out
         sender.send(b"one")
     assert sender.closed.wait(SLACK)
-    assert time.monotonic() - begin < 1.0
     with pytest.raises(natsync.ClientLost):
         sender.send(b"two")
     eventually(lambda: held.ctx.cancelled)
@@ -217,8 +218,8 @@ def test_a_sender_that_waits_for_credit_is_woken_when_its_requester_is_lost(benc
 
 def test_the_grace_of_the_responder_counts_if_it_is_the_smaller(bench: Bench) -> None:
     asker, sender = bench.open(offer(g=60_000), resume_grace=0.3)
-    asker.leave()
     begin = time.monotonic()
+    asker.leave()
     sender.send(b"one")
     assert sender.closed.wait(SLACK)
     assert time.monotonic() - begin >= 0.3 * EARLY
@@ -247,6 +248,7 @@ def suspended(bench: Bench, grace: int = 5000) -> tuple[Asker, natsync.ResponseS
     asker.say(b"+1 9 65536")
     asker.ping()
     asker.leave()
+    asker.desk.all(lambda message: message.subject == asker.inbox)
     before = received(held)
     sender.send(b"c2")
     eventually(lambda: received(held) > before)  # the 503
@@ -274,29 +276,29 @@ def test_nothing_is_sent_again_until_the_requester_has_said_what_it_has(bench: B
 
 def test_a_requester_that_never_comes_back_is_lost_after_the_grace(bench: Bench) -> None:
     asker, sender = bench.open(offer(g=300))
-    asker.leave()
     begin = time.monotonic()
+    asker.leave()
     sender.send(b"c1")
     assert sender.closed.wait(SLACK)
-    assert 0.3 * EARLY <= time.monotonic() - begin < LATE
+    assert time.monotonic() - begin >= 0.3 * EARLY
     with pytest.raises(natsync.ClientLost):
         sender.send(b"c2")
 
 
 def test_a_requester_that_does_not_answer_is_lost_within_the_grace_and_three_seconds(bench: Bench) -> None:
-    _, sender = bench.open(offer(g=200))
     begin = time.monotonic()
+    _, sender = bench.open(offer(g=200))
     sender.send(b"c1")
     assert sender.closed.wait(PATIENCE)
-    assert 2.0 <= time.monotonic() - begin < 0.2 + 3 + SLACK / 2
+    assert 2.0 <= time.monotonic() - begin < 0.2 + 3 + SLACK
     with pytest.raises(natsync.ClientLost):
         sender.send(b"c2")
 
 
 @pytest.mark.usefixtures("impatient")
 def test_an_idle_requester_that_does_not_answer_is_lost(bench: Bench) -> None:
-    asker, sender = bench.open(offer(g=200, hb=200))
     begin = time.monotonic()
+    asker, sender = bench.open(offer(g=200, hb=200))
     asker.say(b"+0 8 65536")
     assert asker.probe().key == (b"h", 0)
     assert time.monotonic() - begin >= 0.2 * EARLY - 0.05
@@ -316,14 +318,14 @@ def test_an_idle_requester_that_answers_is_kept(bench: Bench) -> None:
     assert asker.next().key == (b"d", 1)
 
 
-@pytest.mark.usefixtures("impatient")
-def test_a_slow_reader_that_answers_is_not_taken_for_dead(bench: Bench) -> None:
+def test_a_slow_reader_that_answers_is_not_taken_for_dead(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "ANSWER_SECONDS", 1.5)
     asker, sender = bench.open(offer(g=0, hb=200, w=1))
     sender.send(b"one")
     asker.next()
     asker.say(b"+1 1 65536")  # it has it, and takes no more for now
     waiting = Outcome(lambda: sender.send(b"two"))
-    for _ in range(4):
+    for _ in range(12):  # which takes longer than that
         assert asker.probe().key == (b"h", 1)
         asker.say(b"+1 1 65536")
     assert waiting.running
@@ -338,6 +340,7 @@ def test_one_probe_serves_all_idle_streams_of_a_requester(bench: Bench) -> None:
     for stream in streams:
         stream.say(b"+0 8 65536")
     by_inbox = {stream.inbox: stream for stream in streams}
+    streams[-1].ping()  # all were heard
     begin = time.monotonic()
     bench.desk.all(lambda message: True)  # what ACCEPTs that were confirmed late have asked
     bench.raw.flush()
@@ -383,6 +386,8 @@ def test_a_stream_outlasts_the_loss_of_the_responders_own_link(
     asker.frames(2)
     proxy.reset()
     sender.send(b"c3")
+    eventually(lambda: held.subscriber.stats()["connection"]["reconnects"] == 1)
+    asker.desk.all(lambda message: message.subject == asker.inbox)  # what came over the lost link
     while asker.frame().op != b"h":
         pass
     asker.say(b"!1 9 65536")
@@ -479,8 +484,9 @@ def test_the_handler_sees_attempt_cursor_and_the_users_headers_and_none_of_the_p
 
 def test_a_deadline_that_passes_ends_the_stream_with_code_4(bench: Bench) -> None:
     held = bench.hold()
-    asker = bench.ask(held, Natsync_Timeout="1000")
+    asker = bench.ask(held, Natsync_Timeout="3000")
     assert asker.next().key == (b"a", 0)
+    asker.say(b"+0 8 65536")  # whoever says nothing is told nothing
     error = asker.next()
     assert error.key == (b"x", 1)
     assert error.headers["Natsync-Status"] == "4 DEADLINE_EXCEEDED"

@@ -65,7 +65,7 @@ def cases(name: str, share: float) -> Iterator[str]:
         return
     deadline = time.monotonic() + SECONDS * share
     count = 0
-    while time.monotonic() < deadline or not count:
+    while time.monotonic() < deadline or count < 30:
         yield f"{name}:{random.getrandbits(48):x}"
         count += 1
     print(f"{name}: {count} cases")

@@ -93,7 +93,7 @@ def test_many_streams_at_once_are_complete(client: natsync.Client, subscriber: n
         assert chunks == [b"%b %d" % (data, count) for count in range(5)]
 
     all_at_once(read)
-    assert client.stats()["waiting_replies"] == 0
+    eventually(lambda: client.stats()["waiting_replies"] == 0)
     eventually(lambda: subscriber.stats()["streams"] == 0)
 
 

@@ -149,7 +149,7 @@ def test_members_of_a_queue_group_handle_every_message_once_while_one_of_them_mo
         count = numbers.count
         eventually(lambda: numbers.count > count + 500, 10)
         published = numbers.stop()
-        eventually(lambda: len(got) == published, 10)
+        eventually(lambda: len(got) == published, 30)
         assert set(got.values()) == {1}
 
 
@@ -202,7 +202,7 @@ def _go_on(cluster: NatsCluster, mode: str, requester: int, responder: int) -> N
 
 def _answers(client: natsync.Client) -> bool:
     try:
-        return client.request("double", b"1", timeout=1).data == b"2"
+        return client.request("double", b"1", timeout=10).data == b"2"
     except natsync.NoRespondersError:
         return False
 
@@ -212,7 +212,7 @@ def _answers(client: natsync.Client) -> bool:
 def test_equal_messages_on_links_of_different_delay_are_counted_on_both_from_the_same_one_on(slow: str) -> None:
     """Plain chunks that are all alike, so that only their number can tell.
 
-    Counted by the clock, 50 ms would make 20 of them. What is left is what the servers' own route holds while the mark
+    Counted by the clock, 200 ms would make 80 of them. What is left is what the servers' own route holds while the mark
     is on its way, which a busy machine makes more.
     """
     over = threading.Event()
@@ -220,8 +220,8 @@ def test_equal_messages_on_links_of_different_delay_are_counted_on_both_from_the
     with NatsCluster(2, lame_duck_grace_period=8.0, no_advertise=True) as nodes, ExitStack() as stack:
         proxies = [stack.enter_context(FaultProxy(url)) for url in nodes.urls]
         late = proxies[0 if slow == "old" else 1]
-        late.up.delay(0.05)
-        late.down.delay(0.05)
+        late.up.delay(0.2)
+        late.down.delay(0.2)
         subscriber = stack.enter_context(natsync.Subscriber(nodes.urls[1]))
         sent = 0
 
@@ -246,16 +246,17 @@ def test_equal_messages_on_links_of_different_delay_are_counted_on_both_from_the
         eventually(lambda: len(chunks) > behind + 50)
         over.set()
         assert reading.within(10) is None
-        assert abs(len(chunks) - sent) <= 10
+        assert abs(len(chunks) - sent) <= 40
         assert "disconnected" not in events.names
         nodes.kill(0)
 
 
 @pytest.mark.slow
-def test_servers_that_are_restarted_one_after_the_other_cost_no_message() -> None:
+def test_servers_that_are_restarted_one_after_the_other_cost_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everybody moves at once: publishers and subscribers, some of them to the node that goes next."""
+    monkeypatch.setattr("natsync.handover.OTHERS_SECONDS", 1.0)  # a node may be late that long on a busy machine
     got: dict[str, list[int]] = {}
-    with NatsCluster(3, lame_duck_grace_period=6.0) as nodes, ExitStack() as stack:
+    with NatsCluster(3, lame_duck_grace_period=8.0) as nodes, ExitStack() as stack:
         events = [Events() for _ in nodes.urls]
         clients = [
             stack.enter_context(natsync.connect(url, on_event=told, name=f"client-{index}"))
@@ -273,15 +274,18 @@ def test_servers_that_are_restarted_one_after_the_other_cost_no_message() -> Non
             nodes.wait_joined()
         assert all("disconnected" not in told.names for told in events)
         published = {name: publisher.stop() for name, publisher in publishers.items()}
-        eventually(lambda: all(len(got[name]) >= count for name, count in published.items()), 10)
+        eventually(lambda: all(len(got[name]) >= count for name, count in published.items()), 30)
         wrong = {name: misplaced(numbers, published[name]) for name, numbers in got.items()}
         assert wrong == {name: [] for name in published}
         assert all("disconnected" not in told.names for told in events)
 
 
 @pytest.mark.slow
-def test_what_is_published_next_does_not_overtake_what_a_slow_route_still_carries() -> None:
+def test_what_is_published_next_does_not_overtake_what_a_slow_route_still_carries(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The publisher moves to the server of the subscriber, whom all that it published before reaches later."""
+    monkeypatch.setattr("natsync.handover.PASSED_ON_SECONDS", 4.0)  # the proxy may be late, too
     config = """
 server_name: {name}
 lame_duck_duration: "30s"
@@ -319,7 +323,7 @@ def test_the_only_server_is_left_when_it_ends_and_not_before(
     make_nats_server: Callable[..., natsync.testing.NatsServer],
 ) -> None:
     events = Events()
-    server = make_nats_server(config='lame_duck_duration: "30s"\nlame_duck_grace_period: "1s"')
+    server = make_nats_server(config='lame_duck_duration: "30s"\nlame_duck_grace_period: "3s"')
     with natsync.connect(server.url, on_event=events, **QUICK) as client:
         server.signal(signal.SIGUSR2)
         events.wait("lame_duck")
@@ -404,8 +408,12 @@ def test_the_old_link_unsubscribes_before_it_is_left() -> None:
         assert sub.next(timeout=5).data == b"hi"
 
 
-def test_a_message_that_only_the_new_server_gets_in_mid_move_is_delivered_once() -> None:
+def test_a_message_that_only_the_new_server_gets_in_mid_move_is_delivered_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """It was on its way to the old server, through the cluster, when the client left that."""
+    monkeypatch.setattr("natsync.handover.SKEW_SECONDS", 1.0)  # this thread may be late with one of the two
+    monkeypatch.setattr("natsync.handover.COMPARE_SECONDS", 2.5)
     old, new = Broker(), Broker()
     with TwoServers(old, new) as two:
         client = two.client()
@@ -481,9 +489,9 @@ def test_the_old_link_stays_in_use_while_the_other_server_cannot_be_had() -> Non
 def test_a_server_that_does_not_confirm_the_subscriptions_is_not_moved_to() -> None:
     old, new = Broker(), Broker(lambda peer: (peer.handshake(), peer.hold()))
     with TwoServers(old, new) as two:
-        client = two.client(connect_timeout=0.3)
+        client = two.client(connect_timeout=1.5)
         old.newest.send(LAME)
-        eventually(lambda: two.second.accepted == 2)
+        eventually(lambda: two.second.accepted >= 2, 15)
         client.flush()
         moved(two.events, client, two.first.url)
         assert "disconnected" not in two.events.names
@@ -505,7 +513,7 @@ def test_a_new_link_that_carries_nothing_any_more_costs_neither_the_old_one_nor_
         peer.hold()
 
     with TwoServers(old, new) as two:
-        client = two.client(connect_timeout=0.4)
+        client = two.client(connect_timeout=1.5)
         old.newest.send(LAME)
         eventually(frozen.is_set)
         while two.second.accepted < 2:
@@ -580,7 +588,7 @@ def test_close_in_between_is_prompt_and_leaves_nothing(accepted: int) -> None:
         old.newest.send(LAME)
         eventually(lambda: two.second.accepted >= accepted)
         client.publish("n", b"last")
-        assert Outcome(client.close).within(3) is None
+        assert Outcome(client.close).within(4.5) is None
         assert not subscribed.active
         assert b"last" in {pub.payload for broker in (old, new) for pub in (broker.published() if broker.said else [])}
 
@@ -840,7 +848,7 @@ def test_each_links_messages_are_counted_from_the_mark_on_and_then_the_old_one_i
 
 
 def test_the_old_link_is_left_later_if_subscriptions_were_made_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("natsync.handover.OVERLAP_SECONDS", 0.2)
+    monkeypatch.setattr("natsync.handover.OVERLAP_SECONDS", 2.0)
     monkeypatch.setattr("natsync.handover.COMPARE_SECONDS", 0.0)
     monkeypatch.setattr("natsync.handover.SKEW_SECONDS", 0.0)
     case = Case()
@@ -1000,7 +1008,10 @@ def left_with_a_second_mark() -> Case:
 
 @pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("first", ["end", "mark"])
-def test_the_new_link_takes_over_when_it_has_brought_the_second_mark_too(first: str) -> None:
+def test_the_new_link_takes_over_when_it_has_brought_the_second_mark_too(
+    first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("natsync.handover.PASSED_ON_SECONDS", 30.0)
     case = left_with_a_second_mark()
     steps = [lambda: case.handover.left(7), lambda: case.bring(case.new, b"", subject=b"last mark")]
     for step in steps if first == "end" else reversed(steps):

@@ -488,9 +488,9 @@ def test_a_stream_that_takes_too_long_is_told(
 ) -> None:
     client.open()
     with pytest.raises(kind) as caught:
-        list(client.stream("hk.wait", **{limit: 1.0}))
+        list(client.stream("hk.wait", **{limit: 3.0}))
     _, seconds, chunks, _, error = log.one("stream_done").values
-    assert seconds >= 1.0
+    assert seconds >= 3.0
     assert (chunks, error) == (1, caught.value)
 
 
@@ -614,8 +614,9 @@ def test_a_stream_closed_between_two_tries_was_cancelled(client: natsync.Client,
 
 def test_a_stream_dropped_between_two_tries_was_cancelled(client: natsync.Client, log: Log) -> None:
     stream = client.stream("hk.nobody", retry=natsync.Retry(initial=PATIENCE, maximum=PATIENCE, jitter=False))
-    with pytest.raises(natsync.TimedOut):
-        stream.next(0.1)
+    while not log.of("retrying"):
+        with pytest.raises(natsync.TimedOut):
+            stream.next(0.1)
     log.told.clear()  # whose errors hold the stream
     del stream
     gc.collect()

@@ -28,7 +28,7 @@ class Loop:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
-        self.nats: Nats = self.run(nats.connect(url, allow_reconnect=False))
+        self.nats: Nats = self.run(nats.connect(url, allow_reconnect=False, connect_timeout=int(PATIENCE)))
 
     def start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         """Have it run while the test goes on."""

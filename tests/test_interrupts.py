@@ -205,7 +205,7 @@ def test_a_streams_iteration(
         for chunk in stream:
             chunks.append(chunk)
 
-    interrupted(iterate, error, "__next__")
+    interrupted(iterate, error, "__next__", when=lambda: len(chunks) == 3)
     release.set()
     assert [*chunks, *stream] == [b"0", b"1", b"2", b"last"]
     works(client)
@@ -729,11 +729,13 @@ waits = [
     lambda: client.request("i.leave.held", timeout=None), subscription.next, lambda: list(subscription), stream.next,
     pool.getconn, ctx.wait, handle.wait, lambda: handle.stop(None), lambda: held.drain(None),
 ]
-held = client.subscribe("i.leave.held", lambda message: ctx.wait())
+holding = threading.Event()
+held = client.subscribe("i.leave.held", lambda message: (holding.set(), ctx.wait()))
 assert asked.wait(30)  # else handle.stop() may come before the request
 begun = []
 for wait in waits:
     threading.Thread(target=lambda wait=wait: (begun.append(wait), wait()), daemon=True).start()
+    assert wait is not waits[0] or holding.wait(30)  # else held.drain() may come before the request
 eventually(lambda: len(begun) == len(waits))
 print("leaving", flush=True)
 """

@@ -95,7 +95,7 @@ def test_an_answer_tells_of_as_many_single_streams_as_are_asked_for(
 
 
 def test_a_stream_whose_requester_is_not_heard_from_is_silent(nats_server: NatsServer) -> None:
-    subscriber = natsync.Subscriber(nats_server.url, heartbeat=0.1, resume_grace=2)
+    subscriber = natsync.Subscriber(nats_server.url, heartbeat=0.1, resume_grace=8)
     handle = subscriber.stream_subscribe("monitor.silent", lambda ctx, request, sender: ctx.wait(PATIENCE))
     with subscriber, FaultProxy(nats_server.url) as proxy:
         with natsync.connect(proxy.url, heartbeat=0.1) as client:
@@ -105,6 +105,7 @@ def test_a_stream_whose_requester_is_not_heard_from_is_silent(nats_server: NatsS
             proxy.cut()
             eventually(lambda: [one.state for one in handle.streams()] == ["silent"], PATIENCE)
             del stream
+        subscriber.close(0)
 
 
 def test_a_subscriber_that_was_not_told_to_does_not_answer(

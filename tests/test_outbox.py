@@ -811,7 +811,7 @@ def test_threads_that_put_at_once_lose_tear_and_double_nothing(monkeypatch: pyte
     monkeypatch.setattr(outbox_module, "HIGH_WATER_BYTES", 20_000)
     monkeypatch.setattr(outbox_module, "WRITE_BYTES", 5_000)
     each, publishers = 400, 8
-    present, lock = [attached()], threading.Lock()
+    present, lock, over = [attached()], threading.Lock(), threading.Event()
 
     def publish(who: int) -> None:
         for n in range(each):
@@ -832,6 +832,8 @@ def test_threads_that_put_at_once_lose_tear_and_double_nothing(monkeypatch: pyte
             written.append(data)
             if len(written) % 7 == 0:
                 with lock:
+                    if over.is_set():
+                        continue
                     old = present[0]
                     present[0] = Outbox(BUFFER, old.close(), old.position)
                     present[0].attach([])
@@ -843,7 +845,9 @@ def test_threads_that_put_at_once_lose_tear_and_double_nothing(monkeypatch: pyte
     for thread in threads:
         thread.join(20)
     eventually(lambda: present[0].size_bytes == 0, 10)
-    present[0].close()
+    with lock:
+        over.set()
+        present[0].close()
     writer.result()
     got: dict[bytes, list[int]] = {}
     for request in RequestParser().feed(b"".join(written)):

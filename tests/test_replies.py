@@ -68,7 +68,8 @@ def test_replies_of_several_responders_come_until_the_timeout(
 
 def test_without_a_reply_the_timeout_is_an_end_and_no_error(client: natsync.Client, responders: natsync.Client) -> None:
     answering(responders, "many.silent", sending())
-    assert list(client.request_many("many.silent", timeout=0.05)) == []
+    client.flush()
+    assert list(client.request_many("many.silent", timeout=0.5)) == []
 
 
 def test_max_messages_ends_at_once(client: natsync.Client, responders: natsync.Client) -> None:
@@ -109,11 +110,11 @@ def test_a_stall_of_zero_or_beyond_the_timeout_is_as_none(
 def test_the_callers_own_time_does_not_count_as_stall(client: natsync.Client, responders: natsync.Client) -> None:
     asked: list[natsync.Message] = []
     answering(responders, "many.slow", asked.append)
-    found = client.request_many("many.slow", timeout=PATIENCE, stall=1.0, max_messages=2)
+    found = client.request_many("many.slow", timeout=PATIENCE, stall=2.5, max_messages=2)
     eventually(lambda: asked, PATIENCE)
     asked[0].respond("1")
     assert next(found).text() == "1"
-    threading.Event().wait(1.2)  # the caller is busy for longer than the stall
+    threading.Event().wait(2.7)  # the caller is busy for longer than the stall
     timer = threading.Timer(0.05, lambda: asked[0].respond("2"))
     timer.start()
     assert texts(found) == ["2"]
@@ -142,8 +143,9 @@ def test_next_waits_as_long_as_it_is_told_and_the_replies_go_on(
 
 def test_the_replies_end_within_a_longer_wait(client: natsync.Client, responders: natsync.Client) -> None:
     answering(responders, "many.next.end", lambda message: None)
+    client.flush()
     with pytest.raises(natsync.StreamEnded):
-        client.request_many("many.next.end", timeout=0.3).next(PATIENCE)
+        client.request_many("many.next.end", timeout=1.0).next(PATIENCE)
 
 
 def test_waits_shorter_than_the_stall_do_not_put_it_off(client: natsync.Client, responders: natsync.Client) -> None:
@@ -191,12 +193,12 @@ def test_what_came_before_the_timeout_is_given_out_after_it_and_nothing_else(
 ) -> None:
     asked: list[natsync.Message] = []
     answering(responders, "many.late", asked.append)
-    found = client.request_many("many.late", timeout=1.5)
+    found = client.request_many("many.late", timeout=3.0)
     eventually(lambda: asked, PATIENCE)
     for number in "123":
         asked[0].respond(number)
     assert next(found).text() == "1"
-    threading.Event().wait(1.6)
+    threading.Event().wait(3.1)
     assert next(found).text() == "2"  # the timeout has passed: what has come is the rest
     asked[0].respond("4")
     responders.flush()

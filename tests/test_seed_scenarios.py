@@ -63,8 +63,8 @@ def test_timeout_ends_a_stream_whose_responder_is_slow_and_tells_the_handler(
     seen: list[bytes] = []
     begin = time.monotonic()
     with pytest.raises(natsync.DeadlineExceeded) as caught:
-        client.stream_request("scenario.timeout", b"", lambda message: seen.append(message.data), timeout=0.3)
-    assert 0.29 <= time.monotonic() - begin < 5
+        client.stream_request("scenario.timeout", b"", lambda message: seen.append(message.data), timeout=1.5)
+    assert 1.49 <= time.monotonic() - begin < 10
     assert isinstance(caught.value, TimeoutError)
     assert seen[0] == b"quick"
     assert b"too late" not in seen
@@ -150,7 +150,7 @@ def test_retry_succeeds_once_the_responder_does(client: natsync.Client, subscrib
 
 
 def test_retry_finds_a_responder_that_starts_late(client: natsync.Client, subscriber: natsync.Subscriber) -> None:
-    retry = natsync.Retry(attempts=None, initial=0.02, maximum=0.02)
+    retry = natsync.Retry(attempts=None, initial=0.2, maximum=0.2)
     with ThreadPoolExecutor() as pool:
         answer = pool.submit(lambda: list(client.stream("scenario.late", timeout=PATIENCE, retry=retry)))
         with pytest.raises(natsync.NoRespondersError):
@@ -193,6 +193,7 @@ def test_64_threads_share_one_client_with_nothing_lost_or_mixed(
     with ThreadPoolExecutor(64) as pool:
         for done in [pool.submit(one, thread) for thread in range(64)]:
             done.result(30)
+    eventually(lambda: client.stats()["waiting_replies"] == 0)
     stats = client.stats()
     assert (stats["reconnects"], stats["late_replies"], stats["waiting_replies"]) == (0, 0, 0)
     eventually(lambda: subscriber.stats()["active"] == 0)

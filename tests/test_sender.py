@@ -83,12 +83,13 @@ BLOCK = b"x" * 100_000
 
 def fill(sender: natsync.ResponseSender) -> int:
     """Send blocks until there is no room: the kernel's buffers are full (plain), or the credit is used up. How many."""
-    begin = moved = time.monotonic()
-    while time.monotonic() < moved + 0.25:
+    begin, refused = time.monotonic(), 0
+    while refused < 50:  # in a row: a moment in which this thread alone did not run is one of them
         if sender.try_send(BLOCK):
-            moved = time.monotonic()
-            assert moved < begin + PATIENCE, "an endless queue"
+            refused = 0
+            assert time.monotonic() < begin + PATIENCE, "an endless queue"
         else:
+            refused += 1
             sender.closed.wait(0.005)
     return sender.send_count
 
@@ -139,6 +140,8 @@ def test_an_end_from_one_thread_comes_behind_every_send_that_had_returned(
             try:
                 while True:
                     numbers.append(sender.send(b"x"))
+                    if len(numbers) > 30_000:  # a plain stream's requester takes no more than 65,536 that wait
+                        sender.closed.wait(PATIENCE)
             except natsync.StreamClosed:
                 pass
 
@@ -874,7 +877,7 @@ def test_a_request_whose_context_has_ended_already_is_closed_without_a_fault(
         core = PlainSender(connection, responder._plain, reply, ended, "s.x", natsync_peer=True)
     assert core.over.happened
     eventually(lambda: not responder._plain.waiters and not responder._framed.waiters)
-    assert not responder._framing
+    eventually(lambda: not responder._framing)
     assert "raised" not in caplog.text
 
 
@@ -900,7 +903,7 @@ def test_chunks_that_no_others_follow_leave_by_themselves(opened: Open) -> None:
         for _ in range(count):
             assert opened.stream.next(PATIENCE) == b"%d" % number
         took.append(time.monotonic() - begin)
-    assert statistics.median(took) < 0.05  # not with the requester's next account, which comes every 0.2 s
+    assert statistics.median(took) < 0.15  # not with the requester's next account, which comes every 0.2 s
 
 
 @framed_only
@@ -939,6 +942,7 @@ def test_what_has_gathered_leaves_before_the_sender_waits_for_credit(
 
 
 @framed_only
+@pytest.mark.usefixtures("nothing_is_repeated")
 def test_several_threads_that_gather_keep_the_order_of_each_and_have_nothing_sent_again(opened: Open) -> None:
     opened.begin()
 

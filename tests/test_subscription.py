@@ -147,7 +147,7 @@ def test_max_messages_ends_the_subscription_after_that_many(client: natsync.Clie
 
 def test_max_messages_counts_on_after_a_reconnect(make_nats_server: Make) -> None:
     server = make_nats_server()
-    with natsync.connect(server.url, reconnect_wait=0.02) as client:
+    with natsync.connect(server.url, reconnect_wait=0.02, reconnect_wait_max=0.05) as client:
         subscription = client.subscribe("x.max", max_messages=5)
         for n in range(2):
             client.publish("x.max", str(n))

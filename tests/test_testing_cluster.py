@@ -33,7 +33,7 @@ class Observer(RawClient):
         """Take what has come."""
         try:
             self._until(lambda: False, 0.02)
-        except TimeoutError:
+        except (OSError, EOFError):  # nothing came, or the server has ended the connection
             pass
 
 

@@ -285,6 +285,7 @@ def test_a_process_id_that_is_the_servers_no_more_is_left_alone(tmp_path):
 
 def test_every_end_of_a_server_is_told_to_who_guards_it(monkeypatch, tmp_path):
     monkeypatch.setattr(server_module, "_LIFELINE", f"cat >{tmp_path}/told")
+    (tmp_path / "told").touch()
     pids = []
     with NatsServer() as server:
         for end in (server.kill, server.stop, lambda: os.kill(server.pid, signal.SIGKILL), lambda: server.stop(0)):
@@ -376,7 +377,12 @@ def test_a_restart_waits_for_its_port_to_be_free():
     with NatsServer() as server:
         server.kill()
         squatter = socket.create_server(("127.0.0.1", server.port))
-        freed = threading.Timer(0.3, squatter.close)
+
+        def free() -> None:
+            eventually(lambda: "address already in use" in server.log(), PATIENCE)
+            squatter.close()
+
+        freed = threading.Thread(target=free)
         freed.start()
         server.restart()
         freed.join()
@@ -465,8 +471,8 @@ def test_a_port_that_is_taken_is_an_error_at_once():
 def test_a_server_that_is_never_ready_is_killed(tmp_path, tmp_base, monkeypatch):
     idle = write_script(tmp_path / "idle", "echo $$", "exec sleep 60")
     monkeypatch.setenv("NATS_SERVER_BIN", str(idle))
-    monkeypatch.setattr(server_module, "START_TIMEOUT", 1.0)
-    with pytest.raises(ServerStartError, match="not ready after 1 s") as caught:
+    monkeypatch.setattr(server_module, "START_TIMEOUT", 3.0)
+    with pytest.raises(ServerStartError, match="not ready after 3 s") as caught:
         NatsServer().start()
     assert not alive(int(caught.value.log))
     assert list(tmp_base.iterdir()) == []
@@ -789,5 +795,5 @@ def test_a_peer_can_listen_on_ipv6():
 def test_the_threads_of_a_stopped_peer_are_gone():
     with ScriptedPeer(lambda conn: conn.hold()) as peer, Wire(peer.port):
         eventually(lambda: peer.accepted == 1)
-        assert any(thread.name == "natsync-peer-0" for thread in threading.enumerate())
+        eventually(lambda: any(thread.name == "natsync-peer-0" for thread in threading.enumerate()))
     assert not any(thread.name.startswith("natsync-peer") for thread in threading.enumerate())

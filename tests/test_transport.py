@@ -20,7 +20,7 @@ from natsync.transport import Dialing, Transport, dial
 from support import natsync_threads
 
 #: Seconds by which a deadline may be overrun on a busy machine.
-SLACK = 3.0
+SLACK = 5.0
 #: connect_timeout of the tests that wait for it to pass, and of those in which it must not be what ends the wait.
 SHORT, LONG = 0.3, 10.0
 
@@ -150,9 +150,9 @@ def test_all_addresses_of_a_host_share_one_deadline(
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: found)
     begin = time.monotonic()
     with pytest.raises(TimedOut):
-        dial(Server("many.example", 4222), options(connect_timeout=0.6))
+        dial(Server("many.example", 4222), options(connect_timeout=2.0))
     # Four times the timeout if each address has its own.
-    assert 0.6 <= time.monotonic() - begin < 0.6 + SLACK
+    assert 2.0 <= time.monotonic() - begin < 2.0 + SLACK
 
 
 def test_an_address_that_does_not_answer_leaves_time_for_the_next_one(
@@ -163,7 +163,7 @@ def test_an_address_that_does_not_answer_leaves_time_for_the_next_one(
         found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address) for address in addresses]
         with monkeypatch.context() as patch:
             patch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: found)
-            transport, _ = dial(Server("many.example", 4222), options(connect_timeout=2.0))
+            transport, _ = dial(Server("many.example", 4222), options(connect_timeout=5.0))
         transport.close()
 
 
@@ -717,10 +717,10 @@ def test_connect_timeout_ends_with_the_handshake() -> None:
         peer.hold()
 
     received: list[bytes] = []
-    with ScriptedPeer(script) as peer, connected(peer, connect_timeout=SHORT) as transport:
+    with ScriptedPeer(script) as peer, connected(peer, connect_timeout=1.5) as transport:
         reader = threading.Thread(target=lambda: received.append(transport.receive()))
         reader.start()
-        reader.join(2 * SHORT)
+        reader.join(2.0)
         assert reader.is_alive(), received
         go.set()
         reader.join(5)

@@ -240,12 +240,12 @@ SOON = {"FLASK_NATSYNC_RESUME_GRACE": "1", "FLASK_NATSYNC_HEARTBEAT": "0.5"}
 @pytest.mark.parametrize(
     ("kind", "arguments", "number"),
     [
-        ("sync", ["--timeout", "2"], None),  # SystemExit inside next()
+        ("sync", ["--timeout", "5"], None),  # SystemExit inside next()
         ("sync", ["--graceful-timeout", "1"], signal.SIGTERM),
         ("gthread", ["--graceful-timeout", "1"], signal.SIGTERM),
         ("gevent", ["--graceful-timeout", "1"], signal.SIGTERM),
         pytest.param("uwsgi", ["--worker-reload-mercy", "1"], signal.SIGTERM, marks=linux_only),
-        pytest.param("uwsgi", ["--harakiri", "2"], None, marks=linux_only),  # SIGKILL
+        pytest.param("uwsgi", ["--harakiri", "4"], None, marks=linux_only),  # SIGKILL
     ],
     ids=["sync-timeout", "sync-SIGTERM", "gthread-SIGTERM", "gevent-SIGTERM", "uwsgi-SIGTERM", "uwsgi-harakiri"],
 )

@@ -87,13 +87,14 @@ def serve(
             subscribers[subscriber] = target
 
     def announce() -> None:
-        for subscriber, target in subscribers.items():
-            for handle in subscriber.handles:
-                click.echo(f"serving {handle.subject}{_in_group(handle.queue)}", err=True)
-            if monitored:
+        handles = [handle for subscriber in subscribers for handle in subscriber.handles]
+        if monitored:
+            for subscriber, target in subscribers.items():
                 monitor.answer(subscriber, name=target)
         if parent is not None:
-            parent.tell_ready()
+            parent.tell_ready()  # before anybody reads that it serves, and has it replaced
+        for handle in handles:
+            click.echo(f"serving {handle.subject}{_in_group(handle.queue)}", err=True)
 
     serve_all(list(subscribers), shutdown_timeout, announce)
 

@@ -15,7 +15,7 @@ from natsync.cli.signals import signals_unwind
 from natsync.testing import NatsServer
 
 #: Seconds that threads which have nothing left to do may take to leave.
-LEAVING = 1.0
+LEAVING = 5.0
 
 
 def run() -> int:
