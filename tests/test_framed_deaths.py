@@ -6,6 +6,7 @@ NATSYNC_ENDURANCE=full runs those with the defaults too.
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
@@ -38,7 +39,7 @@ MakeServer = Callable[..., NatsServer]
 
 pytestmark = pytest.mark.slow
 
-#: Seconds by which a limit may be overrun on a busy machine.
+#: Seconds by which a limit may be overrun on a busy machine, but not three times running: see `in_time`.
 SLACK = 3.0
 #: What protocol.md allows beyond grace, and beyond heartbeat and grace.
 NOTICE = 3.0
@@ -188,11 +189,39 @@ def _late_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "lateness", noted)
 
 
+class Late(AssertionError):
+    """What was to come in time came later."""
+
+
+def in_time(test: Callable[..., None]) -> Callable[..., None]:
+    """Once more, up to twice, if it was Late: a busy machine may hold anything up, but not each time."""
+
+    @functools.wraps(test)
+    def tried(**fixtures: Any) -> None:
+        for tries_left in (2, 1, 0):
+            try:
+                return test(**fixtures)
+            except Late as error:
+                print(f"late: {error}")
+                if not tries_left:
+                    raise
+                looked_late.clear()
+                if "recording" in fixtures:
+                    fixtures["recording"].all.clear()
+
+    return tried
+
+
+def within(limit: float, took: float, why: object = "") -> None:
+    if took > limit:
+        raise Late(f"{took:.2f} s instead of {limit:g} s {why}")
+
+
 def gone(handled: Handled, began: float, limit: float) -> None:
     """The handler is told that its client is gone, in time; if peers have looked late, with what they make up for."""
     most_made_up = 2 * peers.ANSWER_SECONDS  # of a question, and of a suspension
     took = handled.wait_ended(limit + SLACK + most_made_up) - began
-    assert took <= limit + SLACK + (most_made_up + sum(looked_late) if looked_late else 0.0), looked_late
+    within(limit + (most_made_up + sum(looked_late) if looked_late else 0.0), took, looked_late)
     eventually(lambda: handled.error is not None, PATIENCE)
     with pytest.raises(natsync.ClientLost):
         handled.sender.send(b"x")
@@ -204,6 +233,7 @@ def gone(handled: Handled, began: float, limit: float) -> None:
 @bounded(60, 120)
 @pytest.mark.parametrize("times", TIMES, ids=["short", "default"][: len(TIMES)])
 @pytest.mark.parametrize("doing", DOING)
+@in_time
 def test_a_handler_is_told_in_time_that_its_client_was_killed_while_it_is(
     server: NatsServer, recording: Recording, doing: str, times: dict[str, Any]
 ) -> None:
@@ -216,6 +246,7 @@ def test_a_handler_is_told_in_time_that_its_client_was_killed_while_it_is(
 
 @pytest.mark.parametrize("side", ["client", "responder"])
 @pytest.mark.parametrize("doing", ["sending", "blocked"])
+@in_time
 def test_a_handler_is_told_within_a_second_if_either_side_gives_no_grace(
     server: NatsServer, recording: Recording, doing: str, side: str
 ) -> None:
@@ -233,6 +264,7 @@ def test_a_handler_is_told_within_a_second_if_either_side_gives_no_grace(
 @bounded(60, 120)
 @pytest.mark.parametrize("times", TIMES, ids=["short", "default"][: len(TIMES)])
 @pytest.mark.parametrize("doing", DOING)
+@in_time
 def test_a_frozen_client_is_given_up_as_a_dead_one_is_while_the_handler_is(
     server: NatsServer, recording: Recording, doing: str, times: dict[str, Any]
 ) -> None:
@@ -244,6 +276,7 @@ def test_a_frozen_client_is_given_up_as_a_dead_one_is_while_the_handler_is(
 
 
 @pytest.mark.parametrize("doing", DOING)
+@in_time
 def test_probes_find_a_dead_client_although_a_tap_keeps_the_broker_from_telling_while_the_handler_is(
     server: NatsServer, recording: Recording, doing: str
 ) -> None:
@@ -305,14 +338,16 @@ def test_a_client_that_was_frozen_while_its_responder_was_silent_reads_the_answe
 def lost(taking: Taking, began: float, limit: float, recording_reached: int) -> None:
     """The consumer is told, in time, with the number of the last chunk."""
     error = taking.within(limit + SLACK)
-    assert time.monotonic() - began <= limit + SLACK
+    took = time.monotonic() - began
     assert isinstance(error, natsync.ServerLost)
     assert error.last_seq == taking.number >= recording_reached
+    within(limit, took)
 
 
 @bounded(60, 120)
 @pytest.mark.parametrize("times", TIMES, ids=["short", "default"][: len(TIMES)])
 @pytest.mark.parametrize("ask", ["fast", "steady", "idle", "silent"])
+@in_time
 def test_a_client_is_told_in_time_that_its_responder_was_killed_while_it_is(
     server: NatsServer, ask: str, times: dict[str, Any]
 ) -> None:
@@ -327,6 +362,7 @@ def test_a_client_is_told_in_time_that_its_responder_was_killed_while_it_is(
         lost(taking, time.monotonic(), times["heartbeat"] + times["resume_grace"] + NOTICE, reached)
 
 
+@in_time
 def test_what_came_from_a_responder_that_was_killed_is_consumed_before_the_error(server: NatsServer) -> None:
     with program(SERVER, server.url, SHORT) as process, natsync.connect(server.url, **SHORT, **QUICK) as client:
         process.wait_for_out("serving")
@@ -365,11 +401,12 @@ def by_garbage(stream: natsync.Stream) -> None:
 
 LEAVING = [by_break, by_close, by_exception, by_garbage]
 #: Seconds after which a handler knows that its client has left.
-TOLD = 5.0
+TOLD = 1.0
 
 
 @pytest.mark.parametrize("ask", ["steady", "fast", "idle"])
 @pytest.mark.parametrize("leave", LEAVING, ids=lambda leave: leave.__name__)
+@in_time
 def test_a_handler_is_cancelled_at_once_when_its_client_leaves(
     server: NatsServer, recording: Recording, leave: Callable[[natsync.Stream], None], ask: str
 ) -> None:
@@ -377,13 +414,14 @@ def test_a_handler_is_cancelled_at_once_when_its_client_leaves(
         leave(client.stream("d.send", ask))
         began = time.monotonic()
         handled = recording.wait()
-        assert handled.wait_ended(TOLD + SLACK) - began <= TOLD
+        within(TOLD, handled.wait_ended(TOLD + SLACK) - began)
         eventually(lambda: handled.error is not None, PATIENCE)
         with pytest.raises(natsync.StreamCancelled):
             handled.sender.send(b"x")
 
 
 @pytest.mark.parametrize("ask", ["steady", "fast", "idle", "silent"])
+@in_time
 def test_a_handler_is_cancelled_at_once_when_a_script_gets_ctrl_c_while_it_reads(
     server: NatsServer, recording: Recording, ask: str
 ) -> None:
@@ -393,11 +431,12 @@ def test_a_handler_is_cancelled_at_once_when_a_script_gets_ctrl_c_while_it_reads
         process.send(signal.SIGINT)
         process.wait()
         began = time.monotonic()
-        assert handled.wait_ended(TOLD + SLACK) - began <= TOLD
+        within(TOLD, handled.wait_ended(TOLD + SLACK) - began)
         assert any("KeyboardInterrupt" in line for line in process.err)
 
 
 @pytest.mark.parametrize("ask", ["steady", "fast", "idle"])
+@in_time
 def test_a_handler_is_cancelled_at_once_when_a_script_exits_in_mid_stream(
     server: NatsServer, recording: Recording, ask: str
 ) -> None:
@@ -405,10 +444,11 @@ def test_a_handler_is_cancelled_at_once_when_a_script_exits_in_mid_stream(
         process.wait_for_out("left")
         assert process.wait() == 3
         began = time.monotonic()
-        assert recording.wait().wait_ended(TOLD + SLACK) - began <= TOLD
+        within(TOLD, recording.wait().wait_ended(TOLD + SLACK) - began)
 
 
 @pytest.mark.parametrize("ask", ["steady", "silent"])
+@in_time
 def test_a_handler_is_cancelled_at_once_when_its_client_leaves_before_the_first_frame(
     server: NatsServer, recording: Recording, ask: str
 ) -> None:
@@ -419,19 +459,21 @@ def test_a_handler_is_cancelled_at_once_when_its_client_leaves_before_the_first_
             stream.close()
             began = time.monotonic()
             handled = recording.wait(number)
-            assert handled.wait_ended(TOLD + SLACK) - began <= TOLD
+            within(TOLD, handled.wait_ended(TOLD + SLACK) - began)
 
 
 @pytest.mark.parametrize("mode", ["early", "end"])
+@in_time
 def test_a_handler_is_cancelled_at_once_when_a_script_ends_before_the_first_frame(
     server: NatsServer, recording: Recording, mode: str
 ) -> None:
     with responder(server.url, recording), program(CLIENT, server.url, {}, mode, "silent") as process:
         assert process.wait() == 0
         began = time.monotonic()
-        assert recording.wait().wait_ended(TOLD + SLACK) - began <= TOLD
+        within(TOLD, recording.wait().wait_ended(TOLD + SLACK) - began)
 
 
+@in_time
 def test_closing_the_client_cancels_every_handler_at_once(server: NatsServer, recording: Recording) -> None:
     with responder(server.url, recording):
         client = natsync.connect(server.url)
@@ -440,5 +482,5 @@ def test_closing_the_client_cancels_every_handler_at_once(server: NatsServer, re
         client.close()
         began = time.monotonic()
         for one in handled:
-            assert one.wait_ended(TOLD + SLACK) - began <= TOLD
+            within(TOLD, one.wait_ended(TOLD + SLACK) - began)
         del streams
