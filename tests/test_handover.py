@@ -252,9 +252,8 @@ def test_equal_messages_on_links_of_different_delay_are_counted_on_both_from_the
 
 
 @pytest.mark.slow
-def test_servers_that_are_restarted_one_after_the_other_cost_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_servers_that_are_restarted_one_after_the_other_cost_no_message() -> None:
     """Everybody moves at once: publishers and subscribers, some of them to the node that goes next."""
-    monkeypatch.setattr("natsync.handover.OTHERS_SECONDS", 1.0)  # a node may be late that long on a busy machine
     got: dict[str, list[int]] = {}
     with NatsCluster(3, lame_duck_grace_period=8.0) as nodes, ExitStack() as stack:
         events = [Events() for _ in nodes.urls]
@@ -281,11 +280,8 @@ def test_servers_that_are_restarted_one_after_the_other_cost_no_message(monkeypa
 
 
 @pytest.mark.slow
-def test_what_is_published_next_does_not_overtake_what_a_slow_route_still_carries(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_is_published_next_does_not_overtake_what_a_slow_route_still_carries() -> None:
     """The publisher moves to the server of the subscriber, whom all that it published before reaches later."""
-    monkeypatch.setattr("natsync.handover.PASSED_ON_SECONDS", 4.0)  # the proxy may be late, too
     config = """
 server_name: {name}
 lame_duck_duration: "30s"
